@@ -1,0 +1,54 @@
+# Every target is self-sufficient on a fresh machine: it makes the environment in .venv first, if need be.
+#   make demo PYTHON=python3.12      another interpreter for the environment
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Touched after a complete installation only, so that an interrupted one, or a .venv made by hand, is completed.
+STAMP := .venv/.installed
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help env demo smoke teacher test torture coverage lint format
+
+help:
+	@echo "make demo      environment, then distil the digits teacher into two experts"
+	@echo "make smoke     the same code path with tiny numbers, in seconds"
+	@echo "make teacher   train the digits teacher"
+	@echo "make test      environment, then the tests"
+	@echo "make torture   repeated kills and resumes"
+	@echo "make coverage  the tests, with line coverage of the core"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    let ruff rewrite what it can"
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[digits,test,lint]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/moedistill run recipes/dcm_digits.yaml
+
+smoke: $(STAMP)
+	$(BIN)/moedistill run recipes/dcm_digits.yaml --smoke
+
+teacher: $(STAMP)
+	$(BIN)/moedistill run recipes/digits_teacher.yaml
+
+test: $(STAMP)
+	$(TESTS)
+
+torture: $(STAMP)
+	$(TESTS) -m torture
+
+coverage: $(STAMP)
+	$(TESTS) --cov --cov-report=term-missing:skip-covered
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format

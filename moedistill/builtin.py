@@ -1,0 +1,32 @@
+"""Table of contents of the core: its components, registered through the hook that every plugin uses."""
+
+import pluggy
+
+from moedistill.registry import Components
+
+hookimpl = pluggy.HookimplMarker("moedistill")
+
+
+@hookimpl
+def register_components(components: Components) -> None:
+    add = components.register
+
+    add("trajectory", "flow_matching", "moedistill.trajectory:FlowMatching", "N steps of a shifted flow-matching grid")
+    add("trajectory", "native", "moedistill.trajectory:Native", "N steps of the backbone's own sigma table")
+    add("trajectory", "points", "moedistill.trajectory:Points", "the sigmas given in the recipe")
+
+    add("router", "timestep", "moedistill.routers:TimestepRouterConfig", "one expert per range of noise levels")
+
+    add("expert", "full", "moedistill.experts:FullConfig", "a copy of all weights of its own")
+    add("expert", "lora", "moedistill.experts:LoRAConfig", "an adapter on chosen linears, copies of chosen modules")
+    add("expert", "frozen", "moedistill.experts:FrozenConfig", "its parent as it is")
+
+    add("loss", "huber", "moedistill.losses:HuberConfig", "pseudo-Huber distance to the target")
+    add("loss", "mse", "moedistill.losses:MSEConfig", "mean squared distance to the target")
+
+    add("stage", "finetune", "moedistill.stages.finetune:FinetuneConfig", "flow matching on data")
+    add("stage", "consistency", "moedistill.stages.consistency:ConsistencyConfig", "consistency distillation")
+    add("stage", "evaluate", "moedistill.stages.evaluate:EvaluateConfig", "metrics, pictures and a table")
+    add("stage", "export", "moedistill.stages.export:ExportConfig", "files that others can load")
+
+    add("metric", "paired_distance", "moedistill.metrics:PairedDistanceConfig", "distance to the reference's samples")

@@ -1,0 +1,84 @@
+"""The progress of a stage: a live line in a terminal, plain lines elsewhere."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from moedistill.plugins import hookimpl
+
+
+def memory() -> str:
+    """Peak memory of this process: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+class _Bar(RichProgress):
+    """A bar over a line of numbers, which may be long."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(f"  {self.numbers}")
+
+
+class Progress:
+    """Loss terms, gradient norms, steps per second, time left and memory."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._bar: _Bar | None = None
+
+    @hookimpl
+    def on_stage_start(self, run: Any) -> None:
+        self._started, self._first = time.monotonic(), run.step
+        title = f"{run.config.name} ({run.config.kind}, expert {run.expert}, {run.steps} steps)"
+        self._say(title)
+        if self._console.is_terminal:
+            counter, speed = TextColumn("  {task.completed}/{task.total}"), TextColumn("{task.fields[speed]}")
+            self._bar = _Bar(counter, BarColumn(20), TimeRemainingColumn(), speed, console=self._console)
+            self._task = self._bar.add_task(title, total=run.steps, completed=run.step, speed="")
+            self._bar.start()
+
+    @hookimpl
+    def on_step_end(self, run: Any, metrics: dict[str, float]) -> None:
+        rate = (run.step - self._first) / max(1e-9, time.monotonic() - self._started)
+        numbers = "  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in metrics.items())
+        speed = f"{rate:.2f} steps/s  {memory()}"
+        if self._bar is not None:
+            self._bar.numbers = numbers
+            self._bar.update(self._task, completed=run.step, speed=speed)
+        else:
+            left = _duration((run.steps - run.step) / rate)
+            self._say(f"  {run.step}/{run.steps}  {numbers}  {speed}  {left} left")
+
+    @hookimpl
+    def on_stage_end(self, run: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Closes the live line; also after an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        # As it is: no markup, no colours, no wrapping at 80 columns in a log file.
+        self._console.out(line, highlight=False)
+        self._console.file.flush()

@@ -1,0 +1,55 @@
+"""Experiment trackers, by the names that accelerate knows."""
+
+from typing import TYPE_CHECKING, Any
+
+from moedistill.errors import UserError
+from moedistill.plugins import hookimpl
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Trackers:
+    """Sends every logged step's metrics to `names` (tensorboard, wandb, …), as `stage/name`.
+
+    Steps count on through the stages.
+
+    Raises:
+        UserError: a tracker is unknown or not installed.
+    """
+
+    def __init__(self, accelerator: "Accelerator", names: list[str], folder: str, project: str) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        available = [str(name) for name in get_available_trackers()]
+        for name in names:
+            if name not in available:
+                known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+                raise UserError(
+                    f"training.trackers: {name!r} is not installed or not known; installed here: "
+                    f"{', '.join(sorted(available)) or 'none'}; known: {known}"
+                )
+        self._accelerator, self._names = accelerator, names
+        accelerator.log_with = list(names)
+        accelerator.project_configuration.set_directories(folder)
+        self._offset = 0
+        if names:
+            accelerator.init_trackers(project)
+
+    @hookimpl
+    def on_stage_start(self, run: Any) -> None:
+        names = [stage.name for stage in run.recipe.stages]
+        earlier = run.recipe.stages[: names.index(run.config.name)]
+        self._offset = sum(getattr(stage, "steps", 0) for stage in earlier)
+
+    @hookimpl
+    def on_step_end(self, run: Any, metrics: dict[str, float]) -> None:
+        if self._names:
+            values = {f"{run.config.name}/{name}": value for name, value in metrics.items()}
+            self._accelerator.log(values, step=self._offset + run.step)
+
+    def stop(self) -> None:
+        """Closes the trackers; also after an error."""
+        if self._names:
+            for tracker in self._accelerator.trackers:
+                tracker.finish()

@@ -1,0 +1,310 @@
+"""The command line. Everything of weight is imported by the command that needs it: `--help` is instant."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moedistill import __version__
+from moedistill.errors import Interrupted, Problem, RecipeError, UserError, shorten, suggest
+
+if TYPE_CHECKING:
+    from moedistill.plugins import Plugins
+
+KINDS = ("backbone", "trajectory", "router", "expert", "dataset", "loss", "stage", "metric", "recipe")
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a value, e.g. stages.detail.steps=10. A list's item goes by its name, kind or number. Repeatable.",
+)  # fmt: skip
+plugin_option = click.option(
+    "-p", "--plugin", "plugin_files", multiple=True, metavar="FILE", type=click.Path(exists=True, dir_okay=False),
+    help="Load a plugin from a Python file. It is run: only name files that you trust. Repeatable.",
+)  # fmt: skip
+device_option = click.option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1 …")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moedistill")
+def cli() -> None:
+    """Distil a video diffusion model into a few-step mixture of experts, one per range of noise levels.
+
+    \b
+    Example:
+      moedistill list recipe
+      moedistill run dcm_digits --smoke
+    """
+
+
+@cli.command()
+@click.argument("recipe")
+@set_option
+@click.option("--smoke", is_flag=True, help="The same run in miniature: seconds, on a CPU.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
+@click.option("--resume-from", metavar="PATH", help="Go on from this run or checkpoint.")
+@click.option("--output", metavar="DIR", help="The run's folder; runs/NAME/TIME if not given.")
+@click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
+@device_option
+@plugin_option
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    smoke: bool,
+    resume: bool,
+    resume_from: str | None,
+    output: str | None,
+    seed: int | None,
+    device: str | None,
+    plugin_files: tuple[str, ...],
+) -> None:
+    """Run all stages of RECIPE, a file or the name of a shipped recipe.
+
+    \b
+    Example:
+      moedistill run dcm_digits
+      moedistill run dcm_digits --smoke --set stages.detail.optimizer.lr=1e-5
+      moedistill run my_recipe.yaml --output runs/mine --resume
+    """
+    if resume and resume_from is not None:
+        raise click.UsageError("give --resume or --resume-from, not both")
+    from moedistill.recipe import load_recipe
+
+    plugins = _plugins(plugin_files)
+    loaded = load_recipe(recipe, _with_seed(overrides, seed), plugins)
+    from moedistill.train import run as run_recipe
+
+    run_recipe(
+        loaded, output=output, resume=resume, resume_from=resume_from, smoke=smoke, device=device, plugins=plugins
+    )
+
+
+@cli.command()
+@click.argument("recipe")
+@set_option
+@plugin_option
+def validate(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...]) -> None:
+    """Check RECIPE: all problems that can be seen without loading weights, at once.
+
+    \b
+    Example:
+      moedistill validate my_recipe.yaml --set sample.points=[50,38]
+    """
+    from moedistill.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides, _plugins(plugin_files))
+    click.echo(f"{recipe}: valid")
+    for note in loaded.notes():
+        click.echo(f"  {note}")
+
+
+@cli.command()
+@click.argument("recipe")
+@set_option
+@plugin_option
+def show(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...]) -> None:
+    """Print RECIPE as resolved: with what it extends and all defaults filled in.
+
+    \b
+    Example:
+      moedistill show dcm_digits > mine.yaml
+    """
+    from moedistill.recipe import load_recipe
+
+    click.echo(load_recipe(recipe, overrides, _plugins(plugin_files)).to_yaml(), nl=False)
+
+
+@cli.command(name="list")
+@click.argument("kind", required=False)
+@plugin_option
+def list_(kind: str | None, plugin_files: tuple[str, ...]) -> None:
+    """List what there is, and broken plugins.
+
+    KIND is one of backbone, trajectory, router, expert, dataset, loss, stage, metric, recipe; all if not given.
+
+    \b
+    Example:
+      moedistill list
+      moedistill list loss
+    """
+    if kind is not None and kind not in KINDS:
+        raise click.BadParameter(f"{kind!r} is no kind of component; {suggest(kind, KINDS)}", param_hint="KIND")
+    from moedistill.plugins import load_plugins
+
+    plugins = load_plugins(plugin_files)
+    for name in KINDS if kind is None else (kind,):
+        rows = _recipes() if name == "recipe" else _entries(plugins, name)
+        click.echo(f"{name}:" if rows else f"{name}: none")
+        widths = [max((len(row[k]) for row in rows), default=0) for k in range(2)]
+        for row in rows:
+            click.echo(f"  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip())
+    if plugins.broken:
+        click.echo("broken plugins:")
+        for plugin, reason in sorted(plugins.broken.items()):
+            click.echo(f"  {plugin}: {shorten(reason, 300)}")
+
+
+def _entries(plugins: "Plugins", registry: str) -> list[tuple[str, str, str]]:
+    return [(entry.name, entry.plugin, entry.description) for entry in plugins.components.entries(registry)]
+
+
+def _recipes() -> list[tuple[str, str, str]]:
+    from moedistill.recipe import shipped_recipes
+    from moedistill.yaml_tree import read_file
+
+    rows = []
+    for name, path in shipped_recipes().items():
+        description = read_file(path, []).value.get("description")
+        rows.append((name, "", str(description.value) if description is not None else ""))
+    return rows
+
+
+@cli.command()
+@plugin_option
+def schema(plugin_files: tuple[str, ...]) -> None:
+    """Print the JSON Schema of recipes with all installed components, for editors.
+
+    \b
+    Example:
+      moedistill schema > recipe.schema.json
+    """
+    import json
+
+    from moedistill.recipe import json_schema
+
+    click.echo(json.dumps(json_schema(_plugins(plugin_files)), indent=2, ensure_ascii=False))
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Overwrite DEST.")
+def cp(recipe: str, dest: Path, force: bool) -> None:
+    """Copy RECIPE to DEST, a file or a folder, to change it there. What it extends is written out.
+
+    \b
+    Example:
+      moedistill cp dcm_digits mine.yaml
+    """
+    from moedistill.recipe import find_recipe
+
+    source = find_recipe(recipe)
+    dest = dest / source.name if dest.is_dir() else dest
+    if dest.exists() and not force:
+        raise UserError(f"{dest} exists; choose another name, or add --force to overwrite it")
+    text = _copy_text(source)
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        dest.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {dest}: {error.strerror}") from error
+    click.echo(f"{source} → {dest}")
+
+
+def _copy_text(source: Path) -> str:
+    """The file as it is, with its comments; or, where it extends another, both merged."""
+    from moedistill.recipe import dump_yaml, read_recipe
+    from moedistill.yaml_tree import read_file
+
+    problems: list[Problem] = []
+    extends = read_file(source, problems).value.get("extends")
+    merged = read_recipe(source, (), problems) if extends is not None else None
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)), str(source))
+    if merged is None or extends is None:
+        return source.read_text(encoding="utf-8")
+    return f"# {source.name} merged with what it extends, {extends.value}\n{dump_yaml(merged.plain())}"
+
+
+class _Sigmas(click.ParamType):
+    """Comma-separated noise levels."""
+
+    name = "sigmas"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        try:
+            return [float(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} must be numbers with commas between them, such as 1,0.9,0.77,0.4", param, ctx)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, help="What to sample, in the backbone's words. Repeatable.")
+@click.option("--num", type=click.IntRange(min=1), default=1, metavar="N", help="Samples per prompt.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of the initial noise.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Evenly spaced steps, instead of the recipe's.")
+@click.option(
+    "--sigmas", type=_Sigmas(), metavar="LIST", help='Noise levels, not the recipe\'s, e.g. "1,0.9,0.77,0.4".'
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder; RUN/samples if not given.")
+@click.option("--ema", is_flag=True, help="With the averaged weights, not the last ones.")
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to compute: cpu, cuda …")
+@plugin_option
+def sample(
+    run: Path,
+    prompts: tuple[str, ...],
+    num: int,
+    seed: int,
+    steps: int | None,
+    sigmas: list[float] | None,
+    output: Path | None,
+    ema: bool,
+    device: str,
+    plugin_files: tuple[str, ...],
+) -> None:
+    """Sample from RUN: a run's folder, a checkpoint, or an export.
+
+    \b
+    Example:
+      moedistill sample runs/dcm_digits/20250131-120000 --prompt "3 right" --num 4
+    """
+    if steps is not None and sigmas is not None:
+        raise click.UsageError("give --steps or --sigmas, not both")
+    from moedistill.sample_run import sample_run
+
+    result = sample_run(
+        run, prompts=prompts or ("",), num=num, seed=seed, steps=steps, sigmas=sigmas, output=output, device=device,
+        weights="ema" if ema else "trained", plugins=_plugins(plugin_files),
+    )  # fmt: skip
+    click.echo(str(result.output))
+
+
+def _plugins(files: Sequence[str]) -> "Plugins":
+    """All plugins. A broken installed one is the business of `moedistill list`; one that was asked for is an error."""
+    from moedistill.plugins import load_plugins
+
+    plugins = load_plugins(files)
+    broken = [f"{name}: {reason}" for name, reason in plugins.broken.items() if name in plugins.files]
+    if broken:
+        raise UserError("cannot load the plugin " + "\n".join(shorten(line, 500) for line in broken))
+    return plugins
+
+
+def _with_seed(overrides: Sequence[str], seed: int | None) -> list[str]:
+    return [*overrides, *([] if seed is None else [f"seed={seed}"])]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command and exits: 0 done, 2 the user's mistake, 128 + signal interrupted, 1 anything else."""
+    try:
+        # Without standalone mode click returns the exit code of --help and raises all else.
+        code = cli.main(args=args, prog_name="moedistill", standalone_mode=False)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except Interrupted as error:
+        click.echo(str(error), err=True)
+        code = error.exit_code
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        code = 2
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

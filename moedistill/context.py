@@ -1,0 +1,314 @@
+"""What a training step may touch: the student, the teacher, draws, losses, and `update`."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+from torch import Tensor, nn
+
+from moedistill import conditioning
+from moedistill.conditioning import Conditioning
+from moedistill.ema import EMA
+from moedistill.errors import UserError
+from moedistill.experts import TEACHER
+from moedistill.features import Probe
+from moedistill.flow import renoise
+from moedistill.losses import AdversarialLoss, Loss, LossConfig, ProbeLayout, StepTensors
+from moedistill.mixture import Mixture
+from moedistill.optim import OptimizerConfig
+from moedistill.randomness import Draws
+from moedistill.routers import Segment
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from moedistill.data.base import Dataset
+    from moedistill.data.loading import Batch
+    from moedistill.recipe import Recipe
+    from moedistill.stages.base import TrainingStageConfig
+
+
+@dataclass
+class Job:
+    """What all stages of a run share.
+
+    Attributes:
+        recipe: as resolved.
+        output: the run's folder.
+        metrics: what the stages reported, by stage.
+        smoke: whether this is a miniature of the real run.
+    """
+
+    recipe: "Recipe"
+    output: Path
+    accelerator: "Accelerator"
+    mixture: Mixture
+    dataset: "Dataset | None"
+    metrics: dict[str, Any] = field(default_factory=dict)
+    smoke: bool = False
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return bool(self.accelerator.is_main_process)
+
+    def say(self, message: str) -> None:
+        """Prints one line, once for all processes."""
+        if self.main:
+            click.echo(message)
+
+
+@dataclass
+class Trained:
+    """Something with parameters, an optimiser and a learning-rate schedule: the student, or a critic."""
+
+    parameters: Sequence[nn.Parameter]
+    optimizer: Any
+    scheduler: Any
+    max_grad_norm: float | None
+
+
+@dataclass
+class Term:
+    """A loss of the stage, with its recipe entry."""
+
+    name: str
+    config: LossConfig
+    loss: Loss
+    critic: nn.Module | None = None
+
+
+class Run:
+    """One training stage under way. A step reads and calls what is here, and nothing else.
+
+    Attributes:
+        segment: the noise range of the expert in training.
+        step, steps: optimiser steps done, and to do.
+        draw: this micro-batch's random numbers.
+        model: the student as wrapped for distribution; call it as `velocity`.
+    """
+
+    def __init__(self, job: Job, config: "TrainingStageConfig", step: int = 0) -> None:
+        self.job, self.config, self.expert, self.steps = job, config, config.expert, config.steps
+        self.recipe, self.trajectory, self.student = job.recipe, job.mixture.trajectory, job.mixture.student
+        self.accelerator = job.accelerator
+        self.device = job.accelerator.device
+        self.guidance = job.recipe.backbone.guidance
+        assert job.mixture.router is not None
+        self.segment: Segment = job.mixture.router.segment(self.expert)
+        self.step = step
+        self.model: nn.Module = self.student
+        self.trained: dict[str, Trained] = {}
+        self.terms: list[Term] = []
+        self.ema: EMA | None = None
+        self.draw = Draws(job.recipe.seed, config.name, 0, [0])
+        self.dataset = job.dataset
+        self._recorded: dict[str, list[Tensor]] = {}
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def train_student(self, optimizer: OptimizerConfig, ema_decay: float | None) -> None:
+        """Makes the stage's expert trainable, as "student"."""
+        self.student.train_only(self.expert)
+        expert = self.student.experts[self.expert]
+        self.model = self._prepare("student", self.student, list(expert.parameters.values()), optimizer, self.steps)
+        if ema_decay is not None:
+            self.ema = EMA(expert.parameters, ema_decay)
+            if self.step:  # resuming
+                self.ema.load(self.job.mixture.ema[self.expert].average)
+            self.job.mixture.ema[self.expert] = self.ema
+
+    def add_losses(self, configs: Sequence[LossConfig], layout: ProbeLayout | None) -> None:
+        """Builds the stage's losses, and makes their critics trainable under the loss's name."""
+        for config in configs:
+            kinds = [term.config.kind for term in self.terms]
+            name = config.kind if config.kind not in kinds else f"{config.kind}_{kinds.count(config.kind) + 1}"
+            loss = config.build(layout)
+            term = Term(name, config, loss)
+            if isinstance(loss, AdversarialLoss):
+                loss.critic.to(self.device)
+                updates = max(0, self.steps - config.start) * loss.critic_updates
+                term.critic = self._prepare(name, loss.critic, list(loss.critic.parameters()), loss.optimizer, updates)
+            self.terms.append(term)
+
+    def _prepare(
+        self, name: str, module: nn.Module, parameters: list[nn.Parameter], config: OptimizerConfig, steps: int
+    ) -> nn.Module:
+        optimizer, scheduler = config.build(parameters, steps)
+        wrapped, optimizer = self.accelerator.prepare(module, optimizer)
+        self.trained[name] = Trained(parameters, optimizer, scheduler, config.max_grad_norm)
+        return wrapped
+
+    # -- what a step calls --------------------------------------------------------------------------------------------
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The expert in training."""
+        return self.model(x, sigma, cond)
+
+    @torch.no_grad()
+    def teacher(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The teacher with its guidance, without gradients."""
+        with self.student.using(TEACHER):
+            return self.student.guided(x, sigma, cond, self.guidance)
+
+    @torch.no_grad()
+    def target(self, x: Tensor, sigma: Tensor, cond: Conditioning, *, ema: bool = False) -> Tensor:
+        """The expert in training, or its average, without gradients."""
+        if not ema:
+            return self.student(x, sigma, cond)
+        assert self.ema is not None
+        with self.ema.swapped():
+            return self.student(x, sigma, cond)
+
+    def probe(self, prediction: Tensor, target: Tensor, end: Tensor, cond: Conditioning, stride: int) -> Probe:
+        """Teacher features of prediction and target, both re-noised from their landing `end` `[B]` with equal draws.
+
+        The noise level is a trajectory point drawn uniformly from the landing up to the last starting point but one
+        of the segment (DCM, section 3.3).
+        """
+        points = self.trajectory.points
+        start = torch.searchsorted(points, end.cpu())
+        top = self.trajectory.points_in(self.segment)[-1]
+        sigma = points[self.draw.integers("probe_point", start, top)].to(self.device)
+        noise = self.draw.normal("probe_noise", target.shape[1:])
+        fake, real = (renoise(y, noise, end, sigma) for y in (prediction, target))
+        blocks = self.student.backbone.blocks[::stride]
+        with self.student.using(TEACHER):
+            hidden_fake = self.student.hidden_states(fake, sigma, cond, blocks)
+            with torch.no_grad():
+                hidden_real = self.student.hidden_states(real, sigma, cond, blocks)
+
+        def unembed(hidden: Tensor, x: Tensor) -> Tensor:
+            with self.student.using(TEACHER):
+                return self.student.unembed(hidden, x, sigma, cond)
+
+        return Probe(hidden_fake, hidden_real, fake, real, self.student.backbone.token_grid(target.shape), unembed)
+
+    def objective(self, tensors: StepTensors) -> Tensor:
+        """The weighted sum of the stage's losses; each term is recorded under its name."""
+        total = torch.zeros((), device=self.device)
+        for term, weight in self._active_terms():
+            value = term.loss(tensors)
+            self.record(f"loss/{term.name}", value)
+            total = total + weight * value
+        self.record("loss", total)
+        return total
+
+    @property
+    def probe_wanted(self) -> bool:
+        """Whether a loss that counts at this step reads the probe."""
+        return any(term.config.needs_probe for term, _ in self._active_terms())
+
+    def update_critics(self, tensors: StepTensors) -> None:
+        """`critic_updates` optimiser steps of every critic, on the same features without gradients."""
+        detached = tensors.detached()
+        for term, _ in self._active_terms():
+            if isinstance(term.loss, AdversarialLoss):
+                for _ in range(term.loss.critic_updates):
+                    value = term.loss.critic_loss(term.critic or term.loss.critic, detached)
+                    self.record(f"loss/{term.name}_critic", value)
+                    self.update(term.name, value)
+
+    def _active_terms(self) -> Iterator[tuple[Term, float]]:
+        for term in self.terms:
+            weight = term.config.weight_at(self.step, self.steps)
+            if weight > 0:
+                yield term, weight
+
+    def update(self, name: str, loss: Tensor) -> None:
+        """Backward, and, at the end of an accumulation: clip, step, zero. The same for the student and every critic."""
+        trained = self.trained[name]
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            limit = trained.max_grad_norm if trained.max_grad_norm is not None else float("inf")
+            self.record(f"grad_norm/{name}", self.accelerator.clip_grad_norm_(trained.parameters, limit))
+            trained.optimizer.step()
+            trained.scheduler.step()
+            trained.optimizer.zero_grad()
+            if name == "student" and self.ema is not None:
+                self.ema.update()
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Adds a number to this step's metrics; those of micro-batches and ranks are averaged."""
+        self._recorded.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the student, for the next step."""
+        return float(self.trained["student"].scheduler.get_last_lr()[0])
+
+    # -- what the loop calls ------------------------------------------------------------------------------------------
+
+    def begin(self, batch: "Batch") -> "Batch":
+        """Addresses the draws to this batch's samples, moves it to the device and drops conditioning as asked."""
+        self.draw = Draws(self.recipe.seed, self.config.name, self.step, batch.positions, self.device)
+        cond = conditioning.to(batch.conditioning, self.device)
+        dropout = self.recipe.data.conditioning_dropout if self.recipe.data else 0.0
+        if dropout:
+            drop = (self.draw.uniform("conditioning_dropout") < dropout).to(self.device)
+            cond = conditioning.where(drop, self.student.backbone.null_conditioning(cond), cond)
+        batch.latents, batch.conditioning = batch.latents.to(self.device), cond
+        return batch
+
+    def micro_batch(self) -> Any:
+        """The context of one micro-batch: gradients are exchanged only in the last one of a step."""
+        wrapped = [self.model, *(term.critic for term in self.terms if term.critic is not None)]
+        return self.accelerator.accumulate(*wrapped)
+
+    def take_metrics(self) -> dict[str, float]:
+        """The averages of what was recorded since `forget_metrics`, over micro-batches and ranks.
+
+        Raises:
+            UserError: a number is not finite.
+        """
+        names = sorted(self._recorded)
+        means = torch.stack([torch.stack(self._recorded[name]).mean() for name in names])
+        values: list[float] = self.accelerator.reduce(means, reduction="mean").tolist()
+        metrics = dict(zip(names, values, strict=True))
+        broken = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            raise UserError(
+                f"stage {self.config.name}, step {self.step}: {', '.join(broken)}. Lower the learning rate or check "
+                "the data; the last checkpoint is intact, --resume goes on from it"
+            )
+        return metrics
+
+    def forget_metrics(self) -> None:
+        """Starts the next step's averages."""
+        self._recorded = {}
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the experts that an exact continuation needs."""
+        return {
+            "trained": {
+                name: {"optimizer": trained.optimizer.state_dict(), "scheduler": trained.scheduler.state_dict()}
+                for name, trained in self.trained.items()
+            },
+            "critics": {
+                term.name: term.loss.critic.state_dict()
+                for term in self.terms
+                if isinstance(term.loss, AdversarialLoss)
+            },
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave, after `setup` built the same things."""
+        for name, trained in self.trained.items():
+            trained.optimizer.load_state_dict(state["trained"][name]["optimizer"])
+            trained.scheduler.load_state_dict(state["trained"][name]["scheduler"])
+        for term in self.terms:
+            if isinstance(term.loss, AdversarialLoss):
+                term.loss.critic.load_state_dict(state["critics"][term.name])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def release(self) -> None:
+        """Undoes the wrapping, so that the next stage starts from the bare student."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        self.student.train_only(None)

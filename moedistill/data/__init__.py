@@ -1,0 +1,5 @@
+"""Datasets and the batches made of them."""
+
+from moedistill.data.base import Dataset, DatasetConfig, Sample
+
+__all__ = ["Dataset", "DatasetConfig", "Sample"]

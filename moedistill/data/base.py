@@ -1,0 +1,55 @@
+"""The contract of a dataset: samples by index, each a latent video with its conditioning."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moedistill.fields import Config, Fraction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """One item: latents `[C, T, H, W]` and conditioning tensors without a batch dimension."""
+
+    latents: "Tensor"
+    conditioning: "Mapping[str, Tensor]"
+
+
+class Dataset(ABC):
+    """Samples by index. What an index gives never depends on anything else: no hidden randomness."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Latent shape of a sample, known without loading it; samples of equal shape are batched together."""
+        return tuple(self[0].latents.shape)
+
+    def posterior_mean(self, x: "Tensor", sigma: "Tensor", cond: "Mapping[str, Tensor]") -> "Tensor":
+        """E[x0 | x_sigma = x, cond] `[B, C, T, H, W]`, where the data are such that it can be had in closed form."""
+        raise ValueError(f"{type(self).__name__} offers no posterior mean; use target: sample")
+
+
+@dataclass(kw_only=True)
+class DatasetConfig(Config, ABC):
+    """Recipe keys common to all datasets.
+
+    Args:
+        conditioning_dropout: probability that a training sample's conditioning is replaced by the null condition.
+    """
+
+    conditioning_dropout: Fraction = 0.0
+
+    @abstractmethod
+    def build(self) -> Dataset: ...
+
+    def tiny(self) -> "DatasetConfig":
+        """A small stand-in of the same layout, for smoke runs."""
+        return self

@@ -1,0 +1,134 @@
+"""Which samples make which batch: a pure function of (seed, stage, step), bucketed by latent shape."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from moedistill import conditioning
+from moedistill.data.base import Dataset, Sample
+from moedistill.randomness import generator
+
+
+@dataclass
+class Batch:
+    """One process's share of a micro-batch.
+
+    Attributes:
+        latents: `[B, C, T, H, W]`.
+        conditioning: tensors by name, batch first.
+        positions: where these samples stand in the global batch of the optimiser step; addresses their randomness.
+        boundary: whether this is the last micro-batch of its optimiser step.
+    """
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    positions: list[int]
+    boundary: bool
+
+
+class BucketSampler:
+    """Global batches of dataset indices; all samples of a batch have one latent shape.
+
+    Each epoch shuffles every bucket, cuts it into batches (the last one is filled up from the bucket's start, so every
+    sample is seen) and shuffles the batches. All ranks compute the same.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], *, batch_size: int, seed: int, stage: str) -> None:
+        self._batch_size = batch_size
+        self._address = (seed, stage, "order")
+        buckets: dict[tuple[int, ...], list[int]] = {}
+        for index, shape in enumerate(shapes):
+            buckets.setdefault(tuple(shape), []).append(index)
+        self._buckets = [buckets[shape] for shape in sorted(buckets)]
+        self._per_epoch = sum(-(-len(bucket) // batch_size) for bucket in self._buckets)
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    def batch(self, step: int) -> list[int]:
+        """The dataset indices of optimiser step `step`, in order of their position in the global batch."""
+        epoch, index = divmod(step, self._per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._shuffle(epoch)
+        return self._batches[index]
+
+    def _shuffle(self, epoch: int) -> list[list[int]]:
+        rng = generator(*self._address, epoch)
+        batches = []
+        for bucket in self._buckets:
+            order = [bucket[i] for i in rng.permutation(len(bucket))]
+            for start in range(0, len(order), self._batch_size):
+                batch = order[start : start + self._batch_size]
+                while len(batch) < self._batch_size:
+                    batch += order[: self._batch_size - len(batch)]
+                batches.append(batch)
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _collate(samples: list[Sample]) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.stack([s.latents for s in samples]), conditioning.stack([s.conditioning for s in samples])
+
+
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """A Ctrl-C or SIGTERM to all processes at once must not end a worker: the main process still wants its step."""
+
+    def first(signum: int, _frame: object) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, first)
+
+
+def load_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    accumulation: int,
+    seed: int,
+    stage: str,
+    steps: range,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """This rank's micro-batches of optimiser steps `steps`.
+
+    The global batch of a step is cut into `accumulation` micro-batches, each of those into `world_size` shares.
+
+    Raises:
+        ValueError: the global batch cannot be shared out evenly.
+    """
+    share, rest = divmod(batch_size, accumulation * world_size)
+    if rest:
+        raise ValueError(
+            f"training.batch_size {batch_size} cannot be shared evenly among {world_size} processes × "
+            f"{accumulation} accumulation steps; make it a multiple of {accumulation * world_size}"
+        )
+    sampler = BucketSampler(
+        [dataset.shape(i) for i in range(len(dataset))], batch_size=batch_size, seed=seed, stage=stage
+    )
+    schedule = [
+        list(range(start := (micro * world_size + rank) * share, start + share)) for micro in range(accumulation)
+    ]
+    return _load(dataset, sampler, schedule, steps, num_workers)
+
+
+def _load(
+    dataset: Dataset, sampler: BucketSampler, schedule: list[list[int]], steps: range, num_workers: int
+) -> Iterator[Batch]:
+    """One batch for each of `steps` and each entry of `schedule`: the positions of a micro-batch's samples."""
+    indices = ([sampler.batch(step)[p] for p in positions] for step in steps for positions in schedule)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=indices,
+        collate_fn=_collate,
+        num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
+    shares = ((positions, micro == len(schedule) - 1) for _ in steps for micro, positions in enumerate(schedule))
+    for (positions, boundary), (latents, cond) in zip(shares, loader, strict=True):
+        yield Batch(latents, cond, positions, boundary)

@@ -1,0 +1,48 @@
+"""Exponential moving average of an expert's trained weights, float32."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """average ← decay·average + (1 - decay)·weights, after each optimiser step.
+
+    Args:
+        parameters: the live parameters, by name; the average starts as their values.
+        decay: in [0, 1).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self._live = parameters
+        self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the live weights in."""
+        for name, parameter in self._live.items():
+            self.average[name].lerp_(parameter, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges live weights and average, without any copy; doing it twice changes nothing."""
+        for name, parameter in self._live.items():
+            parameter.data, self.average[name] = self.average[name], parameter.data
+
+    @torch.no_grad()
+    def load(self, average: Mapping[str, Tensor]) -> None:
+        """Takes over a saved average."""
+        for name, value in self.average.items():
+            value.copy_(average[name])
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The block runs with the average in place of the live weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()

@@ -1,0 +1,115 @@
+"""Errors that are the user's to fix, and how they are shown: no traceback, one screen, exit code 2."""
+
+import difflib
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+SCREEN_LINES = 24
+SCREEN_WIDTH = 100
+
+
+class UserError(Exception):
+    """The user's mistake; the message gives the value, the rule and the way out. The command exits with code 2."""
+
+
+class Interrupted(Exception):
+    """A run was stopped by a signal and has saved its state; the command exits with code 128 + signal."""
+
+    def __init__(self, signum: int, message: str = "") -> None:
+        super().__init__(message or f"interrupted by signal {signum}")
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signum
+
+
+@contextmanager
+def user_errors(where: str) -> Iterator[None]:
+    """Turns a ValueError of the block, which only a user can cause, into a UserError that says where it came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe.
+
+    Attributes:
+        path: dotted path of the key, as `--set` takes it; empty for the file as a whole.
+        message: the value and the rule.
+        where: `file:line`, or the `--set` that brought the value; empty where a recipe is not from a file.
+        hint: the way out, if it is not plain from the message.
+    """
+
+    path: str
+    message: str
+    where: str = ""
+    hint: str = ""
+
+    def lines(self) -> list[str]:
+        """The problem as lines of at most `SCREEN_WIDTH` characters."""
+        head = ": ".join(part for part in (self.where, self.path, self.message) if part)
+        text = [_wrap(head, "  ")]
+        if self.hint:
+            text.append(_wrap(self.hint, "      "))
+        return [line for lines in text for line in lines]
+
+
+class RecipeError(UserError):
+    """Everything that is wrong with a recipe, as far as it can be seen at once.
+
+    Attributes:
+        problems: one `Problem` each; `str()` of the error shows as many as fit on one screen.
+    """
+
+    def __init__(self, problems: Sequence[Problem], source: str = "recipe") -> None:
+        self.problems = list(problems)
+        self.source = source
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        lines = [f"{shorten(self.source, 80)}: {count} problem{'s' if count != 1 else ''}"]
+        for shown, problem in enumerate(self.problems):
+            new = problem.lines()
+            # One line stays free for "and N more", one for the prompt.
+            if len(lines) + len(new) > SCREEN_LINES - 2 and shown > 0:
+                lines.append(f"  … and {count - shown} more")
+                break
+            lines += new[: SCREEN_LINES - 3]
+        return "\n".join(lines)
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name most like `word`, if one is like it at all."""
+    names = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    return names[found[0]] if found else None
+
+
+def suggest(word: str, names: Iterable[str]) -> str:
+    """`did you mean 'x'?` or nothing, and the names allowed: the end of a message about an unknown name."""
+    names = sorted(names)
+    match = nearest(word, names)
+    allowed = shorten(", ".join(names), 400) if names else "none"
+    return f"did you mean {match!r}? allowed: {allowed}" if match else f"allowed: {allowed}"
+
+
+def shorten(text: str, length: int) -> str:
+    """`text`, printable and cut in the middle to `length` characters."""
+    text = "".join(char if char.isprintable() else "�" for char in text)
+    if len(text) <= length:
+        return text
+    half = (length - 1) // 2
+    return f"{text[:half]}…{text[len(text) - half :]}"
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        shorten(text, 800), SCREEN_WIDTH, initial_indent=indent, subsequent_indent="      ", break_on_hyphens=False
+    )

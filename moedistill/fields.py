@@ -1,0 +1,62 @@
+"""Types for the fields of component configs: the keys a recipe may hold.
+
+A component's config is a plain dataclass. Its annotations are its rules: they give the checks, the error messages and
+the JSON Schema. Nothing here imports torch or pydantic.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from annotated_types import Ge, Gt, Le, MinLen
+
+if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
+    from typing_extensions import Self
+
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+GridSize = Annotated[int, Gt(0), Le(100_000)]
+"""Points of a trajectory: far more than any model has, and still cheap."""
+PositiveFloat = Annotated[float, Gt(0.0)]
+NonNegativeFloat = Annotated[float, Ge(0.0)]
+Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+"""A number in [0, 1]: a probability, or a sigma."""
+NonEmptyStr = Annotated[str, MinLen(1)]
+
+
+@dataclass(frozen=True)
+class Component:
+    """Marks a field whose value is a component of a registry, chosen by its `kind`.
+
+    Example:
+        `losses: list[Annotated[LossConfig, Component("loss")]]`
+    """
+
+    registry: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> "CoreSchema":
+        """For pydantic the value is `{"$component": n}`, n a place in the table that `moedistill.validation` built."""
+        from pydantic_core import core_schema
+
+        def look_up(value: Any, info: Any) -> Any:
+            if not isinstance(value, dict) or list(value) != ["$component"]:
+                raise ValueError(f"must be a {self.registry}: a mapping with a kind")
+            return info.context[value["$component"]]
+
+        return core_schema.with_info_plain_validator_function(look_up)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"$component": self.registry}
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Base of every component config. `kind` is the name under which the recipe chose it; the recipe sets it."""
+
+    kind: ClassVar[str] = ""
+
+    def replace(self, **changes: Any) -> "Self":
+        """A copy with other values for some fields, and the same kind."""
+        copy = replace(self, **changes)
+        object.__setattr__(copy, "kind", self.kind)
+        return copy

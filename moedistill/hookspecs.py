@@ -1,0 +1,40 @@
+"""The hooks of a plugin: one registers components, four observe a run. None changes an algorithm from afar."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from moedistill.registry import Components
+
+hookspec = pluggy.HookspecMarker("moedistill")
+
+
+@hookspec
+def register_components(components: "Components") -> None:
+    """Registers the plugin's components.
+
+    Example:
+        `components.register("loss", "my_loss", "my_package.losses:MyLossConfig", "what it does, in one line")`
+    """
+
+
+@hookspec
+def on_stage_start(run: Any) -> None:
+    """A stage is about to start; its expert is initialised and its optimisers exist."""
+
+
+@hookspec
+def on_step_end(run: Any, metrics: dict[str, float]) -> None:
+    """An optimiser step is done; `metrics` holds its numbers by name."""
+
+
+@hookspec
+def on_checkpoint(run: Any, path: Path) -> None:
+    """A checkpoint lies complete at `path`."""
+
+
+@hookspec
+def on_stage_end(run: Any) -> None:
+    """A stage is done."""

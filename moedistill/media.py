@@ -1,0 +1,81 @@
+"""Pictures and videos of samples: contact sheets (PNG) and animations (WebP), with labels."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_BACKGROUND = 24
+_TEXT = (235, 235, 235)
+
+
+def _label(text: str, size: int) -> Image.Image:
+    font = ImageFont.load_default(size)
+    box = font.getbbox(text)
+    image = Image.new("RGB", (int(box[2]) + 8, int(size * 1.5)), (_BACKGROUND,) * 3)
+    ImageDraw.Draw(image).text((4, size * 0.15), text, fill=_TEXT, font=font)
+    return image
+
+
+def _frames(videos: Tensor, scale: int) -> np.ndarray:
+    """uint8 `[N, T, H·scale, W·scale, 3]` of videos `[N, C, T, H, W]` in [0, 1]."""
+    pixels = (videos.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    pixels = pixels.expand(*pixels.shape[:4], 3)
+    return pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).numpy()
+
+
+def _scale(videos: Tensor, target: int) -> int:
+    return max(1, target // videos.shape[-1])
+
+
+def contact_sheet(path: Path, rows: Mapping[str, Tensor], columns: list[str], *, size: int = 72) -> None:
+    """A PNG with one row per model and sample column: every second frame of each video, side by side.
+
+    Args:
+        rows: videos `[N, C, T, H, W]` in [0, 1] by the model's name; equal N, samples in the order of `columns`.
+        columns: a caption for each sample.
+        size: the height of a frame in pixels is the multiple of the video's that comes nearest below.
+    """
+    strips = {name: _frames(videos[:, :, ::2], _scale(videos, size)) for name, videos in rows.items()}
+    first = next(iter(strips.values()))
+    _, frames, height, width, _ = first.shape
+    labels = {name: _label(name, 16) for name in strips}
+    left = max(image.width for image in labels.values()) + 8
+    gap, top = 10, 28
+    column_width, row_height = frames * (width + 2) + gap, height + gap
+    sheet = Image.new("RGB", (left + len(columns) * column_width, top + len(strips) * row_height), (_BACKGROUND,) * 3)
+    for column, caption in enumerate(columns):
+        sheet.paste(_label(caption, 16), (left + column * column_width, 2))
+    for row, (name, pixels) in enumerate(strips.items()):
+        y = top + row * row_height
+        sheet.paste(labels[name], (2, y + (height - labels[name].height) // 2))
+        for column in range(len(columns)):
+            for frame in range(frames):
+                x = left + column * column_width + frame * (width + 2)
+                sheet.paste(Image.fromarray(pixels[column, frame]), (x, y))
+    sheet.save(path)
+
+
+def side_by_side(path: Path, rows: Mapping[str, Tensor], *, fps: float = 8.0, size: int = 96) -> None:
+    """An animated WebP: a labelled row of videos for each model, all samples side by side.
+
+    Args:
+        rows: videos `[N, C, T, H, W]` in [0, 1] by the model's name, equal shapes.
+    """
+    pixels = {name: _frames(videos, _scale(videos, size)) for name, videos in rows.items()}
+    count, frames, height, width, _ = next(iter(pixels.values())).shape
+    labels = {name: _label(name, 16) for name in pixels}
+    left = max(image.width for image in labels.values()) + 8
+    pages = []
+    for frame in range(frames):
+        page = Image.new("RGB", (left + count * (width + 6), len(pixels) * (height + 6)), (_BACKGROUND,) * 3)
+        for row, (name, videos) in enumerate(pixels.items()):
+            y = row * (height + 6)
+            page.paste(labels[name], (2, y + (height - labels[name].height) // 2))
+            for column in range(count):
+                page.paste(Image.fromarray(videos[column, frame]), (left + column * (width + 6), y))
+        pages.append(page)
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=round(1000 / fps), loop=0, quality=90)

@@ -1,0 +1,137 @@
+"""A student, the router over its experts and the trajectory: everything that sampling needs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moedistill import conditioning
+from moedistill.backbone import Guidance
+from moedistill.conditioning import Conditioning
+from moedistill.ema import EMA
+from moedistill.errors import UserError, user_errors
+from moedistill.experts import TEACHER
+from moedistill.routers import TimestepRouter
+from moedistill.sampling import sample
+from moedistill.student import Student
+from moedistill.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from moedistill.recipe import Recipe
+
+Weights = Mapping[str, Mapping[str, Tensor]]
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}
+
+
+@dataclass
+class Mixture:
+    """See the module.
+
+    Attributes:
+        router: None where the recipe has none; the teacher is alone then.
+        ema: averages of the experts that were trained with one, by expert.
+        seed: of the random numbers that experts start with.
+    """
+
+    student: Student
+    trajectory: Trajectory
+    router: TimestepRouter | None
+    ema: dict[str, EMA] = field(default_factory=dict)
+    seed: int = 0
+
+    @classmethod
+    def build(cls, recipe: "Recipe", device: torch.device | str = "cpu") -> "Mixture":
+        """Loads the backbone and attaches the experts; each starts as its parent.
+
+        Raises:
+            UserError: what is wrong with the recipe but cannot be seen in it.
+        """
+        with user_errors("trajectory"):
+            trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
+        with user_errors("router"):
+            router = recipe.router.build(trajectory) if recipe.router else None
+        with user_errors("backbone"):
+            backbone = recipe.backbone.build(recipe.seed)
+        with user_errors("experts"):
+            student = Student(backbone, recipe.experts, gradient_checkpointing=recipe.training.gradient_checkpointing)
+        student.to(device)
+        if recipe.backbone.dtype != "float32":
+            student.autocast_dtype = getattr(torch, recipe.backbone.dtype)
+        student.initialise(recipe.seed)
+        return cls(student, trajectory, router, seed=recipe.seed)
+
+    @torch.no_grad()
+    def load(self, experts: Weights, averages: Weights, source: str) -> None:
+        """Takes over trained experts and averages, each as tensors by parameter name, by expert.
+
+        The other experts become equal to their parents.
+
+        Raises:
+            UserError: they do not fit the recipe's experts; `source` says where they came from.
+        """
+        for name, weights in experts.items():
+            expert = self.student.experts.get(name)
+            if expert is None:
+                raise UserError(f"{source} has weights of an expert {name!r}, which the recipe does not name")
+            if _shapes(weights) != _shapes(expert.parameters):
+                raise UserError(f"the weights of expert {name!r} in {source} do not fit the recipe; use its own recipe")
+            for key, parameter in expert.parameters.items():
+                parameter.copy_(weights[key])
+        self.student.initialise(self.seed, but=experts)
+        for name, average in averages.items():
+            self.ema[name] = EMA(self.student.experts[name].parameters, decay=0.0)
+            self.ema[name].load(average)
+
+    @contextmanager
+    def weights(self, which: str) -> Iterator[None]:
+        """Runs the block with the experts' `trained` weights or, of those that have one, their `ema`."""
+        averages = list(self.ema.values()) if which == "ema" else []
+        for average in averages:
+            average.swap()
+        try:
+            yield
+        finally:
+            for average in averages:
+                average.swap()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        noise: Tensor,
+        cond: Conditioning,
+        sigmas: Tensor,
+        *,
+        stand_ins: Mapping[str, str] | None = None,
+        guidance: Guidance | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Samples from `noise` `[N, C, T, H, W]` along `sigmas`, each step by the expert that the router names.
+
+        Args:
+            stand_ins: expert to run in place of another, such as {"detail": "teacher"}.
+            guidance: of the teacher's steps; experts are distilled with theirs and take none.
+            batch_size: how many samples run at once.
+        """
+        stand_ins = stand_ins or {}
+        router = self.router or TimestepRouter([TEACHER], [])
+
+        def velocity(x: Tensor, sigma: Tensor, expert: str, cond: Conditioning) -> Tensor:
+            expert = stand_ins.get(expert, expert)
+            with self.student.using(expert):
+                if expert == TEACHER and guidance is not None:
+                    return self.student.guided(x, sigma, cond, guidance)
+                return self.student(x, sigma, cond)
+
+        parts = []
+        for start in range(0, len(noise), batch_size):
+            rows = slice(start, start + batch_size)
+            velocity_of_rows = partial(velocity, cond=conditioning.select(cond, rows))
+            parts.append(sample(velocity_of_rows, noise[rows], sigmas, router))
+        return torch.cat(parts)

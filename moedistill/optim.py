@@ -1,0 +1,62 @@
+"""Optimiser settings and learning-rate schedules: one AdamW per thing trained (the student, each critic)."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from moedistill.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import AdamW
+    from torch.optim.lr_scheduler import LambdaLR
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def ramp(schedule: Schedule, warmup: int, step: int, steps: int) -> float:
+    """Factor in [0, 1] at `step` of `steps`: a linear rise over the first `warmup` steps, then constant, or down to 0.
+
+    The rise reaches 1 at step `warmup`; the fall (`linear`, or half a `cosine`) ends at 0 at step `steps`.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if schedule == "linear":
+        return 1.0 - progress
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay rates of the two moments.
+        weight_decay: decoupled weight decay.
+        eps: added to the denominator.
+        max_grad_norm: gradients are clipped to this total L2 norm; null for no clipping.
+        schedule, warmup: shape of the learning rate over the stage's optimiser steps.
+    """
+
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 1e-3
+    eps: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat | None = 1.0
+    schedule: Schedule = "constant"
+    warmup: NonNegativeInt = 0
+
+    def build(self, parameters: "Iterable[nn.Parameter]", steps: int) -> "tuple[AdamW, LambdaLR]":
+        """The optimiser over `parameters` and its schedule over `steps` optimiser steps."""
+        from torch.optim import AdamW
+        from torch.optim.lr_scheduler import LambdaLR
+
+        optimizer = AdamW(
+            parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps, foreach=False
+        )
+        return optimizer, LambdaLR(optimizer, lambda step: ramp(self.schedule, self.warmup, step, steps))

@@ -1,0 +1,137 @@
+"""Consistency distillation of one expert on its segment of the trajectory: SemE and DetE of DCM, LCM and PCM alike.
+
+DCM: Dual-Expert Consistency Model for Efficient and High-Quality Video Generation, arXiv 2506.03123.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from moedistill.context import Run
+from moedistill.data.loading import Batch
+from moedistill.fields import NonNegativeInt, PositiveInt
+from moedistill.flow import add_noise, jump
+from moedistill.losses import ProbeLayout, StepTensors
+from moedistill.stages.base import Finding, TrainingStage, TrainingStageConfig
+
+if TYPE_CHECKING:
+    from moedistill.recipe import Recipe
+
+
+@dataclass(kw_only=True)
+class PhasePoints:
+    """Inner edges of the phases, as trajectory points."""
+
+    points: list[NonNegativeInt]
+
+
+@dataclass(kw_only=True)
+class ConsistencyConfig(TrainingStageConfig):
+    """Distil the teacher's trajectory into jumps to the segment's end.
+
+    Args:
+        target: whose velocity makes the target: the `student` itself, or its `ema`.
+        phases: cut the segment into this many phases of equal numbers of points, or at given points; a jump lands on
+            its phase's lower edge. 1 is LCM and DCM; n is PCM.
+    """
+
+    target: Literal["student", "ema"] = "student"
+    phases: PositiveInt | PhasePoints = 1
+
+    def build(self) -> "ConsistencyStage":
+        return ConsistencyStage(self)
+
+    def check(self, recipe: "Recipe") -> Iterable[Finding]:
+        yield from super().check(recipe)
+        if self.target == "ema" and self.ema_decay is None:
+            yield "target", "target: ema needs ema_decay; give one, such as 0.95"
+
+    def tiny(self) -> "ConsistencyConfig":
+        return self.replace(steps=min(self.steps, 3))
+
+
+def landing_points(starts: range, phases: int | list[int]) -> Tensor:
+    """Where the jump from each starting point lands, as a point, int64 `[len(starts)]`.
+
+    `phases` M cuts at starts[0] - 1 + floor(k·n/M), k = 0..M, n = len(starts); a list gives the inner edges themselves.
+    A starting point equal to an edge belongs to the phase below it.
+
+    Raises:
+        ValueError: more phases than starting points, or an edge outside the segment.
+    """
+    lowest, n = starts[0] - 1, len(starts)
+    if isinstance(phases, int):
+        if phases > n:
+            raise ValueError(f"phases: {phases} for a segment of {n} points; at most {n} are possible")
+        edges = [lowest + k * n // phases for k in range(phases)]
+    else:
+        outside = [point for point in phases if point not in range(lowest + 1, starts[-1])]
+        if outside:
+            raise ValueError(
+                f"phases.points: {outside[0]} is not inside the segment, whose inner points are "
+                f"{lowest + 1} to {starts[-1] - 1}"
+            )
+        edges = sorted({lowest, *phases})
+    return torch.tensor([max(edge for edge in edges if edge < start) for start in starts])
+
+
+class ConsistencyStage(TrainingStage):
+    """See `ConsistencyConfig`."""
+
+    def __init__(self, config: ConsistencyConfig) -> None:
+        self.config: ConsistencyConfig = config
+
+    def setup(self, run: Run) -> None:
+        config = self.config
+        phases = config.phases if isinstance(config.phases, int) else config.phases.points
+        self._starts = run.trajectory.points_in(run.segment)
+        self._landings = landing_points(self._starts, phases)
+        run.train_student(config.optimizer, config.ema_decay)
+        layout = None
+        if config.probe is not None:
+            backbone = run.student.backbone
+            layout = ProbeLayout(len(backbone.blocks[:: config.probe.block_stride]), backbone.hidden_size)
+        run.add_losses(config.losses, layout)
+
+    def step(self, run: Run, batch: Batch) -> None:
+        x0, cond, points = batch.latents, batch.conditioning, run.trajectory.points
+
+        # A starting point p_i of the segment, the point before it, and the point where the jump lands.
+        i = run.draw.integers("point", self._starts[0], self._starts[-1] + 1)
+        land = self._landings[i - self._starts[0]]
+        sigma, previous, end = (points[index].to(run.device) for index in (i, i - 1, land))
+        noise = run.draw.normal("noise", x0.shape[1:])
+        x = add_noise(x0, noise, sigma)
+
+        # The student jumps to the end at once.
+        v_student = run.velocity(x, sigma, cond)
+        prediction = jump(x, v_student, sigma, end)
+
+        # The teacher takes one step, and the target network jumps on from there.
+        v_teacher = run.teacher(x, sigma, cond)
+        x_previous = jump(x, v_teacher, sigma, previous)
+        if bool((previous > end).any()):
+            v_target = run.target(x_previous, previous, cond, ema=self.config.target == "ema")
+        else:  # a jump of zero length needs no velocity
+            v_target = torch.zeros_like(v_teacher)
+        target = jump(x_previous, v_target, previous, end)
+
+        # Prediction and target are nearly equal: their difference is formed from the velocities.
+        per_sample = (-1, 1, 1, 1, 1)
+        difference = (
+            (end - sigma).view(per_sample) * v_student
+            - (previous - sigma).view(per_sample) * v_teacher
+            - (end - previous).view(per_sample) * v_target
+        )
+
+        # Teacher features, once for all losses and the critics.
+        probe = None
+        if self.config.probe is not None and run.probe_wanted:
+            probe = run.probe(prediction, target, end, cond, self.config.probe.block_stride)
+
+        tensors = StepTensors(prediction, target, difference, sigma, run.segment, probe)
+        run.update("student", run.objective(tensors))
+        run.update_critics(tensors)

@@ -1,0 +1,122 @@
+"""Writes what was learned, to load where no recipe file, checkpoint or trainer is."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moedistill.errors import UserError
+from moedistill.stages.base import Finding, Stage, StageConfig, TrainingStageConfig
+
+if TYPE_CHECKING:
+    from moedistill.context import Job
+    from moedistill.recipe import Recipe
+
+FORMAT = 1
+INDEX = "export.json"
+
+
+@dataclass(kw_only=True)
+class ExportConfig(StageConfig):
+    """Writes `export.json` (router, trajectory, sampling steps, experts, provenance) and one safetensors per expert.
+
+    A full expert's file holds the weights of a plain network, under its own names. A LoRA expert's holds `lora_A`,
+    `lora_B` and the copied modules, by dotted path; rank and alpha are in export.json.
+
+    Args:
+        weights: the experts' `trained` weights or, of those that have one, their `ema`.
+    """
+
+    weights: Literal["trained", "ema"] = "trained"
+
+    def build(self) -> "ExportStage":
+        return ExportStage(self)
+
+    def check(self, recipe: "Recipe") -> Iterable[Finding]:
+        if not any(getattr(stage, "expert", None) for stage in recipe.stages):
+            yield "", "there is nothing to export: no stage trains an expert"
+        if self.weights == "ema" and not any(getattr(stage, "ema_decay", None) is not None for stage in recipe.stages):
+            yield "weights", "ema: no stage keeps an average; give one ema_decay"
+
+
+class ExportStage(Stage):
+    """See `ExportConfig`."""
+
+    def __init__(self, config: ExportConfig) -> None:
+        self.config = config
+
+    def execute(self, job: "Job") -> None:
+        if not job.main:
+            return
+        folder = job.output / self.config.name
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe, mixture = job.recipe, job.mixture
+        trained = {stage.expert for stage in recipe.stages if isinstance(stage, TrainingStageConfig)}
+        experts: dict[str, Any] = {}
+        with mixture.weights(self.config.weights):
+            for name, config in recipe.resolved()["experts"].items():
+                file = f"{name}.safetensors" if name in trained else None
+                experts[name] = {"file": file, **config}
+                if file:
+                    weights = {key: p.detach().cpu() for key, p in mixture.student.experts[name].parameters.items()}
+                    save_file(weights, folder / file, metadata={"format": "pt", "moedistill_expert": name})
+        index = {
+            "format": FORMAT,
+            "experts": experts,
+            "router": mixture.router.to_dict() if mixture.router else None,
+            "trajectory": mixture.trajectory.points.tolist(),
+            "sigmas": recipe.sample.resolve(mixture.trajectory).tolist() if recipe.sample else None,
+            "provenance": _provenance(job, self.config.weights),
+            "recipe": recipe.resolved(),
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+        job.metrics[self.config.name] = {"folder": str(folder)}
+        job.say(f"  {folder}")
+
+
+def _provenance(job: "Job", weights: str) -> dict[str, Any]:
+    from moedistill import __version__
+
+    return {
+        "moedistill": __version__,
+        "torch": torch.__version__,
+        "seed": job.recipe.seed,
+        "weights": weights,
+        "smoke": job.smoke,
+        "stages": {
+            stage.name: {"kind": stage.kind, "expert": stage.expert, "steps": stage.steps}
+            for stage in job.recipe.stages
+            if isinstance(stage, TrainingStageConfig)
+        },
+        "metrics": dict(job.metrics),
+    }
+
+
+def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """An export's index, and its experts' tensors by name.
+
+    Raises:
+        UserError: a file is missing or broken, or the format is a newer one.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        version, experts = index["format"], index["experts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / INDEX} is not the index of an export, or is broken; export again") from error
+    if version > FORMAT:
+        raise UserError(f"{folder} has format {version}; this moedistill reads up to {FORMAT}: update it")
+    weights = {}
+    for name, file in ((name, folder / expert["file"]) for name, expert in experts.items() if expert["file"]):
+        if not file.is_file():
+            raise UserError(f"{folder} is not complete: {file.name} is missing; copy or export it again")
+        try:
+            weights[name] = load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file} is broken ({error}); copy or export it again") from error
+    return index, weights

@@ -1,0 +1,94 @@
+"""Flow matching: fits an expert to data. Makes teachers, and is the control of distillation."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from moedistill.context import Run
+from moedistill.data.loading import Batch
+from moedistill.fields import PositiveFloat
+from moedistill.flow import add_noise
+from moedistill.losses import StepTensors
+from moedistill.stages.base import Finding, TrainingStage, TrainingStageConfig
+
+if TYPE_CHECKING:
+    from moedistill.recipe import Recipe
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(TrainingStageConfig):
+    """Flow matching on the data, on the expert's segment.
+
+    Args:
+        target: `sample`: the drawn sample itself; `exact`: its posterior mean, where the dataset offers it: the same
+            expected gradient without the variance.
+        shifts: sigma is drawn as s·u / (1 + (s - 1)·u) with u uniform, and the shift s drawn from these.
+        shift_weights: how often each shift is drawn; equally, if null.
+    """
+
+    target: Literal["sample", "exact"] = "sample"
+    shifts: list[PositiveFloat] = field(default_factory=lambda: [1.0])
+    shift_weights: list[PositiveFloat] | None = None
+
+    def build(self) -> "FinetuneStage":
+        return FinetuneStage(self)
+
+    def check(self, recipe: "Recipe") -> Iterable[Finding]:
+        yield from super().check(recipe)
+        if not self.shifts:
+            yield "shifts", "is empty; give at least one shift, such as 1.0"
+        if self.shift_weights is not None and len(self.shift_weights) != len(self.shifts):
+            yield "shift_weights", f"{len(self.shift_weights)} weights for {len(self.shifts)} shifts; give one each"
+        if self.probe is not None:
+            yield "probe", "finetune has no probe: it compares with data, not with the teacher; leave it out"
+
+    def tiny(self) -> "FinetuneConfig":
+        return self.replace(steps=min(self.steps, 3))
+
+
+class FinetuneStage(TrainingStage):
+    """See `FinetuneConfig`."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.config: FinetuneConfig = config
+
+    def setup(self, run: Run) -> None:
+        config = self.config
+        self._shifts = torch.tensor(config.shifts, dtype=torch.float64)
+        weights = torch.tensor(config.shift_weights or [1.0] * len(config.shifts), dtype=torch.float64)
+        self._cumulative = torch.cumsum(weights / weights.sum(), 0)
+        run.train_student(config.optimizer, config.ema_decay)
+        run.add_losses(config.losses, None)
+
+    def step(self, run: Run, batch: Batch) -> None:
+        x0, cond = batch.latents, batch.conditioning
+
+        sigma = self._draw_sigma(run).to(run.device)
+        noise = run.draw.normal("noise", x0.shape[1:])
+        x = add_noise(x0, noise, sigma)
+
+        velocity = run.velocity(x, sigma, cond)
+        if self.config.target == "exact":
+            assert run.dataset is not None
+            mean = run.dataset.posterior_mean(x, sigma, cond)
+            target = (x - mean) / sigma.view(-1, 1, 1, 1, 1)
+        else:
+            target = noise - x0
+
+        tensors = StepTensors(velocity, target, velocity - target, sigma, run.segment)
+        run.update("student", run.objective(tensors))
+
+    def _draw_sigma(self, run: Run) -> Tensor:
+        """Sigma `[B]` float32 within the segment, by the drawn shift's density."""
+        which = torch.searchsorted(self._cumulative, run.draw.uniform("shift"), right=True)
+        shift = self._shifts[which.clamp(max=len(self._shifts) - 1)]
+
+        def unshifted(sigma: float) -> Tensor:
+            return sigma / (shift - (shift - 1.0) * sigma)
+
+        low, high = unshifted(run.segment.low), unshifted(run.segment.high)
+        u = high - run.draw.uniform("sigma") * (high - low)  # in (low, high], as the segment
+        return (shift * u / (1.0 + (shift - 1.0) * u)).float()

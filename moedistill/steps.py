@@ -1,0 +1,91 @@
+"""The steps of few-step sampling, as a recipe names them."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import MinLen
+
+from moedistill.fields import Fraction, NonNegativeFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moedistill.trajectory import Trajectory
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """The noise levels at which the student samples, in exactly one unit; 0 follows the last of itself.
+
+    Args:
+        points: trajectory points, descending.
+        sigmas: noise levels, descending.
+        timesteps: the model's native times, descending.
+        steps: n points spaced evenly over the trajectory: p_{N - floor(k·N/n)}, k = 0 … n - 1.
+    """
+
+    points: Annotated[list[PositiveInt], MinLen(1)] | None = None
+    sigmas: Annotated[list[Fraction], MinLen(1)] | None = None
+    timesteps: Annotated[list[NonNegativeFloat], MinLen(1)] | None = None
+    steps: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in vars(self).items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of points, sigmas, timesteps and steps, not {' and '.join(given) or 'none'}"
+            )
+
+    def resolve(self, trajectory: "Trajectory") -> "Tensor":
+        """The sigmas for `sampling.sample`, float32 `[n + 1]`, strictly descending, the last one 0.
+
+        A sigma or native time close to a trajectory point (`Trajectory.nearest`) means that point.
+
+        Raises:
+            ValueError: a value outside the trajectory, or values that don't descend.
+        """
+        import torch
+
+        return torch.tensor([*(sigma for sigma, _ in self._resolved(trajectory)), 0.0], dtype=torch.float32)
+
+    def notes(self, trajectory: "Trajectory") -> list[str]:
+        """How values were understood that were not given as points."""
+        return [note for _, note in self._resolved(trajectory) if note]
+
+    def _resolved(self, trajectory: "Trajectory") -> list[tuple[float, str]]:
+        values = self._values(trajectory)
+        sigmas = [sigma for sigma, _ in values]
+        for above, below in pairwise(sigmas):
+            if not above > below:
+                raise ValueError(f"values must descend strictly, but sigma {above:.6g} is followed by {below:.6g}")
+        if sigmas[-1] <= 0:
+            raise ValueError("no step can start at sigma 0; it follows the last value of itself")
+        return values
+
+    def _values(self, trajectory: "Trajectory") -> list[tuple[float, str]]:
+        if self.steps is not None:
+            total = trajectory.num_steps
+            if self.steps > total:
+                raise ValueError(f"steps {self.steps} is more than the trajectory's {total}")
+            return [(trajectory.sigma(total - k * total // self.steps), "") for k in range(self.steps)]
+        if self.points is not None:
+            return [(trajectory.sigma(point), "") for point in self.points]
+        if self.timesteps is not None:
+            values = [(t, trajectory.sigma_of_timestep(float(t))) for t in _without_end(self.timesteps)]
+            return [_near_point(f"timestep {t:g}", sigma, trajectory) for t, sigma in values]
+        return [_near_point(f"sigma {sigma:g}", sigma, trajectory) for sigma in _without_end(self.sigmas or [])]
+
+
+def _without_end(values: list[float]) -> list[float]:
+    """Values without the final 0, which some write and some don't."""
+    return values[:-1] if len(values) > 1 and values[-1] == 0 else values
+
+
+def _near_point(what: str, sigma: float, trajectory: "Trajectory") -> tuple[float, str]:
+    trajectory.bracket(sigma)  # raises outside [0, 1]
+    try:
+        point = trajectory.nearest(sigma)
+    except ValueError:
+        return sigma, f"sample {what} is near no trajectory point: used as it is"
+    return trajectory.sigma(point), f"sample {what} means point {point} (sigma {trajectory.sigma(point):.6f})"

@@ -1,0 +1,171 @@
+"""The digits backbone: the lean video diffusion transformer behind moedistill's backbone contract."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from moedistill.backbone import Backbone, BackboneConfig
+from moedistill.fields import PositiveInt
+from moedistill_digits.codec import Codec
+from moedistill_digits.data import DIGITS, DIRECTIONS, NULL_DIGIT, NULL_DIRECTION
+from moedistill_digits.network import DigitsTransformer
+
+TEACHER_FILE = Path(__file__).with_name("teacher.safetensors")
+
+
+def load_weights(network: nn.Module, pretrained: str) -> None:
+    """Loads `pretrained` ("builtin", or the path of a .safetensors file) into `network`.
+
+    Raises:
+        ValueError: the file is missing, is no safetensors file, or its names and shapes are not the network's.
+    """
+    path = TEACHER_FILE if pretrained == "builtin" else Path(pretrained)
+    if not path.is_file():
+        way_out = (
+            "train the teacher first (recipes/digits_teacher.yaml)"
+            if pretrained == "builtin"
+            else 'give the path of a .safetensors file, or "builtin" for the shipped teacher'
+        )
+        raise ValueError(f"pretrained {pretrained}: there is no file {path}; {way_out}, or null for random weights")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"pretrained {pretrained}: {path} is not a safetensors file ({error})") from error
+    problems = _misfits({name: tensor.shape for name, tensor in network.state_dict().items()}, weights)
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems[:5])
+        more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"pretrained {pretrained}: the weights in {path} do not fit the network:\n{listed}{more}\n"
+            "set width, num_layers and num_heads to those the weights were trained with, or give other weights"
+        )
+    network.load_state_dict(weights)
+
+
+def _misfits(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> list[str]:
+    """One line for each way in which `weights` differ from a network with tensors of `shapes`."""
+    missing = [f"missing: {name} {list(shape)}" for name, shape in shapes.items() if name not in weights]
+    unknown = [f"unknown: {name} {list(tensor.shape)}" for name, tensor in weights.items() if name not in shapes]
+    unequal = [
+        f"{name}: the file has {list(weights[name].shape)}, the network {list(shape)}"
+        for name, shape in shapes.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    return missing + unknown + unequal
+
+
+class DigitsBackbone(Backbone):
+    """A `DigitsTransformer` and the fixed codec. Latents are `[B, 12, 8, 4, 4]`, videos `[B, 1, 8, 24, 24]`.
+
+    Conditioning: `digit` `[B]` int64, 0..9 or 10 for null, and `direction` `[B]` int64, 0..3 (right, left, down, up) or
+    4 for null.
+    """
+
+    lora_targets: Mapping[str, str] = {"attention": r"blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out)"}
+    time_dependent: Sequence[str] = ("time_embed", "norm_out", "proj_out")
+
+    def __init__(self, network: DigitsTransformer) -> None:
+        self.network = network
+        self.codec = Codec.load()
+        self.blocks = [f"blocks.{index}" for index in range(len(network.blocks))]
+        self.hidden_size = network.patch_embed.out_features
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        self.token_grid(x.shape)
+        velocity: Tensor = network(x, sigma, cond["digit"], cond["direction"])
+        return velocity.to(x.dtype)
+
+    def null_conditioning(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            "digit": torch.full_like(cond["digit"], NULL_DIGIT),
+            "direction": torch.full_like(cond["direction"], NULL_DIRECTION),
+        }
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditioning of prompts such as "3 right"; the empty prompt is the null condition.
+
+        Raises:
+            ValueError: a prompt is anything else.
+        """
+        pairs = [_parse_prompt(prompt) for prompt in prompts]
+        digits, directions = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        return {"digit": digits, "direction": directions}
+
+    def captions(self, cond: Mapping[str, Tensor]) -> list[str]:
+        """The prompts that `encode` would take."""
+        pairs = zip(cond["digit"].tolist(), cond["direction"].tolist(), strict=True)
+        return ["" if digit == NULL_DIGIT else f"{digit} {DIRECTIONS[direction]}" for digit, direction in pairs]
+
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        return Codec.latent_shape
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.codec.decode(latents)
+
+    def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        if tuple(shape[1:]) != Codec.latent_shape:
+            raise ValueError(f"latents {list(shape)}: the digits network takes {['B', *Codec.latent_shape]} only")
+        return DigitsTransformer.grid
+
+    def unembed(
+        self, network: nn.Module, hidden: Tensor, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]
+    ) -> Tensor:
+        transformer = cast(DigitsTransformer, network)
+        temb = transformer.embed(sigma, cond["digit"], cond["direction"])
+        return transformer.unembed(hidden, temb, x, sigma).to(x.dtype)
+
+
+def _parse_prompt(prompt: str) -> tuple[int, int]:
+    """Digit and direction of a prompt, both null for the empty one."""
+    words = prompt.lower().split()
+    if not words:
+        return NULL_DIGIT, NULL_DIRECTION
+    digits = [str(digit) for digit in range(DIGITS)]
+    if len(words) != 2 or words[0] not in digits or words[1] not in DIRECTIONS:
+        raise ValueError(
+            f'prompt "{prompt}": give a digit (0 to {DIGITS - 1}) and a direction ({", ".join(DIRECTIONS)}), '
+            'such as "3 right", or an empty prompt for neither'
+        )
+    return digits.index(words[0]), DIRECTIONS.index(words[1])
+
+
+@dataclass(kw_only=True)
+class DigitsBackboneConfig(BackboneConfig):
+    """The tiny video diffusion transformer of the digits task.
+
+    Args:
+        pretrained: `builtin` for the shipped teacher, the path of a .safetensors file, or null for random weights.
+        width, num_layers, num_heads: size of the network; the shipped teacher has 64, 4 and 4.
+    """
+
+    pretrained: str | None = "builtin"
+    width: PositiveInt = 64
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.guidance.mode == "embedded":
+            raise ValueError(
+                "guidance.mode embedded: the digits network has no input for the scale; use none or classifier_free"
+            )
+
+    def build(self, seed: int = 0) -> DigitsBackbone:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = DigitsTransformer(self.width, self.num_layers, self.num_heads)
+        if self.pretrained is not None:
+            load_weights(network, self.pretrained)
+        return DigitsBackbone(network.to(getattr(torch, self.dtype)))
+
+    def tiny(self) -> "DigitsBackboneConfig":
+        return DigitsBackboneConfig(
+            pretrained=None, width=16, num_layers=2, num_heads=2, dtype=self.dtype, guidance=self.guidance
+        )

@@ -1,0 +1,402 @@
+"""Consistency distillation: where jumps land, what a step compares, and what a run of all stages leaves alone."""
+
+import math
+
+import pytest
+import torch
+from helpers import (
+    as_if_trained,
+    digits_backbone,
+    digits_batch,
+    digits_inputs,
+    distil,
+    evaluate,
+    set_up,
+    tiny_recipe,
+    velocity_of,
+)
+
+from moedistill import hookimpl
+from moedistill.checkpoint import load_tree
+from moedistill.errors import RecipeError, UserError
+from moedistill.experts import TEACHER
+from moedistill.mixture import Mixture
+from moedistill.plugins import load_plugins
+from moedistill.recipe import load_recipe
+from moedistill.stages.consistency import landing_points
+from moedistill.train import run as run_recipe
+
+# --- Where jumps land
+
+
+@pytest.mark.parametrize("starts", [range(1, 2), range(1, 13), range(5, 12), range(39, 51)])
+def test_landings_of_equal_phases_by_brute_force(starts):
+    below, n = starts[0] - 1, len(starts)
+    for phases in range(1, n + 1):
+        edges = {below + math.floor(k * n / phases) for k in range(phases + 1)}
+        landings = landing_points(starts, phases)
+        assert landings.dtype == torch.int64
+        for start, landing in zip(starts, landings.tolist(), strict=True):
+            steps_down = next(step for step in range(1, n + 1) if start - step in edges)
+            assert landing == start - steps_down
+        assert len(set(landings.tolist())) == phases
+
+
+def test_landings_by_hand():
+    assert landing_points(range(39, 51), 1).tolist() == [38] * 12
+    assert landing_points(range(1, 5), 4).tolist() == [0, 1, 2, 3]
+    assert landing_points(range(1, 11), 4).tolist() == [0, 0, 2, 2, 2, 5, 5, 7, 7, 7]
+    # An edge itself belongs to the phase below it.
+    assert landing_points(range(21, 27), [23, 25]).tolist() == [20, 20, 20, 23, 23, 25]
+    assert landing_points(range(21, 27), [25, 23, 23]).tolist() == [20, 20, 20, 23, 23, 25]
+    assert landing_points(range(21, 24), []).tolist() == [20, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        (7, "phases: 7 for a segment of 6 points; at most 6"),
+        ([20], "phases.points: 20 is not inside the segment, whose inner points are 21 to 25"),
+        ([23, 26], "phases.points: 26 is not inside"),
+    ],
+)
+def test_phases_that_do_not_fit_are_refused(phases, message):
+    with pytest.raises(ValueError, match=message):
+        landing_points(range(21, 27), phases)
+
+
+@pytest.mark.parametrize(("phases", "where"), [(5, ""), ({"points": [8]}, r"\.points")])
+def test_phases_that_do_not_fit_the_segment_are_refused_in_a_run(tmp_path, phases, where):
+    with pytest.raises(UserError, match=rf"stage semantic: phases{where}: "):
+        run_recipe(tiny_recipe([distil(phases=phases)]), output=tmp_path / "run")
+
+
+# --- What a step compares
+
+
+class Spy:
+    """Records what goes into each network and comes out, and what the losses see. Nothing is updated."""
+
+    def __init__(self, run):
+        self.velocity, self.teacher, self.target, self.objective = [], [], [], []
+        for name, calls in vars(self).items():
+            setattr(run, name, self._watched(getattr(run, name), calls))
+        run.update = lambda name, loss: None
+
+    @staticmethod
+    def _watched(method, calls):
+        def watched(*args, **kwargs):
+            calls.append((*args, method(*args, **kwargs)))
+            return calls[-1][-1]
+
+        return watched
+
+    @property
+    def tensors(self):
+        return self.objective[0][0]
+
+
+def one_step(expert="semantic", changes=(), batch=8, **stage):
+    """One step of a stage whose experts are as if trained: its run, what was seen, and where it started."""
+    stages = [distil("semantic"), distil("detail")]
+    number = ["semantic", "detail"].index(expert)
+    stages[number].update(stage)
+    run, built = set_up(tiny_recipe(stages, changes), number)
+    for seed, name in enumerate(["semantic", "detail"]):
+        as_if_trained(run.student.experts[name], seed)
+    spy, inputs = Spy(run), digits_batch(run, batch)
+    with run.student.using(expert):
+        built.step(run, inputs)
+    [(x, sigma, cond, _)] = spy.velocity
+    return run, spy, inputs, torch.searchsorted(run.trajectory.points, sigma), sigma, x, cond
+
+
+def column(values):
+    """`[B]` values to broadcast over latents, in double precision."""
+    return values.double().view(-1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize(
+    ("expert", "phases", "edges"),
+    [
+        ("semantic", 1, [4]),
+        ("semantic", 2, [4, 6]),
+        ("semantic", {"points": [5, 7]}, [4, 5, 7]),
+        ("detail", 1, [0]),
+        ("detail", 4, [0, 1, 2, 3]),
+    ],
+)
+def test_a_step_compares_what_the_formulas_say(expert, phases, edges, scale):
+    guidance = {"mode": "classifier_free", "scale": scale}
+    run, spy, batch, i, sigma, x, cond = one_step(expert, {"backbone.guidance": guidance}, phases=phases)
+    student, points, tensors = run.student, run.trajectory.points, spy.tensors
+    assert torch.equal(points[i], sigma)
+    assert set(i.tolist()) <= set(range(5, 9) if expert == "semantic" else range(1, 5))
+    landing = points[torch.tensor([max(edge for edge in edges if edge < start) for start in i.tolist()])]
+    noise = (x - (1 - column(sigma)) * batch.latents) / column(sigma)
+    assert abs(noise.mean().item()) < 0.03
+    assert abs(noise.std().item() - 1) < 0.03
+
+    def velocity(name, x, sigma, cond=cond):
+        return velocity_of(student, name, (x, sigma, cond)).double()
+
+    v_cond, v_null = velocity(TEACHER, x, sigma), velocity(TEACHER, x, sigma, student.backbone.null_conditioning(cond))
+    v_teacher = v_cond + (scale - 1) * (v_cond - v_null)
+    x_previous = x + column(points[i - 1] - sigma) * v_teacher
+    v_target = velocity(expert, x_previous.float(), points[i - 1])
+    prediction = x + column(landing - sigma) * velocity(expert, x, sigma)
+    target = x_previous + column(landing - points[i - 1]) * v_target
+
+    torch.testing.assert_close(tensors.prediction.double(), prediction, rtol=0, atol=3e-6)
+    torch.testing.assert_close(tensors.target.double(), target, rtol=0, atol=3e-6)
+    torch.testing.assert_close(tensors.difference.double(), prediction - target, rtol=0, atol=3e-6)
+    assert (prediction - target).abs().max() > 1e-2
+    assert (scale == 1) == torch.equal(v_teacher, v_cond)
+    assert torch.equal(tensors.sigma, sigma)
+    assert tensors.segment == run.segment
+    assert {t.dtype for t in (tensors.prediction, tensors.target, tensors.difference, sigma)} == {torch.float32}
+
+
+def test_the_difference_is_formed_from_the_velocities():
+    """That of prediction and target themselves has lost what rounding took from them."""
+    run, spy, _, i, sigma, _, _ = one_step()
+    points, tensors = run.trajectory.points, spy.tensors
+    v_student, v_teacher, v_target = (
+        calls[0][-1].detach().double() for calls in (spy.velocity, spy.teacher, spy.target)
+    )
+    previous, land = points[i - 1], points[4]
+    exact = column(land - sigma) * v_student - column(previous - sigma) * v_teacher - column(land - previous) * v_target
+    error = (tensors.difference - exact).abs().mean()
+    assert error < 1e-8
+    assert (tensors.prediction - tensors.target - exact).abs().mean() > 5 * error
+
+
+@pytest.mark.parametrize("expert", ["semantic", "detail"])
+def test_the_gradient_is_that_of_the_students_jump(expert):
+    run, spy, _, _, sigma, x, cond = one_step(expert)
+    wanted = list(run.student.experts[expert].parameters.values())
+    weights = torch.randn(x.shape)
+    with run.student.using(expert):
+        jump = column(run.segment.low - sigma).float() * run.student(x, sigma, cond)
+    expected = torch.autograd.grad((jump * weights).sum(), wanted)
+    for tensor in (spy.tensors.prediction, spy.tensors.difference):
+        found = torch.autograd.grad((tensor * weights).sum(), wanted, retain_graph=True)
+        for ours, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert not spy.tensors.target.requires_grad
+
+
+def test_starting_points_are_drawn_evenly_from_the_segment():
+    _, _, _, i, *_ = one_step(batch=400)
+    counts = torch.bincount(i, minlength=9).tolist()
+    assert sum(counts[5:]) == 400
+    assert all(70 < count < 130 for count in counts[5:])
+
+
+@pytest.mark.parametrize(
+    ("phases", "boundary", "wanted"),
+    [(1, 7, False), (4, 4, False), (1, 4, True)],
+    ids=["one point", "n phases", "else"],
+)
+def test_a_jump_of_zero_length_needs_no_target_forward(phases, boundary, wanted):
+    run, spy, _, i, sigma, x, _ = one_step(changes={"router.boundaries": [{"point": boundary}]}, phases=phases)
+    assert len(spy.target) == wanted
+    if not wanted:
+        one_euler_step = x + column(run.trajectory.points[i - 1] - sigma) * spy.teacher[0][-1]
+        torch.testing.assert_close(spy.tensors.target.double(), one_euler_step, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["ema", "student"])
+def test_the_target_is_the_averages_or_the_students(target):
+    run, spy, batch, *_ = one_step(target=target, ema_decay=0.5)
+    weights = {"student": run.student.experts["semantic"].parameters, "ema": run.ema.average}
+    plain = digits_backbone().network
+    [(x, sigma, _, v_target)] = spy.target
+    with torch.no_grad():
+        velocities = {
+            name: torch.func.functional_call(plain, values, (x, sigma), batch.conditioning)
+            for name, values in weights.items()
+        }
+    other = velocities.pop("student" if target == "ema" else "ema")
+    assert torch.equal(v_target, velocities[target])
+    assert (v_target - other).abs().max() > 1e-3
+
+
+def test_the_average_is_lent_for_the_target_only():
+    run, stage = set_up(tiny_recipe([distil(target="ema", ema_decay=0.5)]))
+    parameters = run.student.experts["semantic"].parameters
+    as_if_trained(run.student.experts["semantic"], 0)
+    places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    average = {name: value.clone() for name, value in run.ema.average.items()}
+    with run.student.using("semantic"):
+        stage.step(run, digits_batch(run))
+    assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == places
+    for name, parameter in parameters.items():
+        # The step is of the live weights, at a rate of 1e-3, and the average follows it.
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=2e-3)
+        torch.testing.assert_close(run.ema.average[name], (average[name] + parameter) / 2)
+        assert name.endswith("to_k.bias") or not torch.equal(parameter, before[name])
+
+
+def test_an_ema_target_needs_an_average():
+    with pytest.raises(RecipeError, match="target: ema needs ema_decay"):
+        load_recipe(tiny_recipe([distil(target="ema")]))
+
+
+# --- A run of every training stage
+
+LOSSES = {
+    "fit": [{"kind": "mse"}],
+    "semantic": [{"kind": "huber", "c": 0.03}, {"kind": "temporal_coherence"}],
+    "detail": [
+        {"kind": "huber", "c": 0.03},
+        {"kind": "gan", "weight": 0.5, "width": 8, "groups": 2, "optimizer": {"lr": 1e-3}},
+        {"kind": "feature_matching"},
+    ],
+}
+
+
+class Watch:
+    """Looks at all experts as stages begin and end."""
+
+    def __init__(self):
+        self.velocities, self.weights, self.metrics = {}, {}, {}
+
+    def _look(self, run, when):
+        key = (run.config.name, when)
+        self.velocities[key] = {name: velocity_of(run.student, name, digits_inputs()) for name in run.student.experts}
+        # The teacher's weights, and what each expert has trained.
+        experts = run.student.experts.items()
+        parameters = {name: expert.parameters if name != TEACHER else expert.shared.weights for name, expert in experts}
+        self.weights[key] = {
+            name: {key: value.detach().clone() for key, value in tensors.items()}
+            for name, tensors in parameters.items()
+        }
+
+    @hookimpl
+    def on_stage_start(self, run):
+        self._look(run, "start")
+
+    @hookimpl
+    def on_stage_end(self, run):
+        self._look(run, "end")
+
+    @hookimpl
+    def on_step_end(self, run, metrics):
+        self.metrics.setdefault(run.config.name, []).append(metrics)
+
+
+def watched_run(recipe, folder, **options):
+    plugins, watch = load_plugins(), Watch()
+    plugins.manager.register(watch)
+    return run_recipe(recipe, output=folder, plugins=plugins, **options), watch
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """20 steps each of finetune, semantic and detail; its recipe, result, and what was seen."""
+    fit = {"name": "fit", "kind": "finetune", "expert": "semantic", "steps": 20, "optimizer": {"lr": 1e-3}}
+    stages = [
+        {**fit, "losses": LOSSES["fit"]},
+        distil("semantic", steps=20, losses=LOSSES["semantic"]),
+        distil("detail", steps=20, losses=LOSSES["detail"], probe={"block_stride": 1}),
+    ]
+    recipe = tiny_recipe(
+        stages, {"backbone.guidance": {"mode": "classifier_free", "scale": 2.0}, "training.keep_checkpoints": 3}
+    )
+    result, watch = watched_run(recipe, tmp_path_factory.mktemp("whole") / "run")
+    return recipe, result, watch
+
+
+@pytest.mark.parametrize(("stage", "trained"), [("fit", "semantic"), ("semantic", "semantic"), ("detail", "detail")])
+def test_a_stage_trains_its_expert_and_nothing_else(whole, stage, trained):
+    *_, watch = whole
+    assert len(watch.metrics[stage]) == 20
+    before, after = (watch.weights[stage, when] for when in ("start", "end"))
+    untouched = watch.weights["fit", "start"][TEACHER]
+    assert all(torch.equal(after[TEACHER][name], weight) for name, weight in untouched.items())
+    assert torch.equal(watch.velocities[stage, "end"][TEACHER], watch.velocities["fit", "start"][TEACHER])
+    for expert in ("semantic", "detail"):
+        unmoved = {name for name, weight in before[expert].items() if torch.equal(after[expert][name], weight)}
+        if expert == trained:
+            assert all(name.endswith("to_k.bias") for name in unmoved)
+            assert not torch.equal(watch.velocities[stage, "start"][expert], watch.velocities[stage, "end"][expert])
+        else:
+            assert unmoved == set(before[expert])
+
+
+def test_losses_and_gradients_of_a_stage_are_all_reported(whole):
+    *_, watch = whole
+    for stage, losses in LOSSES.items():
+        names = {"loss", "grad_norm/student", *(f"loss/{loss['kind']}" for loss in losses)}
+        if stage == "detail":
+            names |= {"loss/gan_critic", "grad_norm/gan"}
+        for metrics in watch.metrics[stage]:
+            assert names <= set(metrics)
+            assert all(math.isfinite(metrics[name]) and metrics[name] > 0 for name in names)
+            total = sum(loss.get("weight", 1.0) * metrics[f"loss/{loss['kind']}"] for loss in losses)
+            assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def assert_starts_as_trained_parent(watch, trained):
+    start = watch.velocities["detail", "start"]
+    assert torch.equal(start["detail"], start["semantic"])
+    assert torch.equal(start["semantic"], trained)
+    assert (start["semantic"] - start[TEACHER]).abs().max() > 1e-3
+
+
+def test_the_detail_expert_starts_as_the_trained_semantic_expert(whole):
+    *_, watch = whole
+    assert_starts_as_trained_parent(watch, watch.velocities["semantic", "end"]["semantic"])
+
+
+def test_also_when_resumed_between_the_two(whole, tmp_path):
+    recipe, result, watch = whole
+    [between] = result.checkpoint.parent.glob("01_semantic_*")
+    again, seen = watched_run(recipe, tmp_path / "run", resume_from=between)
+    assert set(seen.velocities) == {("detail", "start"), ("detail", "end")}
+    assert_starts_as_trained_parent(seen, watch.velocities["semantic", "end"]["semantic"])
+    for name, weight in load_tree(result.checkpoint, "experts")["detail"].items():
+        assert torch.equal(load_tree(again.checkpoint, "experts")["detail"][name], weight), name
+
+
+def test_an_expert_equals_its_parent_until_it_is_trained(tmp_path):
+    """Also in an evaluation between the two, and in what is loaded from a checkpoint made there."""
+    candidates = [
+        {"name": "student"},
+        {"name": "parent", "stand_ins": {"detail": "semantic"}},
+        {"name": "a", "model": "teacher"},
+    ]
+    stages = [distil("semantic", steps=20), evaluate(candidates=candidates, reference="parent"), distil("detail")]
+    recipe = tiny_recipe(stages, {"training.keep_checkpoints": 2})
+    result, watch = watched_run(recipe, tmp_path / "run")
+    assert result.metrics["evaluate"]["student"]["paired_distance"] == 0
+    assert result.metrics["evaluate"]["a"]["paired_distance"] > 0
+    [between] = result.checkpoint.parent.glob("00_semantic_*")
+    mixture = Mixture.build(load_recipe(recipe))
+    mixture.load(load_tree(between, "experts"), {}, "the checkpoint")
+    trained = watch.velocities["semantic", "end"]["semantic"]
+    assert torch.equal(velocity_of(mixture.student, "semantic", digits_inputs()), trained)
+    assert torch.equal(velocity_of(mixture.student, "detail", digits_inputs()), trained)
+
+
+def test_checkpointed_training_ends_in_the_same_weights(tmp_path):
+    """The teacher runs between the student's forward and its backward, and its features are part of the graph."""
+    stages = [distil(expert, losses=LOSSES["detail"], probe={"block_stride": 1}) for expert in ("semantic", "detail")]
+    plain, checkpointed = (
+        run_recipe(tiny_recipe(stages, {"training.gradient_checkpointing": on}), output=tmp_path / str(on))
+        for on in (False, True)
+    )
+    experts, others = (load_tree(result.checkpoint, "experts") for result in (plain, checkpointed))
+    assert set(experts) == {"semantic", "detail"}
+    for name, weights in experts.items():
+        for key, weight in weights.items():
+            assert torch.equal(others[name][key], weight), (name, key)
+
+
+def test_an_expert_trained_before_goes_on_from_there(whole):
+    *_, watch = whole
+    first, second = watch.weights["fit", "end"]["semantic"], watch.weights["semantic", "start"]["semantic"]
+    assert all(torch.equal(second[name], weight) for name, weight in first.items())

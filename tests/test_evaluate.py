@@ -1,0 +1,254 @@
+"""The evaluate stage: the same noise for all, honest candidates, files that open, numbers that are the metrics'."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import as_if_trained, digits_backbone, distil, evaluate, tiny_recipe
+from PIL import Image
+from safetensors.torch import load_file
+
+from moedistill.context import Job
+from moedistill.ema import EMA
+from moedistill.metrics import MetricInputs
+from moedistill.mixture import Mixture
+from moedistill.plugins import load_plugins
+from moedistill.randomness import Draws
+from moedistill.recipe import RecipeError, load_recipe
+from moedistill.sampling import sample
+from moedistill.train import run
+
+METRICS = [entry.name for entry in load_plugins().components.entries("metric")]
+STUDENT, TEACHER = {"name": "student"}, {"name": "teacher", "model": "teacher"}
+
+
+class Trained:
+    """A mixture whose experts are moved as if trained, with an average for each, and its evaluation."""
+
+    def __init__(self, folder, changes=()):
+        self.folder, self.changes, self.runs = folder, changes, 0
+        self.recipe = load_recipe(tiny_recipe([distil()], changes))
+        self.dataset = self.recipe.data.build()
+        self.mixture = Mixture.build(self.recipe)
+        for seed, name in enumerate(["semantic", "detail"]):
+            expert = self.mixture.student.experts[name]
+            self.mixture.ema[name] = EMA(expert.parameters, decay=0.9)
+            as_if_trained(expert, seed)
+
+    def evaluate(self, main=True, **stage):
+        """Table, latents and folder of one evaluation."""
+        self.runs += 1
+        [_, config] = load_recipe(tiny_recipe([distil(ema_decay=0.9), evaluate(**stage)], self.changes)).stages
+        place = SimpleNamespace(is_main_process=main, device=torch.device("cpu"))
+        job = Job(self.recipe, self.folder / str(self.runs), place, self.mixture, self.dataset)
+        config.build().execute(job)
+        folder = job.output / "evaluate"
+        latents = load_file(folder / "latents.safetensors") if folder.exists() else None
+        return SimpleNamespace(table=job.metrics.get("evaluate"), latents=latents, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return Trained(tmp_path_factory.mktemp("evaluate"))
+
+
+def conditioning_of(latents):
+    return {name: latents[f"conditioning.{name}"] for name in ("digit", "direction")}
+
+
+def bare_samples(latents, points, velocity, trajectory):
+    """Samples with `velocity(x, sigma, cond)` from the stage's noise and conditioning, at trajectory points."""
+    noise = Draws(0, "evaluate", 0, range(4)).normal("noise", (12, 8, 4, 4))
+    cond = conditioning_of(latents)
+    sigmas = [*(trajectory.sigma(point) for point in points), 0.0]
+    return sample(lambda x, sigma: velocity(x, sigma, cond), noise, sigmas)
+
+
+# -- what is sampled --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_table(trained):
+    metrics = [{"kind": kind} for kind in METRICS]
+    first, second, other = (
+        trained.evaluate(candidates=[STUDENT, TEACHER], metrics=metrics, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first.table == second.table
+    assert all(torch.equal(first.latents[name], second.latents[name]) for name in first.latents)
+    assert first.table["teacher"]["frechet"] != other.table["teacher"]["frechet"]
+
+
+def test_samples_do_not_depend_on_their_number_or_the_batch_size(trained):
+    few, many = trained.evaluate(prompts=["3 up"]), trained.evaluate(prompts=["3 up"], samples=7, batch_size=3)
+    assert torch.allclose(few.latents["student"], many.latents["student"][:4], atol=1e-5)
+
+
+def test_conditioning_is_spread_over_the_data(trained):
+    digits, directions = conditioning_of(trained.evaluate(samples=40).latents).values()
+    assert digits.bincount().tolist() == [4] * 10
+    assert directions.bincount().tolist() == [10] * 4
+    assert digits.tolist() != sorted(digits.tolist())
+
+
+def test_prompts_are_asked_for_in_turn(trained):
+    cond = conditioning_of(trained.evaluate(prompts=["3 right", "7 up", ""]).latents)
+    assert (cond["digit"].tolist(), cond["direction"].tolist()) == ([3, 7, 10, 3], [0, 3, 4, 0])
+
+
+# -- candidates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "points"), [(8, range(8, 0, -1)), (3, [8, 6, 3]), (None, [8, 4])])
+def test_the_teacher_is_the_bare_backbone(trained, steps, points):
+    latents = trained.evaluate(candidates=[{**TEACHER, "steps": steps}], reference="teacher").latents
+    backbone = digits_backbone()
+
+    def velocity(x, sigma, cond):
+        return backbone.velocity(backbone.network, x, sigma, cond)
+
+    assert torch.equal(latents["teacher"], bare_samples(latents, points, velocity, trained.mixture.trajectory))
+
+
+def test_the_teacher_is_guided_and_the_student_is_not(tmp_path):
+    guided = Trained(tmp_path, {"backbone.guidance": {"mode": "classifier_free", "scale": 3.0}})
+    candidates = [STUDENT, TEACHER, {"name": "mixed", "stand_ins": {"detail": "teacher"}}]
+    latents = guided.evaluate(candidates=candidates).latents
+    backbone, trajectory = digits_backbone(), guided.mixture.trajectory
+
+    def teacher(x, sigma, cond):
+        v = backbone.velocity(backbone.network, x, sigma, cond)
+        null = backbone.velocity(backbone.network, x, sigma, backbone.null_conditioning(cond))
+        return null + 3 * (v - null)
+
+    assert torch.allclose(latents["teacher"], bare_samples(latents, [8, 4], teacher, trajectory), atol=1e-5)
+    semantic, detail = merged(guided.mixture, "semantic"), merged(guided.mixture, "detail")
+    for name, low in (("student", detail), ("mixed", teacher)):
+
+        def velocity(x, sigma, cond, low=low):
+            return (semantic if sigma[0] > trajectory.sigma(4) else low)(x, sigma, cond)
+
+        assert torch.allclose(latents[name], bare_samples(latents, [8, 4], velocity, trajectory), atol=1e-5)
+
+
+def merged(mixture, expert):
+    """The velocity of an expert by a plain network with its merged weights."""
+    backbone = digits_backbone()
+    backbone.network.load_state_dict(mixture.student.experts[expert].merged())
+    return lambda x, sigma, cond: backbone.velocity(backbone.network, x, sigma, cond)
+
+
+def test_the_student_is_routed_and_stand_ins_replace_experts(trained):
+    swapped = {"semantic": "detail", "detail": "semantic"}
+    candidates = [STUDENT, {"name": "swapped", "stand_ins": swapped}, {"name": "3 steps", "steps": 3}]
+    latents, trajectory = trained.evaluate(candidates=candidates).latents, trained.mixture.trajectory
+    semantic, detail = merged(trained.mixture, "semantic"), merged(trained.mixture, "detail")
+    for name, points, high, low in (
+        ("student", [8, 4], semantic, detail),
+        ("swapped", [8, 4], detail, semantic),
+        ("3 steps", [8, 6, 3], semantic, detail),
+    ):
+
+        def velocity(x, sigma, cond, high=high, low=low):
+            return (high if sigma[0] > trajectory.sigma(4) else low)(x, sigma, cond)
+
+        assert torch.allclose(latents[name], bare_samples(latents, points, velocity, trajectory), atol=1e-5), name
+
+
+def test_averaged_weights_are_used_and_put_back(trained):
+    """The averages are those of untrained experts: the teacher."""
+    before = {name: weight.clone() for name, weight in trained.mixture.student.state_dict().items()}
+    result = trained.evaluate(candidates=[STUDENT, TEACHER], weights="ema")
+    assert torch.equal(result.latents["student"], result.latents["teacher"])
+    after = trained.mixture.student.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert not torch.equal(result.latents["student"], trained.evaluate().latents["student"])
+
+
+def test_an_expert_that_is_not_trained_yet_is_its_parent(tmp_path):
+    """`detail` starts as `semantic`, also while only that one is trained."""
+    candidates = [STUDENT, {"name": "semantic", "stand_ins": {"detail": "semantic"}}]
+    result = run(
+        tiny_recipe([distil(optimizer={"lr": 0.02}), evaluate(candidates=candidates)]), output=tmp_path, device="cpu"
+    )
+    assert result.metrics["evaluate"]["semantic"]["paired_distance"] == 0
+
+
+# -- numbers and files ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_holds_what_the_metrics_say(trained):
+    candidates = [STUDENT, TEACHER]
+    metrics = [{"kind": kind} for kind in METRICS]
+    result = trained.evaluate(candidates=candidates, reference="teacher", metrics=metrics, samples=6)
+    decode, components = trained.mixture.student.backbone.decode, load_plugins().components
+    for name in ("student", "teacher"):
+        one, other = result.latents[name], result.latents["teacher"]
+        inputs = MetricInputs(decode(one), one, decode(other), other, conditioning_of(result.latents))
+        for kind in METRICS:
+            measured = components.get("metric", kind)().build()(inputs)
+            assert result.table[name][kind] == measured, kind
+    assert result.table["teacher"]["paired_distance"] == 0 < result.table["student"]["paired_distance"]
+    stored = json.loads((result.folder / "metrics.json").read_text())
+    assert stored == {"samples": 6, "candidates": result.table}
+
+
+def test_pictures_open(trained):
+    """A frame is 24 pixels wide, shown at 72 in the sheet (4 of 8 frames) and 96 in the animation."""
+    result = trained.evaluate(candidates=[STUDENT, TEACHER], pictures=2)
+    assert {path.name for path in result.folder.iterdir()} == {
+        "metrics.json", "latents.safetensors", "contact_sheet.png", "side_by_side.webp",
+    }  # fmt: skip
+    with Image.open(result.folder / "contact_sheet.png") as sheet:
+        sheet.load()
+        assert (sheet.format, sheet.width > 2 * 4 * 72, sheet.height > 2 * 72) == ("PNG", True, True)
+    with Image.open(result.folder / "side_by_side.webp") as animation:
+        assert (animation.format, animation.n_frames) == ("WEBP", 8)
+        assert animation.width > 2 * 96
+
+
+def test_only_the_main_process_works(trained):
+    result = trained.evaluate(main=False)
+    assert result.table is None
+    assert not result.folder.exists()
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        ({"candidates": [STUDENT, STUDENT]}, "candidates", "names must differ, not student, student"),
+        ({"reference": "teacher"}, "reference", "'teacher' is no candidate; there are student"),
+        ({"metrics": [], "save_latents": False}, "metrics", "the stage would do nothing"),
+        ({"candidates": [{**STUDENT, "steps": 9}]}, "candidates.0.steps", "9 is more than the trajectory's 8"),
+        ({"candidates": [{**STUDENT, "stand_ins": {"detial": "teacher"}}]}, "candidates.0.stand_ins", "'detial'"),
+        (
+            {"candidates": [{**STUDENT, "model": "teacher", "stand_ins": {"detail": "semantic"}}]},
+            "candidates.0.stand_ins",
+            "has no effect",
+        ),
+        ({"weights": "ema"}, "weights", "no stage keeps an average"),
+        ({"prompts": []}, "prompts", "at least 1"),
+    ],
+)
+def test_stages_that_cannot_work_are_refused(changes, key, message):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tiny_recipe([evaluate(**changes)]))
+    [problem] = caught.value.problems
+    assert problem.path == f"stages.0.{key}"
+    assert message in problem.message
+
+
+def test_a_student_needs_a_router_and_steps():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tiny_recipe([evaluate()], {"router": None, "experts": {}, "sample": None}))
+    assert [problem.path for problem in caught.value.problems] == [
+        "stages.0.candidates.0.steps", "stages.0.candidates.0.model",
+    ]  # fmt: skip
+
+
+def test_the_miniature_is_smaller():
+    [stage] = load_recipe(tiny_recipe([evaluate(samples=512, pictures=6)])).stages
+    assert (stage.tiny().samples, stage.tiny().pictures) == (8, 2)
+    assert (stage.replace(samples=5, pictures=0).tiny().samples, stage.replace(pictures=0).tiny().pictures) == (5, 0)

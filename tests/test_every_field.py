@@ -1,0 +1,793 @@
+"""Every field of every config is changed by a test here, which sees behaviour or an error change.
+
+`observes` notes which fields a test changes; `test_every_field_has_a_test` compares with the fields that there are. A
+new field needs a test, of what the field does: that it is stored is not enough.
+"""
+
+import dataclasses
+import gc
+import json
+import math
+import multiprocessing
+import typing
+from fnmatch import fnmatchcase
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import as_if_trained, digits_inputs, distil, evaluate, tiny_recipe, velocity_of
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import moedistill.recipe
+from moedistill import cli, hookimpl
+from moedistill.backbone import Guidance
+from moedistill.checkpoint import load_tree
+from moedistill.errors import UserError
+from moedistill.fields import Config
+from moedistill.losses import HuberConfig, ProbeLayout, StepTensors
+from moedistill.mixture import Mixture
+from moedistill.optim import OptimizerConfig
+from moedistill.plugins import load_plugins
+from moedistill.recipe import Recipe, load_recipe
+from moedistill.routers import Boundary, TimestepRouterConfig
+from moedistill.steps import SampleConfig
+from moedistill.train import run
+from moedistill.trajectory import FlowMatching, Native, Points, Trajectory
+from moedistill_dcm.gan import GANConfig
+from moedistill_dcm.losses import FeatureMatchingConfig, TemporalCoherenceConfig
+from moedistill_digits.backbone import DigitsBackbone, DigitsBackboneConfig
+from moedistill_digits.data import DigitsConfig
+from moedistill_digits.network import Block
+
+GRID = Trajectory.flow_matching(8, 5.0)
+"""The trajectory of the tiny recipe: p_3 = 0.75, p_4 = 5/6."""
+
+
+# -- which fields there are, and which test changes them --------------------------------------------------------------
+
+
+def nested_configs(cls):
+    """The dataclasses in the annotations of a dataclass: configs that are no components."""
+
+    def inside(hint):
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield hint
+        for inner in typing.get_args(hint):
+            yield from inside(inner)
+
+    for hint in typing.get_type_hints(cls).values():
+        for found in inside(hint):
+            yield found
+            yield from nested_configs(found)
+
+
+def all_fields():
+    components = load_plugins().components
+    configs = {
+        f"{entry.registry}.{entry.name}": components.get(entry.registry, entry.name)
+        for entry in components
+        if entry.plugin.startswith("moedistill")
+    }
+    for cls in [Recipe, *configs.values()]:
+        configs |= {found.__name__: found for found in nested_configs(cls) if not issubclass(found, Config)}
+    configs["Recipe"] = Recipe
+    return {f"{name}.{field.name}" for name, cls in configs.items() for field in dataclasses.fields(cls)}
+
+
+FIELDS = all_fields()
+TABLE = {}
+"""The test of each field."""
+
+
+def observes(*patterns):
+    """Says which fields the test changes: `component.field`, with * for all that have such a field."""
+
+    def note(test):
+        assert test.__name__.startswith("test_")
+        for pattern in patterns:
+            names = [name for name in FIELDS if fnmatchcase(name, pattern)] or [pattern]
+            for name in names:
+                assert name not in TABLE, f"{name} is changed by {TABLE[name]} and {test.__name__}"
+                TABLE[name] = test.__name__
+        return test
+
+    return note
+
+
+def kinds(registry):
+    return [entry.name for entry in load_plugins().components.entries(registry)]
+
+
+def test_every_field_has_a_test():
+    assert len(FIELDS) > 90
+    assert FIELDS - set(TABLE) == set(), "fields that no test changes"
+    assert set(TABLE) - FIELDS == set(), "tests of fields that there are not"
+
+
+# -- tiny runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_garbage_of_imports():
+    """Each training stage ends with a full garbage collection, most of which would go through imported modules."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Done:
+    """What a finished run left."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        metrics = folder / "metrics.jsonl"
+        self.lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        self.checkpoints = sorted(path.name for path in (folder / "checkpoints").glob("*"))
+
+    def tree(self, name):
+        return load_tree(self.folder / "checkpoints" / self.checkpoints[-1], name)
+
+    def table(self):
+        return json.loads((self.folder / "evaluate" / "metrics.json").read_text())["candidates"]
+
+    def latents(self):
+        return load_file(self.folder / "evaluate" / "latents.safetensors")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Runs the tiny recipe with the given stages and changes; what was run before is not run again."""
+    cache = {}
+
+    def do(*stages, changes=()):
+        recipe = tiny_recipe(stages or [distil()], changes)
+        key = json.dumps(recipe)
+        if key not in cache:
+            cache[key] = Done(run(recipe, output=tmp_path_factory.mktemp("run") / "run", device="cpu").output)
+        return cache[key]
+
+    return do
+
+
+@pytest.fixture
+def watch(monkeypatch, tmp_path_factory):
+    """Runs the tiny recipe and gives the calls of its network: x, sigma and conditioning."""
+    seen = []
+    velocity = DigitsBackbone.velocity
+
+    def spy(self, network, x, sigma, cond):
+        seen.append(SimpleNamespace(batch=len(x), sigma=sigma, digits=cond["digit"].tolist()))
+        return velocity(self, network, x, sigma, cond)
+
+    def do(*stages, changes=()):
+        seen.clear()
+        run(tiny_recipe(stages or [distil()], changes), output=tmp_path_factory.mktemp("run") / "run", device="cpu")
+        return list(seen)
+
+    monkeypatch.setattr(DigitsBackbone, "velocity", spy)
+    return do
+
+
+@pytest.fixture
+def error_of(tmp_path):
+    """The message with which the tiny recipe fails."""
+
+    def do(*stages, changes=()):
+        with pytest.raises(UserError) as caught:
+            run(tiny_recipe(stages or [distil()], changes), output=tmp_path, device="cpu")
+        return " ".join(str(caught.value).split())
+
+    return do
+
+
+def built(changes=()):
+    """The mixture of the tiny recipe."""
+    return Mixture.build(load_recipe(tiny_recipe([distil()], changes)))
+
+
+def distance(first, second):
+    """The greatest difference between two mappings of tensors, or two tensors."""
+    if isinstance(first, torch.Tensor):
+        return (first - second).abs().max().item()
+    return max(distance(first[name], second[name]) for name in first)
+
+
+# -- the recipe as a whole --------------------------------------------------------------------------------------------
+
+
+@observes("Recipe.name")
+def test_name_is_the_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        run(tiny_recipe([evaluate()], {"name": name}), device="cpu")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
+
+
+@observes("Recipe.description")
+def test_description_is_listed(monkeypatch, tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(json.dumps(tiny_recipe([distil()], {"description": "what it is good for"})))
+    monkeypatch.setattr(moedistill.recipe, "shipped_recipes", lambda: {"tiny": file})
+    assert "what it is good for" in CliRunner().invoke(cli.cli, ["list", "recipe"]).output
+
+
+@observes("Recipe.seed")
+def test_seed(done):
+    assert done().lines[0]["loss"] != done(changes={"seed": 1}).lines[0]["loss"]
+
+
+@observes("Recipe.backbone", "Recipe.trajectory", "Recipe.router", "Recipe.experts")
+def test_what_the_mixture_is_made_of():
+    usual = built()
+    assert usual.student.backbone.hidden_size == 16
+    assert built({"backbone.width": 8}).student.backbone.hidden_size == 8
+    assert torch.equal(usual.trajectory.points, GRID.points)
+    assert built({"trajectory.num_steps": 10}).trajectory.num_steps == 10
+    assert (usual.router.expert_at(0.8), usual.router.expert_at(0.9)) == ("detail", "semantic")
+    assert built({"router.boundaries": [{"point": 3}]}).router.expert_at(0.8) == "semantic"
+    assert usual.student.experts["detail"].parameters
+    assert not built({"experts.detail": {"kind": "frozen"}}).student.experts["detail"].parameters
+
+
+@observes("Recipe.data")
+def test_data_is_needed(error_of):
+    assert "data: is missing: stages.0 needs" in error_of(changes={"data": None})
+
+
+@observes("Recipe.training", "TrainingConfig.batch_size")
+def test_batch_size(watch):
+    assert {call.batch for call in watch()} == {4}
+    assert {call.batch for call in watch(changes={"training": {"batch_size": 6}})} == {6}
+
+
+@observes("Recipe.stages")
+def test_stages(done):
+    both = done(distil(), distil("detail")).lines
+    assert [line["stage"] for line in both] == ["semantic", "semantic", "detail", "detail"]
+
+
+@observes("Recipe.sample")
+def test_sample_is_how_candidates_sample(watch):
+    def levels(points):
+        return [round(float(call.sigma[0]), 4) for call in watch(evaluate(), changes={"sample.points": points})]
+
+    assert levels([8, 4]) == [1.0, 0.8333]
+    assert levels([7, 4, 3]) == [0.9722, 0.8333, 0.75]
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@observes("TrainingConfig.gradient_accumulation_steps")
+def test_accumulation_cuts_the_batch_and_changes_nothing_else(done, watch):
+    changes = {"training.gradient_accumulation_steps": 2}
+    assert {call.batch for call in watch(changes=changes)} == {2}
+    whole, halves = done(), done(changes=changes)
+    for one, other in zip(whole.lines, halves.lines, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@observes("TrainingConfig.gradient_checkpointing")
+def test_checkpointing_recomputes(done, monkeypatch):
+    forward, count = Block.forward, []
+    monkeypatch.setattr(Block, "forward", lambda self, *args: count.append(1) or forward(self, *args))
+    plain = done(distil(steps=1, name="plain"))
+    once = len(count)
+    again = done(distil(steps=1, name="plain"), changes={"training.gradient_checkpointing": True})
+    assert len(count) - once == once + 2  # both blocks of the student's forward, a second time
+    assert distance(plain.tree("experts")["semantic"], again.tree("experts")["semantic"]) == 0
+
+
+@observes("TrainingConfig.num_workers")
+def test_workers(tmp_path):
+    class Observer:
+        workers = 0
+
+        @hookimpl
+        def on_step_end(self, run, metrics):
+            self.workers = len(multiprocessing.active_children())
+
+    for number in (0, 2):
+        plugins, observer = load_plugins(), Observer()
+        plugins.manager.register(observer)
+        recipe = tiny_recipe([distil()], {"training.num_workers": number})
+        run(recipe, output=tmp_path / str(number), device="cpu", plugins=plugins)
+        assert observer.workers == number
+
+
+@observes("TrainingConfig.checkpoint_every", "TrainingConfig.keep_checkpoints")
+@pytest.mark.parametrize(("every", "keep", "left"), [(1, 9, [1, 2, 3]), (2, 9, [2, 3]), (None, 9, [3]), (1, 2, [2, 3])])
+def test_checkpoints(done, every, keep, left):
+    changes = {"training.checkpoint_every": every, "training.keep_checkpoints": keep}
+    assert done(distil(steps=3), changes=changes).checkpoints == [f"00_semantic_{step:08}" for step in left]
+
+
+@observes("TrainingConfig.log_every")
+def test_log_every(done):
+    steps = {every: [line["step"] for line in done(changes={"training.log_every": every}).lines] for every in (1, 2)}
+    assert steps == {1: [1, 2], 2: [2]}
+
+
+@observes("TrainingConfig.trackers")
+def test_trackers(done, error_of):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked = done(changes={"training.trackers": ["tensorboard"]})
+    [file] = tracked.folder.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    losses = [event.value for event in events.Scalars("semantic/loss")]
+    assert losses == pytest.approx([line["loss"] for line in tracked.lines])
+    assert not list(done().folder.rglob("events.out.tfevents.*"))
+    assert "'tensorbored' is not installed or not known" in error_of(changes={"training.trackers": ["tensorbored"]})
+
+
+# -- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def moved(steps=1, gradient=0.5, **config):
+    """Where AdamW takes a parameter from 2 in steps with the given gradients."""
+    parameter = torch.nn.Parameter(torch.tensor([2.0]))
+    basis = {"lr": 0.1, "betas": (0.0, 0.0), "weight_decay": 0.0, "eps": 1e-12}
+    optimizer, schedule = OptimizerConfig(**{**basis, **config}).build([parameter], 4)
+    for step in range(steps):
+        parameter.grad = torch.tensor([gradient * 2**step])
+        optimizer.step()
+        schedule.step()
+    return parameter.item()
+
+
+@observes(*(f"OptimizerConfig.{name}" for name in ("lr", "betas", "weight_decay", "eps")))
+def test_adamw():
+    assert moved() == pytest.approx(2 - 0.1)  # without moments: the gradient's sign
+    assert moved(lr=0.2) == pytest.approx(2 - 0.2)
+    assert moved(weight_decay=0.5) == pytest.approx(2 * (1 - 0.1 * 0.5) - 0.1)
+    assert moved(eps=0.5) == pytest.approx(2 - 0.1 * 0.5 / (0.5 + 0.5))
+    # Gradients ½ and 1; bias-corrected first moment (½·½·½ + ½·1) / (1 - ¼) = 5/6.
+    assert moved(2, betas=(0.5, 0.0)) == pytest.approx(2 - 0.1 - 0.1 * 5 / 6)
+    assert moved(2, betas=(0.0, 0.5)) == pytest.approx(2 - 0.1 - 0.1 / math.sqrt((0.25 * 0.25 + 0.5) / 0.75))
+
+
+@observes("OptimizerConfig.schedule", "OptimizerConfig.warmup")
+def test_learning_rates():
+    def rates(**config):
+        return [2 - moved(n, **config) for n in range(1, 5)]
+
+    assert rates() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert rates(schedule="linear") == pytest.approx([0.1, 0.175, 0.225, 0.25])
+    assert rates(schedule="cosine")[1] == pytest.approx(0.1 + 0.05 * (1 + math.cos(math.pi / 4)))
+    assert rates(warmup=3) == pytest.approx([0.025, 0.075, 0.15, 0.25])
+
+
+@observes("OptimizerConfig.max_grad_norm")
+def test_gradients_are_clipped_to_a_norm(done):
+    """With a large eps the first step is the gradient itself."""
+    start = built().student.experts["teacher"].merged()
+    for limit in (None, 1e-3):
+        optimizer = {"lr": 1.0, "eps": 1.0, "weight_decay": 0.0, "max_grad_norm": limit}
+        result = done(distil(steps=1, optimizer=optimizer))
+        weights, norm = result.tree("experts")["semantic"], result.lines[0]["grad_norm/student"]
+        assert norm > 2e-3
+        length = math.sqrt(sum(float((weights[name] - start[name]).square().sum()) for name in start))
+        assert length == pytest.approx(limit or norm, rel=0.02)
+
+
+# -- all training stages ----------------------------------------------------------------------------------------------
+
+TRAINING = pytest.mark.parametrize("kind", ["consistency", "finetune"])
+
+
+@TRAINING
+@observes(*(f"stage.{kind}.{name}" for kind in ("consistency", "finetune") for name in ("name", "expert", "steps")))
+def test_which_expert_is_trained_for_how_long(done, kind):
+    short, long = done(distil(kind=kind)), done(distil("detail", kind=kind, steps=3, name="texture"))
+    assert [(line["stage"], line["step"]) for line in short.lines] == [("semantic", 1), ("semantic", 2)]
+    assert [(line["stage"], line["step"]) for line in long.lines] == [("texture", 1), ("texture", 2), ("texture", 3)]
+    assert (set(short.tree("experts")), set(long.tree("experts"))) == ({"semantic"}, {"detail"})
+
+
+@TRAINING
+@observes("stage.consistency.optimizer", "stage.finetune.optimizer")
+def test_the_stage_s_optimizer(done, kind):
+    start = built().student.experts["teacher"].merged()
+    for lr in (1e-3, 1e-4):
+        trained = done(distil(kind=kind, steps=1, optimizer={"lr": lr})).tree("experts")["semantic"]
+        assert distance(trained, start) == pytest.approx(lr, rel=0.01)
+
+
+@TRAINING
+@observes("stage.consistency.losses", "stage.finetune.losses")
+def test_the_stage_s_losses(done, kind):
+    terms = [{"kind": "mse"}, {"kind": "huber", "c": 0.1}, {"kind": "huber"}]
+    for count in (1, 3):
+        line = done(distil(kind=kind, losses=terms[:count])).lines[0]
+        names = ["loss/mse", "loss/huber", "loss/huber_2"][:count]
+        assert {name for name in line if name.startswith("loss/")} == set(names)
+        assert line["loss"] == pytest.approx(sum(line[name] for name in names), rel=1e-6)
+
+
+@TRAINING
+@observes("stage.consistency.ema_decay", "stage.finetune.ema_decay")
+def test_ema_decay(done, kind):
+    start = built().student.experts["teacher"].merged()
+    assert done(distil(kind=kind)).tree("ema") == {}
+    for decay in (0.25, 0.75):
+        result = done(distil(kind=kind, steps=1, ema_decay=decay))
+        weights, average = result.tree("experts")["semantic"], result.tree("ema")["semantic"]
+        expected = {name: decay * start[name] + (1 - decay) * weights[name] for name in start}
+        assert distance(average, expected) < 1e-6 < distance(average, weights)
+
+
+@TRAINING
+@observes("stage.consistency.probe", "stage.finetune.probe")
+def test_probe(error_of, kind):
+    matching = [{"kind": "feature_matching"}]
+    assert "needs the teacher's features, but the stage has no probe" in error_of(distil(kind=kind, losses=matching))
+    unread = error_of(distil(kind=kind, probe={"block_stride": 1}))
+    assert "probe: no loss of the stage reads it" in unread
+    assert ("finetune has no probe" in unread) == (kind == "finetune")
+
+
+# -- consistency ------------------------------------------------------------------------------------------------------
+
+
+@observes("stage.consistency.target")
+def test_target_ema(done, error_of):
+    assert "needs ema_decay" in error_of(distil(target="ema"))
+    student, average = (done(distil(target=target, ema_decay=0.9)).lines for target in ("student", "ema"))
+    assert student[0]["loss"] == average[0]["loss"]  # the average starts as the student
+    assert student[1]["loss"] != average[1]["loss"]
+
+
+@observes("stage.consistency.phases", "PhasePoints.points")
+@pytest.mark.parametrize(("phases", "networks"), [(1, 3), (4, 2), ({"points": [6]}, 3), ({"points": [5, 6, 7]}, 2)])
+def test_phases(watch, phases, networks):
+    """The segment has 4 points; in a phase of one point the target jumps nowhere and needs no network."""
+    assert len(watch(distil(phases=phases))) == 2 * networks
+
+
+@observes("Probing.block_stride")
+@pytest.mark.parametrize(("stride", "heads"), [(1, 2), (2, 1)])
+def test_block_stride(done, stride, heads):
+    gan = {"kind": "gan", "width": 4, "groups": 2}
+    critic = done(distil(losses=[gan], probe={"block_stride": stride})).tree("training")["critics"]["gan"]
+    assert {name.split(".")[1] for name in critic} == {str(head) for head in range(heads)}
+
+
+# -- finetune ---------------------------------------------------------------------------------------------------------
+
+
+@observes("stage.finetune.target")
+def test_finetune_target(done):
+    sample, exact = (done(distil(kind="finetune", target=target)).lines[0]["loss"] for target in ("sample", "exact"))
+    assert sample != exact
+
+
+@observes("stage.finetune.shifts", "stage.finetune.shift_weights")
+def test_finetune_draws_sigma_by_shifts(watch):
+    def drawn(shifts, weights=None):
+        calls = watch(
+            distil(kind="finetune", shifts=shifts, shift_weights=weights), changes={"training.batch_size": 16}
+        )
+        return torch.cat([call.sigma for call in calls])
+
+    def place(sigma, shift):  # within the segment, in unshifted time
+        low, sigma, high = (s / (shift - (shift - 1) * s) for s in (GRID.sigma(4), sigma, 1.0))
+        return (sigma - low) / (high - low)
+
+    even, shifted = drawn([1.0]), drawn([9.0])
+    assert torch.allclose(place(even, 1.0), place(shifted, 9.0), atol=1e-4)
+    assert torch.equal(drawn([1.0, 9.0], [1e6, 1e-6]), even)
+    assert torch.equal(drawn([1.0, 9.0], [1e-6, 1e6]), shifted)
+    is_even = torch.isclose(drawn([1.0, 9.0]), even)
+    assert 4 < is_even.sum() < 28
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+FACTORS = [
+    ({}, [1, 1, 1]),
+    ({"weight": 3.0}, [3, 3, 3]),
+    ({"start": 1}, [None, 1, 1]),
+    ({"warmup": 2}, [1 / 3, 2 / 3, 1]),
+    ({"schedule": "linear"}, [1, 2 / 3, 1 / 3]),
+]
+"""What a term's keys make of it at each of three steps; None: it is not even computed."""
+
+
+@observes("loss.*.weight", "loss.*.start", "loss.*.warmup", "loss.*.schedule")
+@pytest.mark.parametrize("kind", kinds("loss"))
+def test_a_term_s_weight(done, kind):
+    basis = {"kind": kind, **({"width": 4, "groups": 2} if kind == "gan" else {})}
+    probe = {"block_stride": 2} if kind in ("gan", "feature_matching") else None
+    lines = done(distil("detail", steps=3, losses=[{**basis, **keys} for keys, _ in FACTORS], probe=probe)).lines
+    for step, line in enumerate(lines):
+        terms = [line.get(f"loss/{kind}_{i + 1}" if i else f"loss/{kind}") for i in range(len(FACTORS))]
+        weights = [factors[step] for _, factors in FACTORS]
+        assert [term is None for term in terms] == [weight is None for weight in weights]
+        total = sum(term * weight for term, weight in zip(terms, weights, strict=True) if term is not None)
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def value(config, difference=None, probe=None, layout=None):
+    difference = torch.ones(1, 1, 1, 1, 1) if difference is None else difference
+    tensors = StepTensors(difference, torch.zeros_like(difference), difference, torch.ones(1), None, probe)
+    return float(config.build(layout)(tensors))
+
+
+@observes("loss.huber.c", "loss.temporal_coherence.lag", "loss.feature_matching.space")
+def test_what_terms_measure():
+    assert value(HuberConfig(c=0.75)) == pytest.approx(1.25 - 0.75)
+    assert value(HuberConfig(c=2.4)) == pytest.approx(2.6 - 2.4)
+    frames = torch.arange(4.0).view(1, 1, 4, 1, 1)
+    assert value(TemporalCoherenceConfig(lag=1), frames) == 1
+    assert value(TemporalCoherenceConfig(lag=3), frames) == 9
+    one = torch.ones(1)
+    probe = SimpleNamespace(hidden_fake=[2 * one], hidden_real=[one], latent_fake=[4 * one], latent_real=[one])
+    assert value(FeatureMatchingConfig(space="hidden"), probe=probe) == 1
+    assert value(FeatureMatchingConfig(space="latent"), probe=probe) == 9
+
+
+@observes("loss.gan.width", "loss.gan.groups", "loss.gan.clip")
+def test_gan():
+    layout = ProbeLayout(num_taps=1, hidden_size=3)
+    probe = SimpleNamespace(hidden_fake=[torch.zeros(1, 1, 3)], grid=(1, 1, 1))
+    for width, groups, clip, expected in ((4, 2, True, 0.0), (6, 3, False, -1.0)):
+        gan = GANConfig(width=width, groups=groups, clip=clip).build(layout)
+        [head] = gan.critic.heads
+        assert (head.conv1.out_channels, head.norm1.num_groups) == (width, groups)
+        with torch.no_grad():
+            head.conv_out.weight.zero_()
+            head.conv_out.bias.fill_(2.0)  # D = 2, beyond the margin
+        tensors = StepTensors(*torch.zeros(3, 1, 1, 1, 1, 1), torch.ones(1), None, probe)
+        assert float(gan(tensors)) == expected
+    with pytest.raises(ValueError, match="width 4 is not a multiple of groups 3"):
+        GANConfig(width=4, groups=3)
+
+
+@observes("loss.gan.critic_updates", "loss.gan.optimizer")
+def test_the_critic_s_optimizer(done):
+    def critic(**config):
+        term = {"kind": "gan", "width": 4, "groups": 2, **config}
+        tree = done(distil(losses=[term], probe={"block_stride": 2})).tree("training")
+        return tree["critics"]["gan"], tree["trained"]["gan"]["optimizer"]
+
+    slow, optimizer = critic()
+    assert (optimizer["param_groups"][0]["lr"], optimizer["param_groups"][0]["betas"]) == (1e-5, (0.0, 0.999))
+    assert optimizer["state"][0]["step"] == 2
+    fast, optimizer = critic(optimizer={"lr": 1e-2})
+    assert optimizer["param_groups"][0]["lr"] == 1e-2
+    assert 1e-3 < distance(slow, fast) < 3e-2
+    assert critic(critic_updates=3)[1]["state"][0]["step"] == 6
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------
+
+TRAINED = distil(optimizer={"lr": 0.02}, ema_decay=0.9)
+"""A stage that takes the student far from the teacher, and its average half of the way."""
+BOTH = [{"name": "a"}, {"name": "b", "model": "teacher"}]
+
+
+@observes("stage.evaluate.samples", "stage.evaluate.batch_size")
+def test_how_many_samples(watch):
+    assert [call.batch for call in watch(evaluate())] == [4, 4]
+    assert [call.batch for call in watch(evaluate(samples=5, batch_size=3))] == [3, 3, 2, 2]
+
+
+@observes("stage.evaluate.seed", "stage.evaluate.prompts", "stage.evaluate.name", "stage.evaluate.save_latents")
+def test_what_is_sampled(done):
+    zero, one = done(evaluate()).latents(), done(evaluate(seed=1)).latents()
+    assert distance(zero["student"], one["student"]) > 1
+    assert zero["conditioning.digit"].tolist() != one["conditioning.digit"].tolist()
+    asked = done(evaluate(prompts=["3 right", "", "7 up"])).latents()
+    assert asked["conditioning.digit"].tolist() == [3, 10, 7, 3]
+    assert asked["conditioning.direction"].tolist() == [0, 4, 3, 0]
+    folder = done(evaluate(name="elsewhere", save_latents=False)).folder / "elsewhere"
+    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+
+
+@observes("stage.evaluate.pictures")
+def test_pictures(done):
+    widths = {}
+    for pictures in (1, 3):
+        folder = done(evaluate(pictures=pictures)).folder / "evaluate"
+        widths[pictures] = [Image.open(folder / name).width for name in ("contact_sheet.png", "side_by_side.webp")]
+    assert widths[3] > widths[1]
+    assert not (done(evaluate()).folder / "evaluate" / "contact_sheet.png").exists()
+
+
+@observes("stage.evaluate.candidates", "stage.evaluate.reference", "stage.evaluate.metrics", "Candidate.name")
+def test_the_table(done):
+    for reference, other in ("ab", "ba"):
+        table = done(TRAINED, evaluate(candidates=BOTH, reference=reference)).table()
+        assert list(table) == ["a", "b"]
+        assert table[reference] == {"paired_distance": 0}
+        assert table[other]["paired_distance"] > 0.1
+    assert list(done(evaluate()).table()) == ["student"]
+    metrics = [{"kind": kind} for kind in kinds("metric")]
+    assert list(done(evaluate(metrics=metrics)).table()["student"]) == kinds("metric")
+
+
+@observes("Candidate.model", "Candidate.steps", "Candidate.stand_ins")
+def test_candidates(done):
+    stand_ins = [{"semantic": "teacher"}, {"detail": "teacher"}, {"semantic": "teacher", "detail": "teacher"}]
+    variants = [{"name": str(i), "stand_ins": stand_in} for i, stand_in in enumerate(stand_ins)]
+    steps = [{"name": f"{n} steps", "steps": n} for n in (2, 3)]
+    candidates = [*BOTH, *variants, *steps]
+    latents = done(TRAINED, evaluate(candidates=candidates, reference="a")).latents()
+    assert torch.equal(latents["2"], latents["b"])  # with the teacher everywhere the student is the teacher
+    assert torch.equal(latents["2 steps"], latents["a"])  # points 8 and 4, as in the recipe
+    for one, other in (("a", "b"), ("0", "a"), ("1", "a"), ("0", "b"), ("1", "b"), ("3 steps", "a")):
+        assert distance(latents[one], latents[other]) > 1e-3, (one, other)
+
+
+@observes("stage.evaluate.weights", "stage.export.weights", "stage.export.name")
+def test_weights_trained_or_averaged(done, error_of):
+    export = {"kind": "export"}
+    trained = done(TRAINED, evaluate(), {**export, "name": "one"})
+    average = done(TRAINED, evaluate(weights="ema"), {**export, "name": "two", "weights": "ema"})
+    assert distance(trained.latents()["student"], average.latents()["student"]) > 1e-3
+    for result, name, tree in ((trained, "one", "experts"), (average, "two", "ema")):
+        assert distance(load_file(result.folder / name / "semantic.safetensors"), result.tree(tree)["semantic"]) == 0
+    for stage in (evaluate(weights="ema"), {**export, "name": "export", "weights": "ema"}):
+        assert "no stage keeps an average" in error_of(distil(), stage)
+
+
+# -- guidance, backbone, data -----------------------------------------------------------------------------------------
+
+GUIDED = {"mode": "classifier_free", "scale": 3.0}
+
+
+@observes("backbone.digits.guidance")
+def test_guidance_is_the_teacher_s(watch):
+    assert [call.batch for call in watch(distil(steps=1))] == [4, 4, 4]
+    student, teacher, target = watch(distil(steps=1), changes={"backbone.guidance": GUIDED})
+    assert (student.batch, teacher.batch, target.batch) == (4, 8, 4)
+    assert teacher.digits == student.digits + [10] * 4
+
+
+@observes("Guidance.mode", "Guidance.scale")
+def test_guidance():
+    student = built().student
+    inputs = digits_inputs()
+    null = student.backbone.null_conditioning(inputs[2])
+    with torch.no_grad():
+        conditional, unconditional = student(*inputs), student(*inputs[:2], null)
+        for scale in (0.5, 3.0):
+            guided = student.guided(*inputs, Guidance(mode="classifier_free", scale=scale))
+            assert distance(guided, unconditional + scale * (conditional - unconditional)) < 1e-5
+        assert torch.equal(student.guided(*inputs, Guidance()), conditional)
+    with pytest.raises(ValueError, match=r"scale 3.0 needs a mode"):
+        Guidance(scale=3.0)
+
+
+@observes(*(f"backbone.digits.{name}" for name in ("dtype", "pretrained", "width", "num_layers", "num_heads")))
+def test_backbone(error_of, tmp_path):
+    def build(**config):
+        basis = {"pretrained": None, "width": 16, "num_layers": 2, "num_heads": 2}
+        return DigitsBackboneConfig(**{**basis, **config}).build(0)
+
+    def weights(backbone):
+        return backbone.network.state_dict()
+
+    usual, inputs = build(), digits_inputs()
+    assert (usual.hidden_size, usual.blocks) == (16, ["blocks.0", "blocks.1"])
+    assert (build(width=8).hidden_size, build(num_layers=1).blocks) == (8, ["blocks.0"])
+    four = build(num_heads=4)
+    assert distance(weights(four), weights(usual)) == 0
+    assert distance(four.velocity(four.network, *inputs), usual.velocity(usual.network, *inputs)) > 1e-6
+    assert {weight.dtype for weight in weights(build(dtype="bfloat16")).values()} == {torch.bfloat16}
+    assert "float16 does not train on a CPU" in error_of(changes={"backbone.dtype": "float16"})
+    save_file(weights(DigitsBackboneConfig(pretrained=None, width=16, num_layers=2).build(5)), tmp_path / "five")
+    assert distance(weights(usual), load_file(tmp_path / "five")) > 0.1
+    assert distance(weights(build(pretrained=str(tmp_path / "five"))), load_file(tmp_path / "five")) == 0
+    assert "there is no file nowhere" in error_of(changes={"backbone.pretrained": "nowhere"})
+
+
+@observes("dataset.digits.conditioning_dropout", "dataset.digits.styles_per_digit")
+def test_dataset(watch):
+    assert 10 not in watch()[0].digits
+    assert watch(changes={"data.conditioning_dropout": 1.0})[0].digits == [10] * 4
+    one, three = (len(DigitsConfig(styles_per_digit=styles).build()) for styles in (1, 3))
+    assert three == 3 * one
+
+
+# -- trajectory, router, sampling steps -------------------------------------------------------------------------------
+
+
+@observes("trajectory.*.*")
+def test_trajectories():
+    usual = FlowMatching(num_steps=4, shift=3.0, num_train_timesteps=100).build()
+    assert usual.points.tolist() == pytest.approx([0.03 / 1.02, 0.5, 0.75, 0.9, 1])
+    assert FlowMatching(num_steps=4, shift=1.0).build().points.tolist() == pytest.approx([0.001, 0.25, 0.5, 0.75, 1])
+    assert FlowMatching(num_steps=2, shift=1.0, end="zero").build().points.tolist() == [0, 0.5, 1]
+    assert FlowMatching(num_steps=2, shift=1.0, num_train_timesteps=10).build().points.tolist() == pytest.approx(
+        [0.1, 0.5, 1]
+    )
+    table = torch.linspace(0.05, 1, 20)
+    assert [len(Native(num_steps=steps).build(table).points) for steps in (4, 10)] == [5, 11]
+    assert Points(sigmas=[0.0, 0.25, 1.0]).build().points.tolist() == [0, 0.25, 1]
+
+
+@observes("router.timestep.experts", "router.timestep.boundaries", "router.timestep.closed")
+def test_router():
+    def at_boundary(experts=("a", "b"), point=4, **config):
+        router = TimestepRouterConfig(experts=list(experts), boundaries=[Boundary(point=point)], **config).build(GRID)
+        return router.expert_at(GRID.sigma(4))
+
+    assert (at_boundary(), at_boundary("xy"), at_boundary(point=3), at_boundary(closed="high")) == ("b", "y", "a", "a")
+
+
+@observes("Boundary.*")
+@pytest.mark.parametrize(
+    ("unit", "fourth", "third"),
+    [
+        ("point", 4, 3),
+        ("sigma", 0.833, 0.75),
+        ("timestep", 833, 750),
+        ("ratio", 0.833, 0.75),
+        ("snr", 0.04, 1 / 9),
+    ],
+)
+def test_boundaries(unit, fourth, third):
+    assert Boundary(**{unit: fourth}).resolve(GRID)[0] == 4
+    assert Boundary(**{unit: third}).resolve(GRID)[0] == 3
+
+
+@observes("SampleConfig.*")
+@pytest.mark.parametrize(
+    ("unit", "two", "three"),
+    [
+        ("points", [8, 4], [8, 4, 3]),
+        ("sigmas", [1.0, 0.833], [1.0, 0.833, 0.75]),
+        ("timesteps", [1000, 833], [1000, 833, 750]),
+        ("steps", 2, 8),
+    ],
+)
+def test_sampling_steps(unit, two, three):
+    p = GRID.points
+    assert torch.equal(SampleConfig(**{unit: two}).resolve(GRID), torch.tensor([p[8], p[4], 0]))
+    longer = torch.tensor([p[8], p[4], p[3], 0]) if unit != "steps" else torch.tensor([*p.flip(0)[:-1], 0])
+    assert torch.equal(SampleConfig(**{unit: three}).resolve(GRID), longer)
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+
+@observes("expert.*.parent")
+@pytest.mark.parametrize("kind", kinds("expert"))
+def test_parents(kind):
+    for parent in ("teacher", "semantic"):
+        student = built({"experts.detail": {"kind": kind, "from": parent}}).student
+        as_if_trained(student.experts["semantic"], 0)
+        student.experts["detail"].initialise(0)
+        velocity = velocity_of(student, "detail", digits_inputs())
+        assert torch.equal(velocity, velocity_of(student, parent, digits_inputs()))
+        assert not torch.equal(
+            velocity_of(student, "teacher", digits_inputs()), velocity_of(student, "semantic", digits_inputs())
+        )
+
+
+@observes(*(f"expert.lora.{name}" for name in ("rank", "alpha", "targets", "copies")))
+def test_lora(error_of):
+    linear = "blocks.0.attn.to_q"
+
+    def build(**config):
+        return built({"experts.detail": {"kind": "lora", "rank": 2, "alpha": 4.0, **config}}).student.experts["detail"]
+
+    def change(expert):
+        as_if_trained(expert, 0)
+        return expert.merged()[f"{linear}.weight"] - dict(expert.shared.weights)[f"{linear}.weight"]
+
+    def copied(expert):
+        return {name.split(".")[0] for name in expert.parameters if "lora" not in name}
+
+    assert [build(rank=rank).parameters[f"{linear}.lora_A.weight"].shape[0] for rank in (2, 5)] == [2, 5]
+    assert distance(2 * change(build()), change(build(alpha=8.0))) < 1e-6 < distance(change(build()), torch.zeros(1))
+    assert copied(build()) == {"time_embed", "norm_out", "proj_out"}
+    assert (copied(build(copies="none")), copied(build(copies=["proj_out"]))) == (set(), {"proj_out"})
+    targets = {"experts.detail": {"kind": "lora", "targets": ["attention", "mlp"]}}
+    assert "no group of linears 'mlp'; it has attention" in error_of(changes=targets)

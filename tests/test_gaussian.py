@@ -1,0 +1,255 @@
+"""Gaussian data, for which velocity, flow map and gradients are known: what the real stages learn, against closed forms.
+
+The teacher is exact. The student is distilled by `moedistill.train.run`, and its jumps are compared with the exact flow
+map. Errors are root mean squares over x_σ as the data give it and over a channel's elements; the worst channel counts.
+"""
+
+from functools import cache
+from itertools import pairwise
+
+import gaussian_plugin as gaussian
+import pytest
+import torch
+from helpers import equal, velocity_of
+
+from moedistill import hookimpl
+from moedistill.checkpoint import load_tree
+from moedistill.plugins import load_plugins
+from moedistill.sample_run import load_mixture
+from moedistill.train import run
+
+SAMPLES = 256
+
+
+def recipe(stages, experts, phases=1, **changes):
+    """Stages that train `experts`, which share [0, 1] evenly; in each of `phases` ranges the network is smooth."""
+    boundaries = [{"ratio": 0.5}] if len(experts) == 2 else []
+    return {
+        "name": "gaussian",
+        "seed": 2,
+        "backbone": {"kind": "gaussian", "phases": phases},
+        "trajectory": {"kind": "flow_matching", "num_steps": 100, "shift": 1.0, "end": "zero"},
+        "router": {"kind": "timestep", "experts": list(experts), "boundaries": boundaries},
+        "experts": experts,
+        "data": {"kind": "gaussian"},
+        "training": {"batch_size": 32, "checkpoint_every": None, "log_every": 1000},
+        "stages": stages,
+        **changes,
+    }
+
+
+def distil(expert, steps=300, lr=4e-3, **changes):
+    optimizer = {"lr": lr, "betas": [0.8, 0.95], "weight_decay": 0.0, "schedule": "cosine"}
+    stage = {"name": expert, "kind": "consistency", "expert": expert, "steps": steps, "optimizer": optimizer}
+    return {**stage, "losses": [{"kind": "huber", "c": 0.01}], **changes}
+
+
+FULL = {"kind": "full"}
+DETAIL = {"kind": "lora", "from": "semantic", "rank": 4, "alpha": 8}
+COARSE = {"kind": "flow_matching", "num_steps": 8, "shift": 2.0, "num_train_timesteps": 20}
+
+# Steps and learning rates were calibrated once. All draws are addressed, so these runs are always the same.
+RECIPES = {
+    "dcm": recipe([distil("semantic"), distil("detail", lr=6e-3)], {"semantic": FULL, "detail": DETAIL}, phases=2),
+    "lcm": recipe([distil("lcm", steps=400)], {"lcm": FULL}),
+    "pcm": recipe([distil("pcm", phases=4)], {"pcm": FULL}, phases=4),
+    "zero": recipe([distil("one", steps=150)], {"one": FULL}, trajectory={**COARSE, "end": "zero"}),
+    "grid_min": recipe([distil("one", steps=150)], {"one": FULL}, trajectory={**COARSE, "end": "grid_min"}),
+}
+"""SemE then DetE; one expert with one phase; one expert with four; and the two ends of a trajectory."""
+
+JUMPS = [
+    ("dcm", "semantic", 100, 50),
+    ("dcm", "detail", 50, 0),
+    ("lcm", "lcm", 100, 0),
+    ("pcm", "pcm", 100, 75),
+    ("pcm", "pcm", 75, 50),
+    ("pcm", "pcm", 50, 25),
+    ("pcm", "pcm", 25, 0),
+]
+"""Recipe, expert, and the points of a segment's or phase's ends."""
+
+
+@pytest.fixture(scope="module")
+def plugins():
+    plugins = load_plugins([gaussian.__file__])
+    assert not plugins.broken
+    return plugins
+
+
+class Start:
+    """Velocities of every expert when the last stage starts, for one x."""
+
+    inputs = (torch.ones(2, *gaussian.SHAPE), torch.tensor([0.3, 0.9]), {})
+
+    @hookimpl
+    def on_stage_start(self, run):
+        self.velocities = {name: velocity_of(run.student, name, self.inputs) for name in run.student.experts}
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, plugins):
+    """The trained mixture of one of `RECIPES`, as `sample` would load it; and what the experts were at a stage's start."""
+
+    @cache
+    def distil(name):
+        start = Start()
+        plugins.manager.register(start)
+        result = run(RECIPES[name], output=tmp_path_factory.mktemp(name), plugins=plugins)
+        plugins.manager.unregister(start)
+        _, mixture = load_mixture(result.output, plugins=plugins)
+        mixture.start = start
+        return mixture
+
+    return distil
+
+
+def noise():
+    """Noise whose mean and standard deviation are exactly 0 and 1 in each channel."""
+    values = torch.randn(SAMPLES, *gaussian.SHAPE, generator=torch.Generator().manual_seed(0))
+    std, mean = torch.std_mean(values, dim=(0, 2, 3, 4), correction=0, keepdim=True)
+    return (values - mean) / std
+
+
+def rms(values):
+    """Root mean square by channel."""
+    return values.square().mean(dim=(0, 2, 3, 4)).sqrt()
+
+
+def jump(mixture, expert, x, sigma, sigma_to):
+    return x + (sigma_to - sigma) * velocity_of(mixture.student, expert, (x, torch.full((len(x),), sigma), {}))
+
+
+def euler(x, sigmas):
+    """The exact teacher's Euler steps along `sigmas`."""
+    for sigma, sigma_to in pairwise(sigmas):
+        x = x + (sigma_to - sigma) * gaussian.velocity(x, sigma)
+    return x
+
+
+@pytest.mark.parametrize(("name", "expert", "start", "end"), JUMPS)
+def test_jumps_land_on_the_exact_flow_map(distilled, name, expert, start, end):
+    """Within 0.02·s(σ) from every point, σ being where the jump starts, and at most ¼ of a teacher's step's error."""
+    mixture = distilled(name)
+    sigma = mixture.trajectory.sigma
+    for point in range(start, end, -5):
+        x = gaussian.flow_map(noise(), 1.0, sigma(point))
+        exact = gaussian.flow_map(x, sigma(point), sigma(end))
+        error = rms(jump(mixture, expert, x, sigma(point), sigma(end)) - exact)
+        std = gaussian.moments(sigma(point))[1].flatten()
+        assert (error / std).max() <= 0.02, point
+        if point == start:
+            of_one_step = rms(euler(x, [sigma(start), sigma(end)]) - exact)
+            print(name, start, end, (error / std).tolist(), (error / of_one_step).tolist())
+            assert (error / of_one_step).max() <= 0.25
+
+
+def test_detail_started_as_the_trained_semantic_expert(distilled):
+    """And each has learned something that the expert it started from did not know."""
+    mixture = distilled("dcm")
+    start, now = mixture.start.velocities, velocity_of(mixture.student, "detail", mixture.start.inputs)
+    assert torch.equal(start["detail"], start["semantic"])
+    assert torch.equal(start["semantic"], velocity_of(mixture.student, "semantic", mixture.start.inputs))
+    assert (start["semantic"] - start["teacher"]).abs().max() > 0.1
+    assert (now - start["detail"])[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "points", "landings"),
+    [
+        ("lcm", [100], [0]),
+        ("dcm", [100, 50], [50, 0]),
+        ("dcm", [100, 50, 25], [50, 0, 0]),
+        ("dcm", [100, 75, 50, 25], [50, 50, 0, 0]),
+        ("pcm", [100, 75, 50, 25], [75, 50, 25, 0]),
+    ],
+)
+def test_few_steps_from_noise_give_the_data(distilled, name, points, landings):
+    """Through the router, down to 0: mean and standard deviation of the data, and the very samples that are exact.
+
+    A step that ends above its expert's landing moves along the chord; what that costs is known too.
+    """
+    mixture = distilled(name)
+    sigma = mixture.trajectory.sigma
+    sigmas = torch.tensor([*map(sigma, points), 0.0])
+    x = noise()
+    samples = mixture.generate(x, {}, sigmas, batch_size=100)
+    for (at, to), landing in zip(pairwise(sigmas.tolist()), map(sigma, landings), strict=True):
+        x = x + (to - at) / (landing - at) * (gaussian.flow_map(x, at, landing) - x)
+    tau = gaussian.TAU.flatten()
+    std, mean = torch.std_mean(samples, dim=(0, 2, 3, 4), correction=0)
+    print(name, points, (rms(samples - x)/tau).tolist(), ((mean - gaussian.MU.flatten()) / tau).tolist(), (std/tau).tolist())
+    assert (rms(samples - x) / tau).max() <= 0.03
+    assert ((mean - gaussian.MU.flatten()) / tau).abs().max() <= 0.03
+    chords = sum(to != landing for to, landing in zip([*points[1:], 0], landings, strict=True))
+    assert (std / tau - 1).abs().max() <= 0.03 + 0.05 * chords
+
+
+@pytest.mark.parametrize("end", ["zero", "grid_min"])
+def test_where_the_trajectory_ends(distilled, end):
+    """A student learns the teacher's Euler steps down to p_0. With `zero` that is what is sampled; with `grid_min` the
+    sampler runs on from p_0 to 0 with the last velocity."""
+    mixture, x = distilled(end), noise()
+    points = mixture.trajectory.points.flip(0).tolist()
+    assert points[-1] == (0.0 if end == "zero" else pytest.approx(2 / 21))
+    learned = euler(x, points)
+    samples = mixture.generate(x, {}, torch.tensor([1.0, 0.0]))
+    print(end, rms(jump(mixture, "one", x, 1.0, points[-1]) - learned), rms(samples-learned), rms(samples - x - (learned - x) / (1 - points[-1])), rms(samples-euler(x,[*points,0.0])))
+    assert rms(jump(mixture, "one", x, 1.0, points[-1]) - learned).max() <= 0.01
+    torch.testing.assert_close(samples, x + (learned - x) / (1 - points[-1]), rtol=0, atol=0.05)
+
+
+# -- finetune ---------------------------------------------------------------------------------------------------------
+
+
+def fit(target, **changes):
+    optimizer = {"lr": 1e-2, "schedule": "cosine", "weight_decay": 0.0}
+    stage = {"name": "fit", "kind": "finetune", "expert": "fit", "target": target, "steps": 100}
+    return {**stage, "optimizer": optimizer, "losses": [{"kind": "mse"}], **changes}
+
+
+@pytest.mark.parametrize(
+    ("target", "expert", "tolerance"),
+    [("exact", FULL, 0.05), ("exact", {"kind": "lora", "rank": 4}, 0.05), ("sample", FULL, 0.1)],
+)
+def test_finetune_corrects_a_wrong_teacher(tmp_path, plugins, target, expert, tolerance):
+    wrong = recipe([fit(target)], {"fit": expert}, backbone={"kind": "gaussian", "bias": 0.5})
+    result = run(wrong, output=tmp_path, plugins=plugins)
+    _, mixture = load_mixture(result.output, plugins=plugins)
+    for sigma in (0.1, 0.5, 1.0):
+        x = gaussian.flow_map(noise(), 1.0, sigma)
+        inputs = (x, torch.full((len(x),), sigma), {})
+        errors = {name: rms(velocity_of(mixture.student, name, inputs) - gaussian.velocity(x, sigma)) for name in ("teacher", "fit")}
+        print(target, expert, sigma, errors)
+        assert errors["fit"].max() <= tolerance
+        assert errors["teacher"].min() > 0.5  # bias of scale and shift; and the teacher is what it was
+
+
+def gradients(output, plugins, target, draws=24):
+    """Gradients `[draws, n]` of the finetune loss at the wrong teacher: what Adam without momentum remembers of one step.
+
+    The learning rate is too small to change any weight.
+    """
+    still = {"lr": 1e-30, "betas": [0.0, 0.999], "weight_decay": 0.0, "max_grad_norm": None}
+    stage = fit(target, steps=draws, optimizer=still)
+    training = {"batch_size": 64, "checkpoint_every": 1, "keep_checkpoints": draws, "log_every": draws}
+    backbone = {"kind": "gaussian", "bias": 0.5, "width": 8}
+    result = run(recipe([stage], {"fit": FULL}, backbone=backbone, training=training), output=output, plugins=plugins)
+    rows = []
+    for checkpoint in sorted((result.output / "checkpoints").iterdir()):
+        states = load_tree(checkpoint, "training")["trained"]["student"]["optimizer"]["state"]
+        rows.append(torch.cat([state["exp_avg"].flatten() for state in states.values()]))
+    assert len(rows) == draws
+    return torch.stack(rows)
+
+
+def test_both_targets_of_finetune_have_the_same_expected_gradient(tmp_path, plugins):
+    """The draws are the same, so the difference is that of the targets: of mean zero; `exact` varies less."""
+    exact, sample = (gradients(tmp_path / target, plugins, target) for target in ("exact", "sample"))
+    moved = exact.abs().amax(0) > 0
+    difference = (sample - exact)[:, moved]
+    z = difference.mean(0) / (difference.std(0) / len(difference) ** 0.5)
+    print(moved.sum(), z.square().mean().sqrt(), z.abs().max(), difference.mean(0).norm() / exact.mean(0).norm(), exact.var(0).sum()/ sample.var(0).sum())
+    assert z.square().mean().sqrt() < 1.5
+    assert difference.mean(0).norm() < 0.1 * exact.mean(0).norm()
+    assert exact.var(0).sum() < 0.5 * sample.var(0).sum()

@@ -1,0 +1,148 @@
+"""Two processes: the same global batch, so the same run as with one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from forks import Command
+from helpers import dcm_recipe
+
+from moedistill.checkpoint import find_checkpoint, load_tree
+from moedistill.train import run
+
+STEPS = 20
+STOPPED_AT = 14
+
+WITNESS = f"""
+import json, os, signal
+from moedistill import hookimpl
+
+def note(run, **what):
+    with open(run.job.output.parent / f"rank-{{os.environ['RANK']}}.jsonl", "a") as file:
+        file.write(json.dumps(what) + "\\n")
+
+@hookimpl
+def on_stage_start(run):
+    accelerator = run.accelerator
+    note(run, stage=run.config.name, step=run.step, world=accelerator.num_processes, pid=os.getpid(),
+         type=str(accelerator.distributed_type), rank=accelerator.process_index)
+
+@hookimpl
+def on_step_end(run, metrics):
+    note(run, batch=run.draw._samples)
+    if os.environ["RANK"] == "1" and run.config.name == "detail" and run.step == {STOPPED_AT - 1}:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+@hookimpl
+def on_checkpoint(run, path):
+    note(run, saved=path.name)
+"""
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def notes(folder, rank):
+    return [json.loads(line) for line in (folder / f"rank-{rank}.jsonl").read_text().splitlines()]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def start_pair(arguments, folder):
+    """The command in two processes, as a launcher starts them."""
+    port = str(free_port())
+    return [
+        Command(
+            *arguments, log=folder / f"log-{rank}", RANK=str(rank), LOCAL_RANK=str(rank),
+            WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    """A run in one process; and one that torchrun starts as two, whose second is told to stop, and that is resumed."""
+    folder = tmp_path_factory.mktemp("processes")
+    recipe = dcm_recipe(STEPS, **{"training.batch_size": 8, "training.checkpoint_every": 10})
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "witness.py").write_text(WITNESS)
+    arguments = ["run", folder / "recipe.yaml", "--device", "cpu", "--output", folder / "two"]
+    arguments = [str(argument) for argument in [*arguments, "-p", folder / "witness.py"]]
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # torchrun passes its own threads setting on only where there is none.
+    launched = subprocess.Popen(
+        [*torchrun, "-m", "moedistill", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    one = run(recipe, output=folder / "one", device="cpu")
+    output, _ = launched.communicate(timeout=120)
+    assert find_checkpoint(folder / "two").name == f"01_detail_{STOPPED_AT:08d}", output
+    assert f"stopped at step {STOPPED_AT} of detail; saved is" in output
+    first = [notes(folder, rank) for rank in range(2)]
+
+    pair = start_pair([*arguments, "--resume"], folder)
+    assert [command.exit_code() for command in pair] == [0, 0], pair[0].output + pair[1].output
+    return one, folder, first
+
+
+def test_there_are_two(one_and_two):
+    _, folder, first = one_and_two
+    for launch in (first, [notes(folder, rank)[len(first[rank]) :] for rank in range(2)]):
+        started = [[note for note in launch[rank] if "world" in note] for rank in range(2)]
+        for rank in range(2):
+            assert {(note["rank"], note["world"], note["type"]) for note in started[rank]} == {
+                (rank, 2, "DistributedType.MULTI_CPU")
+            }
+        assert started[0][0]["pid"] != started[1][0]["pid"]
+    # The last micro-batch of a step: half of its samples each.
+    assert [next(note["batch"] for note in first[rank] if "batch" in note) for rank in range(2)] == [[4, 5], [6, 7]]
+
+
+def test_two_processes_give_the_traces_of_one(one_and_two):
+    one, folder, _ = one_and_two
+    expected, got = lines(one.output), lines(folder / "two")
+    steps = [(stage, step) for stage in ("semantic", "detail") for step in range(1, STEPS + 1)]
+    assert [(line["stage"], line["step"]) for line in got] == steps
+    for a, b in zip(expected, got, strict=True):
+        assert a.pop("stage") == b.pop("stage")
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    # The traces say something: they move, and the critic takes part.
+    assert max(line["loss"] for line in got[STEPS:]) > 1.2 * min(line["loss"] for line in got[STEPS:])
+    assert all("loss/gan_critic" in line for line in got[STEPS:])
+
+
+def test_two_processes_give_the_weights_of_one(one_and_two):
+    one, folder, _ = one_and_two
+    for tree in ("experts", "ema"):
+        expected, got = (load_tree(find_checkpoint(path), tree) for path in (one.output, folder / "two"))
+        for expert in ("semantic", "detail"):
+            for name, weight in expected[expert].items():
+                torch.testing.assert_close(got[expert][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_one_process_writes(one_and_two):
+    _, folder, _ = one_and_two
+    saved = [[note["saved"] for note in notes(folder, rank) if "saved" in note] for rank in range(2)]
+    names = ["00_semantic_00000010", "00_semantic_00000020", "01_detail_00000010", f"01_detail_{STOPPED_AT:08d}"]
+    assert saved == [[*names, "01_detail_00000020"], []]
+    assert sorted(path.name for path in (folder / "two/checkpoints").iterdir()) == saved[0]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(dcm_recipe(1, **{"training.batch_size": 6})))
+    pair = start_pair(["run", tmp_path / "recipe.yaml", "--device", "cpu", "--output", tmp_path / "run"], tmp_path)
+    assert [command.exit_code() for command in pair] == [2, 2]
+    for command in pair:
+        assert "batch_size 6 cannot be shared evenly among 2 processes × 2 accumulation steps" in command.output
+        assert "Traceback" not in command.output

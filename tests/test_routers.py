@@ -1,0 +1,251 @@
+import json
+
+import pytest
+import torch
+
+from moedistill.routers import Boundary, Segment, TimestepRouter, TimestepRouterConfig
+from moedistill.trajectory import Trajectory
+
+EXPERTS = ["semantic", "detail"]
+
+
+@pytest.fixture
+def trajectory():
+    return Trajectory.flow_matching()
+
+
+def after(sigma):
+    """The next float32."""
+    return torch.nextafter(torch.tensor(sigma), torch.tensor(2.0)).item()
+
+
+# --- Segments
+
+
+def test_segments_are_half_open():
+    low = Segment("a", 0.25, 0.75)
+    assert low.closed == "low"
+    assert [sigma in low for sigma in (0.25, after(0.25), 0.75, after(0.75))] == [False, True, True, False]
+    high = Segment("a", 0.25, 0.75, closed="high")
+    assert [sigma in high for sigma in (0.25, after(0.25), 0.75)] == [True, True, False]
+    assert 1.0 in Segment("a", 0.25, 1.0, closed="high")
+
+
+def test_segments_compare_in_float32():
+    segment = Segment("a", 0.1, 0.9818)
+    assert torch.tensor(0.9818).item() in segment
+    assert 0.9818 in segment
+    assert torch.tensor(0.1) not in segment
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.6, 0.5), (-0.1, 0.5), (0.5, 1.1), (0.5, 0.5 + 1e-9)])
+def test_bad_segments(low, high):
+    with pytest.raises(ValueError, match=r"empty|outside"):
+        Segment("a", low, high)
+    with pytest.raises(ValueError, match="closed"):
+        Segment("a", 0.1, 0.2, "both")
+
+
+# --- Routing
+
+
+def test_a_boundary_belongs_below_or_above():
+    low = TimestepRouter(EXPERTS, [0.5])
+    assert [low.expert_at(sigma) for sigma in (1.0, after(0.5), 0.5, 0.0)] == ["semantic"] * 2 + ["detail"] * 2
+    high = TimestepRouter(EXPERTS, [0.5], closed="high")
+    assert [high.expert_at(sigma) for sigma in (1.0, 0.5, 0.4999, 0.0)] == ["semantic"] * 2 + ["detail"] * 2
+
+
+def test_boundaries_compare_in_float32():
+    """0.9818 in float64 lies below its own float32 value; both must route alike."""
+    router = TimestepRouter(EXPERTS, [0.9818])
+    assert router.expert_at(0.9818) == router.expert_at(torch.tensor(0.9818)) == "detail"
+
+
+def test_any_number_of_experts():
+    assert TimestepRouter(["one"], []).experts_at([0.0, 0.3, 1.0]) == ["one"] * 3
+    five = TimestepRouter(list("abcde"), [0.8, 0.6, 0.4, 0.2])
+    assert "".join(five.experts_at(torch.tensor([1.0, 0.8, 0.7, 0.5, 0.3, 0.2, 0.1]))) == "abbcdee"
+
+
+def test_below_low_the_last_expert_goes_on():
+    router = TimestepRouter(EXPERTS, [0.5], low=0.1)
+    assert router.expert_at(0.05) == router.expert_at(0.0) == "detail"
+    assert router.segment("detail") == Segment("detail", 0.1, 0.5)
+    assert 0.05 not in router.segment("detail")
+
+
+def test_routing_is_per_sample():
+    router = TimestepRouter(EXPERTS, [0.98])
+    assert router.experts_at(torch.tensor([0.99, 0.9])) == ["semantic", "detail"]
+    assert router.experts_at(torch.tensor([0.9, 0.99])) == ["detail", "semantic"]
+
+
+@pytest.mark.parametrize("closed", ["low", "high"])
+def test_segments_and_routing_agree_on_every_point(closed, trajectory):
+    router = TimestepRouter.from_points(trajectory, list("abcd"), [44, 38, 19], closed=closed)
+    for sigma in trajectory.points[1:].tolist():
+        owners = [segment.expert for segment in router.segments if sigma in segment]
+        assert owners == [router.expert_at(sigma)]
+    ranges = [trajectory.points_in(segment) for segment in reversed(router.segments)]
+    assert [i for r in ranges for i in r] == list(range(1, 51))
+
+
+@pytest.mark.parametrize("sigma", [-1e-3, 1.001, float("nan")])
+def test_sigma_outside(sigma):
+    router = TimestepRouter(EXPERTS, [0.5])
+    with pytest.raises(ValueError, match="outside"):
+        router.expert_at(sigma)
+    with pytest.raises(ValueError, match="outside"):
+        router.experts_at(torch.tensor([0.5, sigma]))
+
+
+def test_experts_at_wants_one_sigma_per_sample():
+    with pytest.raises(ValueError, match=r"\[2, 1\]"):
+        TimestepRouter(EXPERTS, [0.5]).experts_at(torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("experts", "boundaries", "message"),
+    [
+        ([], [], "at least one"),
+        (["a", ""], [0.5], "non-empty"),
+        (["a", "a"], [0.5], "must differ"),
+        ("ab", [0.5], "list of names"),
+        (["a", "b"], [], "2 experts need 1 boundaries, not 0"),
+        (["a"], [0.5], "1 experts need 0 boundaries, not 1"),
+        (["a", "b", "c"], [0.2, 0.5], "descend strictly"),
+        (["a", "b", "c"], [0.5, 0.5], "descend strictly"),
+        (["a", "b"], [1.0], "descend strictly"),
+        (["a", "b"], [0.01], "descend strictly"),
+        (["a", "b"], [float("nan")], "outside"),
+        (["a", "b"], [1.5], "outside"),
+    ],
+)
+def test_bad_routers(experts, boundaries, message):
+    with pytest.raises(ValueError, match=message):
+        TimestepRouter(experts, boundaries, low=0.02)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="no expert 'sem': the router knows semantic, detail"):
+        TimestepRouter(EXPERTS, [0.5]).segment("sem")
+    with pytest.raises(ValueError, match="closed"):
+        TimestepRouter(EXPERTS, [0.5], closed="below")
+
+
+# --- Units
+
+
+def test_from_points(trajectory):
+    router = TimestepRouter.from_points(trajectory, EXPERTS, [38])
+    assert router.segment("semantic") == Segment("semantic", trajectory.sigma(38), 1.0)
+    assert router.segment("detail") == Segment("detail", trajectory.sigma(0), trajectory.sigma(38))
+    assert router.expert_at(trajectory.sigma(38)) == "detail"
+    assert router.expert_at(trajectory.sigma(39)) == "semantic"
+    with pytest.raises(ValueError, match="points 0 to 50"):
+        TimestepRouter.from_points(trajectory, EXPERTS, [51])
+
+
+def test_units_agree():
+    by_sigma = TimestepRouter(EXPERTS, [0.875], closed="high")
+    assert TimestepRouter.from_timesteps(EXPERTS, [875], closed="high") == by_sigma
+    assert TimestepRouter.from_timesteps(EXPERTS, [437.5], 500, closed="high") == by_sigma
+    assert TimestepRouter.from_ratio(EXPERTS, [0.875], closed="high") == by_sigma
+    snr = ((1 - 0.875) / 0.875) ** 2
+    assert TimestepRouter.from_snr(EXPERTS, [snr], closed="high").boundaries[0] == pytest.approx(0.875)
+    assert TimestepRouter.from_snr(EXPERTS, [1.0], low=0.1).segment("detail") == Segment("detail", 0.1, 0.5)
+    with pytest.raises(ValueError, match="snr"):
+        TimestepRouter.from_snr(EXPERTS, [-1.0])
+
+
+def test_wan22_sends_the_boundary_time_above():
+    router = TimestepRouter.from_ratio(["high", "low"], [0.875], closed="high")
+    assert router.experts_at(torch.tensor([876.0, 875.0, 874.0]) / 1000) == ["high", "high", "low"]
+
+
+def test_a_round_trip_through_json():
+    router = TimestepRouter(list("abc"), [0.9818, 0.5], low=0.0167, closed="high", notes=["as said"])
+    data = json.loads(json.dumps(router.to_dict()))
+    assert TimestepRouter.from_dict(data) == router
+    for bad in ({**data, "kind": "soft"}, {**data, "extra": 1}, {"kind": "timestep"}):
+        with pytest.raises(ValueError, match="not a timestep router"):
+            TimestepRouter.from_dict(bad)
+
+
+# --- Config
+
+
+def build(trajectory, *boundaries, experts=EXPERTS, closed="low"):
+    return TimestepRouterConfig(experts=experts, boundaries=list(boundaries), closed=closed).build(trajectory)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "note"),
+    [
+        (Boundary(point=38), None),
+        (Boundary(sigma=0.9818), "boundary sigma 0.9818 means point 38 (sigma 0.981763)"),
+        (Boundary(timestep=982), "boundary timestep 982 means point 38 (sigma 0.981763)"),
+        (Boundary(ratio=0.9818), "boundary ratio 0.9818 means point 38 (sigma 0.981763)"),
+        (Boundary(snr=0.000345), "boundary snr 0.000345 means point 38 (sigma 0.981763)"),
+        # The middle of a gap means neither neighbour.
+        (Boundary(timestep=982.7), "boundary timestep 982.7 lies between points 38 and 39: taken as point 38"),
+    ],
+)
+def test_every_unit_resolves_to_the_point_it_means(boundary, note, trajectory):
+    router = build(trajectory, boundary)
+    assert router == TimestepRouter.from_points(trajectory, EXPERTS, [38])
+    assert len(router.notes) == (note is not None)
+    assert note is None or router.notes[0].startswith(note)
+
+
+@pytest.mark.parametrize("closed", ["low", "high"])
+def test_a_value_between_points_routes_every_point_as_itself(closed, trajectory):
+    for k in range(2, 49):
+        middle = (trajectory.sigma(k) + trajectory.sigma(k + 1)) / 2
+        resolved = build(trajectory, Boundary(sigma=middle), closed=closed)
+        assert resolved.boundaries[0] == trajectory.sigma(k if closed == "low" else k + 1)
+        by_value = TimestepRouter(EXPERTS, [middle], trajectory.sigma(0), closed)
+        assert resolved.experts_at(trajectory.points) == by_value.experts_at(trajectory.points)
+
+
+def test_timesteps_of_a_native_table_go_through_the_table():
+    table = torch.cat([torch.linspace(0.05, 0.9, 99), torch.ones(1)])
+    trajectory = Trajectory.native(table, 50)
+    assert build(trajectory, Boundary(timestep=59)).boundaries == (table[59].item(),)
+
+
+@pytest.mark.parametrize("units", [{}, {"point": 3, "sigma": 0.5}, {"ratio": 0.5, "snr": 1.0, "timestep": 10}])
+def test_a_boundary_has_exactly_one_unit(units):
+    with pytest.raises(ValueError, match="exactly one of point, sigma, timestep, ratio, snr"):
+        Boundary(**units)
+
+
+def test_point_zero_is_a_unit_like_any_other(trajectory):
+    assert Boundary(point=0).resolve(trajectory) == (0, None)
+    with pytest.raises(ValueError, match="descend strictly"):
+        build(trajectory, Boundary(point=0))
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "closed", "message"),
+    [
+        ([Boundary(point=19), Boundary(point=38)], "low", r"points \[19, 38\]: they must descend"),
+        ([Boundary(sigma=0.9818), Boundary(sigma=0.98177)], "low", r"points \[38, 38\]: they must descend"),
+        ([Boundary(point=50), Boundary(point=38)], "low", "they must descend"),
+        ([Boundary(point=38), Boundary(point=51)], "low", "points 0 to 50"),
+        ([Boundary(point=38), Boundary(sigma=0.001)], "low", "below the trajectory's first point"),
+        ([Boundary(point=38), Boundary(point=1)], "high", "expert 'c' has no trajectory point"),
+    ],
+)
+def test_bad_boundaries(boundaries, closed, message, trajectory):
+    with pytest.raises(ValueError, match=message):
+        build(trajectory, *boundaries, experts=list("abc"), closed=closed)
+
+
+def test_experts_are_checked_before_a_trajectory_is_there():
+    with pytest.raises(ValueError, match="2 experts need 1 boundaries, not 0"):
+        TimestepRouterConfig(experts=EXPERTS)
+    with pytest.raises(ValueError, match="must differ"):
+        TimestepRouterConfig(experts=["a", "a"], boundaries=[Boundary(point=3)])
+    assert TimestepRouterConfig(experts=["only"]).build(Trajectory.flow_matching()).segments[0].high == 1.0

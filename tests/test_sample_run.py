@@ -1,0 +1,138 @@
+"""`moedistill sample`: from a run, a checkpoint or an export, with the recipe's steps or others."""
+
+import json
+
+import pytest
+import torch
+from helpers import distil, tiny_recipe
+from PIL import Image
+
+from moedistill import conditioning
+from moedistill.errors import UserError
+from moedistill.randomness import Draws
+from moedistill.sample_run import load_mixture, sample_run
+from moedistill.train import run
+
+LR = {"lr": 0.02}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run: two trained experts, one of them with an average, and their export."""
+    stages = [
+        distil(optimizer=LR, ema_decay=0.5),
+        distil("detail", optimizer=LR),
+        {"name": "export", "kind": "export"},
+    ]
+    return run(tiny_recipe(stages), output=tmp_path_factory.mktemp("run"), device="cpu").output
+
+
+@pytest.fixture
+def videos(folder, tmp_path):
+    """Samples of the run."""
+    return lambda source=folder, **options: sample_run(source, output=tmp_path / "samples", **options).videos
+
+
+def test_a_run_its_checkpoint_and_its_export_give_the_same(folder, videos):
+    newest = folder / "checkpoints" / "01_detail_00000002"
+    from_run, from_checkpoint, from_export = (
+        videos(source, prompts=["3 right", "7 up"]) for source in (folder, newest, folder / "export")
+    )
+    assert from_run.shape == (2, 1, 8, 24, 24)
+    assert torch.equal(from_run, from_checkpoint)
+    assert torch.equal(from_run, from_export)
+    earlier = folder / "checkpoints" / "00_semantic_00000002"
+    assert not torch.equal(from_run, videos(earlier, prompts=["3 right", "7 up"]))
+
+
+@pytest.mark.parametrize("weights", ["trained", "ema"])
+def test_samples_are_what_the_mixture_generates(folder, videos, weights):
+    _, mixture = load_mixture(folder)
+    backbone, points = mixture.student.backbone, mixture.trajectory.points
+    noise = Draws(5, "sample", 0, range(2)).normal("noise", backbone.latent_shape())
+    cond = conditioning.to(backbone.encode(["3 right"] * 2), "cpu")
+    with mixture.weights(weights):
+        latents = mixture.generate(noise, cond, torch.tensor([points[8], points[4], 0.0]))
+    sampled = videos(prompts=["3 right"], num=2, seed=5, weights=weights)
+    assert torch.equal(sampled, backbone.decode(latents))
+    assert not torch.equal(sampled[0], sampled[1])
+    assert not torch.equal(sampled, videos(prompts=["3 right"], num=2, seed=6, weights=weights))
+    other = {"trained": "ema", "ema": "trained"}[weights]
+    assert not torch.equal(sampled, videos(prompts=["3 right"], num=2, seed=5, weights=other))
+
+
+def test_a_sample_depends_on_its_prompt_and_place_alone(videos):
+    one, both = videos(prompts=["3 right"], num=2), videos(prompts=["3 right", "7 up"], num=2)
+    assert torch.allclose(one, both[:2], atol=1e-5)
+    assert not torch.allclose(both[:2], both[2:], atol=1e-2)
+    assert torch.equal(videos(), videos(prompts=[""]))  # no prompt: the null condition
+
+
+def test_files(folder, tmp_path):
+    result = sample_run(folder, prompts=["3 right", ""], num=2, seed=4, output=tmp_path / "deep" / "out")
+    assert result.output == tmp_path / "deep" / "out"
+    with Image.open(result.output / "samples.png") as sheet:
+        sheet.load()
+    with Image.open(result.output / "samples.webp") as animation:
+        assert animation.n_frames == 8
+    sidecar = json.loads((result.output / "samples.json").read_text())
+    assert sidecar.pop("sigmas") == pytest.approx([1.0, 5 / 6, 0.0])
+    assert sidecar == {
+        "source": str(folder),
+        "prompts": ["3 right", "3 right", "", ""],
+        "seed": 4,
+        "experts": ["semantic", "detail"],
+        "weights": "trained",
+        "recipe": "tiny",
+        "torch": torch.__version__,
+    }
+
+
+def test_without_an_output_samples_lie_in_the_source(folder):
+    assert sample_run(folder / "export").output == folder / "export" / "samples"
+
+
+def test_steps_and_sigmas(videos):
+    """Points of the recipe's own list: p_8 = 1 and p_4 = 5/6; the final 0 goes without saying, as in a recipe."""
+    usual = videos()
+    for options in ({"steps": 2}, {"sigmas": [1.0, 0.833]}, {"sigmas": [1.0, 0.833, 0.0]}):
+        assert torch.equal(videos(**options), usual), options
+    for options in ({"steps": 1}, {"steps": 8}, {"sigmas": [1.0, 0.833, 0.4]}):
+        assert not torch.allclose(videos(**options), usual, atol=1e-3), options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2, "sigmas": [1.0]}, "--steps or --sigmas, not both"),
+        ({"steps": 9}, "--steps: steps 9 is more than the trajectory's 8"),
+        ({"sigmas": [0.5, 0.9]}, "--sigmas: values must descend strictly"),
+        ({"sigmas": [1.5, 0.5]}, r"--sigmas: sigma 1.5 is outside \[0, 1\]"),
+        ({"sigmas": [0.0]}, "--sigmas: no step can start at sigma 0"),
+        ({"prompts": ["3 sideways"]}, '--prompt: prompt "3 sideways": give a digit'),
+    ],
+)
+def test_mistakes_are_the_user_s(videos, options, message):
+    with pytest.raises(UserError, match=message):
+        videos(**options)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("nowhere", {}, "there is no such folder"),
+        ("checkpoints", {}, "no checkpoint in"),
+        ("export", {"weights": "ema"}, "holds no averaged weights"),
+    ],
+)
+def test_sources_that_hold_nothing(folder, videos, source, options, message):
+    with pytest.raises(UserError, match=message):
+        videos(folder / source, **options)
+
+
+def test_a_recipe_without_a_sample_list_needs_steps(tmp_path):
+    recipe = tiny_recipe([distil(steps=1)], {"sample": None})
+    source = run(recipe, output=tmp_path / "run", device="cpu").output
+    with pytest.raises(UserError, match="no sample list; give --steps or --sigmas"):
+        sample_run(source, output=tmp_path)
+    assert sample_run(source, output=tmp_path, steps=1).videos.isfinite().all()
