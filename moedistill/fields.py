@@ -7,7 +7,7 @@ the JSON Schema. Nothing here imports torch or pydantic.
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
@@ -21,6 +21,8 @@ PositiveFloat = Annotated[float, Gt(0.0)]
 NonNegativeFloat = Annotated[float, Ge(0.0)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 """A number in [0, 1]: a probability, or a sigma."""
+Decay = Annotated[float, Ge(0.0), Lt(1.0)]
+"""How much of an average each update keeps."""
 NonEmptyStr = Annotated[str, MinLen(1)]
 
 

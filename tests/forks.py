@@ -23,6 +23,7 @@ _context.set_forkserver_preload(
 
 def _main(arguments, log, environment):
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a process that was started plainly
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

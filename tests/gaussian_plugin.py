@@ -60,9 +60,10 @@ class TimeEmbedding(nn.Module):
     def forward(self, sigma):
         phase = (sigma * self.phases).ceil().clamp(1, self.phases) - 1
         t = 2 * (sigma * self.phases - phase) - 1
-        polynomials = [torch.ones_like(t), t, (3 * t**2 - 1) / 2, (5 * t**3 - 3 * t) / 2, (35 * t**4 - 30 * t**2 + 3) / 8]
+        cubic, quartic = (5 * t**3 - 3 * t) / 2, (35 * t**4 - 30 * t**2 + 3) / 8
+        polynomials = torch.stack([torch.ones_like(t), t, (3 * t**2 - 1) / 2, cubic, quartic], dim=1)
         inside = one_hot(phase.long(), self.phases)[:, :, None]
-        return silu(self.linear((inside * torch.stack(polynomials, dim=1)[:, None]).flatten(1)))
+        return silu(self.linear((inside * polynomials[:, None]).flatten(1)))
 
 
 class Block(nn.Module):
@@ -102,11 +103,11 @@ class GaussianNetwork(nn.Module):
 
 class GaussianBackbone(Backbone):
     blocks = ("blocks.0",)
-    lora_targets = {"attention": r"blocks\.\d+\.mix"}
     time_dependent = ("time_embed", "proj_out")
 
     def __init__(self, network, hidden_size):
         self.network, self.hidden_size = network, hidden_size
+        self.lora_targets = {"attention": r"blocks\.\d+\.mix"}
 
     def velocity(self, network, x, sigma, cond):
         return network(x, sigma)

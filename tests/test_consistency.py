@@ -262,7 +262,7 @@ class Watch:
     """Looks at all experts as stages begin and end."""
 
     def __init__(self):
-        self.velocities, self.weights, self.metrics = {}, {}, {}
+        self.velocities, self.weights, self.metrics, self.trainable = {}, {}, {}, {}
 
     def _look(self, run, when):
         key = (run.config.name, when)
@@ -278,6 +278,9 @@ class Watch:
     @hookimpl
     def on_stage_start(self, run):
         self._look(run, "start")
+        own = {id(parameter) for parameter in run.student.experts[run.expert].parameters.values()}
+        takes_gradients = {id(parameter) for parameter in run.student.parameters() if parameter.requires_grad}
+        self.trainable[run.config.name] = takes_gradients == own
 
     @hookimpl
     def on_stage_end(self, run):
@@ -314,6 +317,7 @@ def whole(tmp_path_factory):
 def test_a_stage_trains_its_expert_and_nothing_else(whole, stage, trained):
     *_, watch = whole
     assert len(watch.metrics[stage]) == 20
+    assert watch.trainable[stage]
     before, after = (watch.weights[stage, when] for when in ("start", "end"))
     untouched = watch.weights["fit", "start"][TEACHER]
     assert all(torch.equal(after[TEACHER][name], weight) for name, weight in untouched.items())

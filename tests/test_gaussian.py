@@ -1,7 +1,8 @@
-"""Gaussian data, for which velocity, flow map and gradients are known: what the real stages learn, against closed forms.
+"""Gaussian data, for which velocity and flow map are known: what the real stages learn, against closed forms.
 
 The teacher is exact. The student is distilled by `moedistill.train.run`, and its jumps are compared with the exact flow
-map. Errors are root mean squares over x_σ as the data give it and over a channel's elements; the worst channel counts.
+map. An error is the root mean square over x drawn from the data's law at σ and over a channel's elements; each channel
+has its own, and the worst one counts.
 """
 
 from functools import cache
@@ -10,7 +11,7 @@ from itertools import pairwise
 import gaussian_plugin as gaussian
 import pytest
 import torch
-from helpers import equal, velocity_of
+from helpers import velocity_of
 
 from moedistill import hookimpl
 from moedistill.checkpoint import load_tree
@@ -22,8 +23,8 @@ SAMPLES = 256
 
 
 def recipe(stages, experts, phases=1, **changes):
-    """Stages that train `experts`, which share [0, 1] evenly; in each of `phases` ranges the network is smooth."""
-    boundaries = [{"ratio": 0.5}] if len(experts) == 2 else []
+    """Stages that train one expert, or two that share [0, 1]; the network is smooth in each of `phases` ranges."""
+    boundaries = [{"point": 50}] if len(experts) == 2 else []
     return {
         "name": "gaussian",
         "seed": 2,
@@ -38,7 +39,7 @@ def recipe(stages, experts, phases=1, **changes):
     }
 
 
-def distil(expert, steps=300, lr=4e-3, **changes):
+def distil(expert, steps=200, lr=4e-3, **changes):
     optimizer = {"lr": lr, "betas": [0.8, 0.95], "weight_decay": 0.0, "schedule": "cosine"}
     stage = {"name": expert, "kind": "consistency", "expert": expert, "steps": steps, "optimizer": optimizer}
     return {**stage, "losses": [{"kind": "huber", "c": 0.01}], **changes}
@@ -48,7 +49,7 @@ FULL = {"kind": "full"}
 DETAIL = {"kind": "lora", "from": "semantic", "rank": 4, "alpha": 8}
 COARSE = {"kind": "flow_matching", "num_steps": 8, "shift": 2.0, "num_train_timesteps": 20}
 
-# Steps and learning rates were calibrated once. All draws are addressed, so these runs are always the same.
+# Steps, learning rates and the seed were calibrated once. All draws are addressed: the runs are always the same.
 RECIPES = {
     "dcm": recipe([distil("semantic"), distil("detail", lr=6e-3)], {"semantic": FULL, "detail": DETAIL}, phases=2),
     "lcm": recipe([distil("lcm", steps=400)], {"lcm": FULL}),
@@ -89,7 +90,7 @@ class Start:
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory, plugins):
-    """The trained mixture of one of `RECIPES`, as `sample` would load it; and what the experts were at a stage's start."""
+    """The trained mixture of one of `RECIPES`, as `sample` would load it, and its `Start`."""
 
     @cache
     def distil(name):
@@ -129,19 +130,20 @@ def euler(x, sigmas):
 
 @pytest.mark.parametrize(("name", "expert", "start", "end"), JUMPS)
 def test_jumps_land_on_the_exact_flow_map(distilled, name, expert, start, end):
-    """Within 0.02·s(σ) from every point, σ being where the jump starts, and at most ¼ of a teacher's step's error."""
+    """From the segment's upper end, and from every fifth point on the way: within 0.02·s(σ), the jump starting at σ.
+
+    From the upper end the error is also at most ¼ of that of the teacher's single step over the same jump.
+    """
     mixture = distilled(name)
     sigma = mixture.trajectory.sigma
     for point in range(start, end, -5):
         x = gaussian.flow_map(noise(), 1.0, sigma(point))
         exact = gaussian.flow_map(x, sigma(point), sigma(end))
         error = rms(jump(mixture, expert, x, sigma(point), sigma(end)) - exact)
-        std = gaussian.moments(sigma(point))[1].flatten()
-        assert (error / std).max() <= 0.02, point
+        assert (error / gaussian.moments(sigma(point))[1].flatten()).max() <= 0.02, f"from point {point}"
         if point == start:
-            of_one_step = rms(euler(x, [sigma(start), sigma(end)]) - exact)
-            print(name, start, end, (error / std).tolist(), (error / of_one_step).tolist())
-            assert (error / of_one_step).max() <= 0.25
+            error_of_one_step = rms(euler(x, [sigma(start), sigma(end)]) - exact)
+            assert (error / error_of_one_step).max() <= 0.25
 
 
 def test_detail_started_as_the_trained_semantic_expert(distilled):
@@ -165,38 +167,45 @@ def test_detail_started_as_the_trained_semantic_expert(distilled):
     ],
 )
 def test_few_steps_from_noise_give_the_data(distilled, name, points, landings):
-    """Through the router, down to 0: mean and standard deviation of the data, and the very samples that are exact.
+    """Through the router, down to 0: the samples that exact jumps give, and so the data's mean and standard deviation.
 
-    A step that ends above its expert's landing moves along the chord; what that costs is known too.
+    A step that ends above its expert's landing goes along the chord to it. That keeps the mean, but not the standard
+    deviation.
     """
     mixture = distilled(name)
-    sigma = mixture.trajectory.sigma
+    sigma, mu, tau = mixture.trajectory.sigma, gaussian.MU.flatten(), gaussian.TAU.flatten()
     sigmas = torch.tensor([*map(sigma, points), 0.0])
-    x = noise()
-    samples = mixture.generate(x, {}, sigmas, batch_size=100)
+    exact = noise()
+    samples = mixture.generate(exact, {}, sigmas, batch_size=100)
     for (at, to), landing in zip(pairwise(sigmas.tolist()), map(sigma, landings), strict=True):
-        x = x + (to - at) / (landing - at) * (gaussian.flow_map(x, at, landing) - x)
-    tau = gaussian.TAU.flatten()
+        landed = gaussian.flow_map(exact, at, landing)
+        exact = exact + (to - at) / (landing - at) * (landed - exact)
+    assert (rms(samples - exact) / tau).max() <= 0.03
+
     std, mean = torch.std_mean(samples, dim=(0, 2, 3, 4), correction=0)
-    print(name, points, (rms(samples - x)/tau).tolist(), ((mean - gaussian.MU.flatten()) / tau).tolist(), (std/tau).tolist())
-    assert (rms(samples - x) / tau).max() <= 0.03
-    assert ((mean - gaussian.MU.flatten()) / tau).abs().max() <= 0.03
-    chords = sum(to != landing for to, landing in zip([*points[1:], 0], landings, strict=True))
-    assert (std / tau - 1).abs().max() <= 0.03 + 0.05 * chords
+    assert ((mean - mu) / tau).abs().max() <= 0.01
+    if landings == [*points[1:], 0]:
+        assert (std / tau - 1).abs().max() <= 0.03
 
 
 @pytest.mark.parametrize("end", ["zero", "grid_min"])
 def test_where_the_trajectory_ends(distilled, end):
-    """A student learns the teacher's Euler steps down to p_0. With `zero` that is what is sampled; with `grid_min` the
-    sampler runs on from p_0 to 0 with the last velocity."""
+    """The student learns the teacher's own steps, here few and so not exact, down to p_0.
+
+    With `zero` this is what is sampled. With `grid_min` the sampler goes on from p_0 to 0 with the last velocity, where
+    the teacher would take one more step.
+    """
     mixture, x = distilled(end), noise()
     points = mixture.trajectory.points.flip(0).tolist()
     assert points[-1] == (0.0 if end == "zero" else pytest.approx(2 / 21))
-    learned = euler(x, points)
+
+    taught = euler(x, points)
+    assert rms(jump(mixture, "one", x, 1.0, points[-1]) - taught).max() <= 0.02
+
     samples = mixture.generate(x, {}, torch.tensor([1.0, 0.0]))
-    print(end, rms(jump(mixture, "one", x, 1.0, points[-1]) - learned), rms(samples-learned), rms(samples - x - (learned - x) / (1 - points[-1])), rms(samples-euler(x,[*points,0.0])))
-    assert rms(jump(mixture, "one", x, 1.0, points[-1]) - learned).max() <= 0.01
-    torch.testing.assert_close(samples, x + (learned - x) / (1 - points[-1]), rtol=0, atol=0.05)
+    assert rms(samples - (x + (taught - x) / (1 - points[-1]))).max() <= 0.02
+    beyond = rms(samples - euler(x, [*points, 0.0] if end == "grid_min" else points))
+    assert beyond.max() <= 0.02 if end == "zero" else beyond.min() >= 0.05
 
 
 # -- finetune ---------------------------------------------------------------------------------------------------------
@@ -219,16 +228,18 @@ def test_finetune_corrects_a_wrong_teacher(tmp_path, plugins, target, expert, to
     for sigma in (0.1, 0.5, 1.0):
         x = gaussian.flow_map(noise(), 1.0, sigma)
         inputs = (x, torch.full((len(x),), sigma), {})
-        errors = {name: rms(velocity_of(mixture.student, name, inputs) - gaussian.velocity(x, sigma)) for name in ("teacher", "fit")}
-        print(target, expert, sigma, errors)
-        assert errors["fit"].max() <= tolerance
-        assert errors["teacher"].min() > 0.5  # bias of scale and shift; and the teacher is what it was
+        exact = gaussian.velocity(x, sigma)
+        assert rms(velocity_of(mixture.student, "fit", inputs) - exact).max() <= tolerance
+        # What was wrong, scale and shift by 0.5 each, still is: the teacher never changes.
+        torch.testing.assert_close(
+            rms(velocity_of(mixture.student, "teacher", inputs) - exact), torch.full((4,), 0.5**0.5)
+        )
 
 
-def gradients(output, plugins, target, draws=24):
-    """Gradients `[draws, n]` of the finetune loss at the wrong teacher: what Adam without momentum remembers of one step.
+def gradients(output, plugins, target, draws=16):
+    """Gradients `[draws, n]` of the finetune loss at the wrong teacher, each of 64 samples of their own.
 
-    The learning rate is too small to change any weight.
+    They are what Adam without momentum remembers of one step; the learning rate is too small to change any weight.
     """
     still = {"lr": 1e-30, "betas": [0.0, 0.999], "weight_decay": 0.0, "max_grad_norm": None}
     stage = fit(target, steps=draws, optimizer=still)
@@ -244,12 +255,14 @@ def gradients(output, plugins, target, draws=24):
 
 
 def test_both_targets_of_finetune_have_the_same_expected_gradient(tmp_path, plugins):
-    """The draws are the same, so the difference is that of the targets: of mean zero; `exact` varies less."""
+    """The draws are the same, so the gradients differ by the targets alone: by zero in the mean, to within its error.
+
+    The exact target's gradient varies less.
+    """
     exact, sample = (gradients(tmp_path / target, plugins, target) for target in ("exact", "sample"))
-    moved = exact.abs().amax(0) > 0
-    difference = (sample - exact)[:, moved]
-    z = difference.mean(0) / (difference.std(0) / len(difference) ** 0.5)
-    print(moved.sum(), z.square().mean().sqrt(), z.abs().max(), difference.mean(0).norm() / exact.mean(0).norm(), exact.var(0).sum()/ sample.var(0).sum())
+    difference = (sample - exact)[:, exact.abs().amax(0) > 0]
+    mean = difference.mean(0)
+    z = mean / (difference.std(0) / len(difference) ** 0.5)
     assert z.square().mean().sqrt() < 1.5
-    assert difference.mean(0).norm() < 0.1 * exact.mean(0).norm()
-    assert exact.var(0).sum() < 0.5 * sample.var(0).sum()
+    assert mean.norm() < 0.05 * exact.mean(0).norm()
+    assert exact.var(0).sum() < 0.7 * sample.var(0).sum()

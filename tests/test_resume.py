@@ -44,10 +44,34 @@ def _no_garbage_of_imports():
     gc.unfreeze()
 
 
+class Watch:
+    """Compares the experts when a stage starts."""
+
+    def __init__(self):
+        self.started = []
+
+    @hookimpl
+    def on_stage_start(self, run):
+        semantic, detail, teacher = (
+            velocity_of(run.student, name, digits_inputs()) for name in ("semantic", "detail", "teacher")
+        )
+        saved = dict(run.student.experts["semantic"].parameters)
+        saved = {name: value.detach().clone() for name, value in saved.items()}
+        self.started.append((run.config.name, run.step, semantic, detail, teacher, saved))
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def watch():
+    """Sees the uninterrupted run."""
+    return Watch()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, watch):
     """The uninterrupted run; all its checkpoints are there."""
-    return run(recipe(), output=tmp_path_factory.mktemp("resume") / "whole", device="cpu")
+    plugins = load_plugins()
+    plugins.manager.register(watch)
+    return run(recipe(), output=tmp_path_factory.mktemp("resume") / "whole", device="cpu", plugins=plugins)
 
 
 def stopped(whole, folder, name):
@@ -128,35 +152,26 @@ def test_resuming_in_another_folder_leaves_the_first_alone(whole, tmp_path):
     assert lines(tmp_path / "b") == lines(whole.output)
 
 
-class Watch:
-    """Compares the experts when a stage starts."""
-
-    def __init__(self):
-        self.started = []
-
-    @hookimpl
-    def on_stage_start(self, run):
-        semantic, detail, teacher = (
-            velocity_of(run.student, name, digits_inputs()) for name in ("semantic", "detail", "teacher")
-        )
-        saved = dict(run.student.experts["semantic"].parameters)
-        saved = {name: value.detach().clone() for name, value in saved.items()}
-        self.started.append((run.config.name, run.step, semantic, detail, teacher, saved))
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-def test_detail_starts_as_the_trained_semantic_expert(whole, tmp_path, resumed):
-    plugins, watch = load_plugins(), Watch()
-    plugins.manager.register(watch)
-    if resumed:
-        stopped(whole, tmp_path / "run", "00_semantic_00000005")
-    run(recipe(), output=tmp_path / "run", resume=resumed, device="cpu", plugins=plugins)
-    assert [started[0] for started in watch.started] == (["detail"] if resumed else ["semantic", "detail"])
-    _, step, semantic, detail, teacher, saved = watch.started[-1]
-    assert step == 0
+def assert_detail_starts_as_trained_semantic(watch, whole):
+    name, step, semantic, detail, teacher, saved = watch.started[-1]
+    assert (name, step) == ("detail", 0)
     assert torch.equal(detail, semantic)
     assert (semantic - teacher).abs().max() > 1e-4
     assert equal(saved, load_tree(whole.output / "checkpoints/00_semantic_00000005", "experts")["semantic"])
+
+
+def test_detail_starts_as_the_trained_semantic_expert(whole, watch):
+    assert [started[0] for started in watch.started] == ["semantic", "detail"]
+    assert_detail_starts_as_trained_semantic(watch, whole)
+
+
+def test_detail_starts_as_the_trained_semantic_expert_after_resuming(whole, tmp_path):
+    plugins, watch = load_plugins(), Watch()
+    plugins.manager.register(watch)
+    stopped(whole, tmp_path / "run", "00_semantic_00000005")
+    run(recipe(), output=tmp_path / "run", resume=True, device="cpu", plugins=plugins)
+    assert len(watch.started) == 1
+    assert_detail_starts_as_trained_semantic(watch, whole)
 
 
 def test_a_complete_run_resumed_does_nothing(whole, tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from moedistill.fields import Component, Config, Fraction, NonEmptyStr, PositiveInt
+from moedistill.fields import Component, Config, Decay, NonEmptyStr, PositiveInt
 from moedistill.losses import LossConfig
 from moedistill.optim import OptimizerConfig
 
@@ -69,7 +69,7 @@ class TrainingStageConfig(StageConfig, ABC):
     steps: PositiveInt
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: list[Annotated[LossConfig, Component("loss")]]
-    ema_decay: Fraction | None = None
+    ema_decay: Decay | None = None
     probe: Probing | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"latents", "conditioning"})
 

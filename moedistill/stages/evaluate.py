@@ -76,6 +76,9 @@ class EvaluateConfig(StageConfig):
         names = [candidate.name for candidate in self.candidates]
         if len(set(names)) != len(names):
             yield "candidates", f"names must differ, not {', '.join(names)}"
+        kinds = [metric.kind for metric in self.metrics]
+        if len(set(kinds)) != len(kinds):
+            yield "metrics", f"each kind once, not {', '.join(kinds)}: the table is by kind"
         if self.reference not in names:
             yield "reference", f"{self.reference!r} is no candidate; there are {', '.join(names) or 'none'}"
         if not self.metrics and not self.pictures and not self.save_latents:
