@@ -27,7 +27,7 @@ def on_stage_start(run: Any) -> None:
 
 @hookspec
 def on_step_end(run: Any, metrics: dict[str, float]) -> None:
-    """An optimiser step is done; `metrics` holds its numbers by name."""
+    """A logged optimiser step is done (every `training.log_every`-th, and the last); `metrics`: its numbers by name."""
 
 
 @hookspec

@@ -86,7 +86,7 @@ def one_and_two(tmp_path_factory):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     one = run(recipe, output=folder / "one", device="cpu")
-    output, _ = launched.communicate(timeout=120)
+    output, _ = launched.communicate(timeout=400)
     assert find_checkpoint(folder / "two").name == f"01_detail_{STOPPED_AT:08d}", output
     assert f"stopped at step {STOPPED_AT} of detail; saved is" in output
     first = [notes(folder, rank) for rank in range(2)]
