@@ -9,7 +9,7 @@ import copy
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -182,17 +182,20 @@ class SharedNetwork:
         wrapper = self._copies[path]
         return next((wrapper.copies[name] for name in reversed(chain) if name in wrapper.copies), wrapper.original)
 
-    def merged(self, chain: tuple[str, ...]) -> dict[str, Tensor]:
-        """The weights of the plain network that computes what `chain` does, by their original names, float32."""
-        merged = {name: weight.detach().float().clone() for name, weight in self.weights.items()}
-        for path, layer in self._lora.items():
-            for name in chain:
-                if name in layer.lora_A:
-                    merged[f"{path}.weight"] += layer.get_delta_weight(name).detach()  # type: ignore[attr-defined]
-        for path in self._copies:
-            for name, weight in self.active_module(path, chain).named_parameters():
-                merged[f"{path}.{name}"] = weight.detach().float().clone()
-        return merged
+    def merged(self, chain: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        """Names and weights, one by one, of the plain network that computes what `chain` does: float32, read-only."""
+        copied = {
+            f"{path}.{name}": weight
+            for path in self._copies
+            for name, weight in self.active_module(path, chain).named_parameters()
+        }
+        for name, own in self.weights.items():
+            weight = copied.get(name, own).detach().float()
+            layer = self._lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            for key in chain:
+                if layer is not None and key in layer.lora_A:
+                    weight = weight + layer.get_delta_weight(key).detach()  # type: ignore[attr-defined]
+            yield name, weight
 
 
 class Expert(ABC):
@@ -217,7 +220,7 @@ class Expert(ABC):
 
     def merged(self) -> dict[str, Tensor]:
         """The weights of a plain network equal to this expert, by the network's own names, float32."""
-        return self.shared.merged(self.chain)
+        return {name: weight.clone() for name, weight in self.shared.merged(self.chain)}
 
 
 class FrozenExpert(Expert):
@@ -244,9 +247,8 @@ class FullExpert(Expert):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         assert self.parent is not None
-        weights = self.parent.merged()
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+        for name, weight in self.parent.shared.merged(self.parent.chain):
+            self.parameters[name].copy_(weight)
 
 
 def _weight(linear: nn.Module) -> nn.Parameter:
