@@ -56,6 +56,14 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _unpack(value, tensors) for key, value in packed.items()}
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the permissions that other new files get; safetensors makes it private."""
+    save_file(dict(tensors), path, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def save_tree(folder: Path, name: str, tree: Any) -> None:
     """Writes one tree, and syncs its files to the disk.
 
@@ -65,7 +73,7 @@ def save_tree(folder: Path, name: str, tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
     packed = _pack(tree, tensors, "")
     if tensors:
-        save_file(tensors, folder / f"{name}.safetensors")
+        save_tensors(folder / f"{name}.safetensors", tensors)
         _sync(folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(packed, indent=1))
     _sync(folder / f"{name}.json")

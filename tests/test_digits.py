@@ -398,7 +398,6 @@ def test_missing_teacher_says_how_to_make_it(monkeypatch: pytest.MonkeyPatch, tm
         DigitsBackboneConfig().build()
 
 
-@pytest.mark.skipif(not TEACHER_FILE.exists(), reason="the teacher has not been trained yet")
 def test_shipped_teacher_fits() -> None:
     assert TEACHER_FILE.stat().st_size <= 1.4e6
     network = DigitsBackboneConfig().build().network

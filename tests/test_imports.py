@@ -154,3 +154,8 @@ def test_unknown_public_name():
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = moedistill.no_such_name
     assert set(moedistill.__all__) <= set(dir(moedistill))
+
+
+def test_the_version_is_written_once() -> None:
+    project = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{moedistill.__version__}"' in project

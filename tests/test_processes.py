@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,10 +84,15 @@ def one_and_two(tmp_path_factory):
     # torchrun passes its own threads setting on only where there is none.
     launched = subprocess.Popen(
         [*torchrun, "-m", "moedistill", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    one = run(recipe, output=folder / "one", device="cpu")
-    output, _ = launched.communicate(timeout=400)
+    try:
+        one = run(recipe, output=folder / "one", device="cpu")
+        output, _ = launched.communicate(timeout=400)
+    finally:
+        if launched.poll() is None:
+            os.killpg(launched.pid, signal.SIGKILL)
     assert find_checkpoint(folder / "two").name == f"01_detail_{STOPPED_AT:08d}", output
     assert f"stopped at step {STOPPED_AT} of detail; saved is" in output
     first = [notes(folder, rank) for rank in range(2)]

@@ -45,7 +45,7 @@ def in_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: code.strip().splitlines()[0])
-def test_snippet(code: str) -> None:
+def test_snippet(code: str, in_a_copy: Path) -> None:
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 

@@ -98,6 +98,7 @@ class ConsistencyStage(TrainingStage):
 
     def step(self, run: Run, batch: Batch) -> None:
         x0, cond, points = batch.latents, batch.conditioning, run.trajectory.points
+        per_sample = (-1, 1, 1, 1, 1)
 
         # A starting point p_i of the segment, the point before it, and the point where the jump lands.
         i = run.draw.integers("point", self._starts[0], self._starts[-1] + 1)
@@ -113,14 +114,14 @@ class ConsistencyStage(TrainingStage):
         # The teacher takes one step, and the target network jumps on from there.
         v_teacher = run.teacher(x, sigma, cond)
         x_previous = jump(x, v_teacher, sigma, previous)
-        if bool((previous > end).any()):
-            v_target = run.target(x_previous, previous, cond, ema=self.config.target == "ema")
-        else:  # a jump of zero length needs no velocity
-            v_target = torch.zeros_like(v_teacher)
+        v_target = torch.zeros_like(v_teacher)
+        goes_on = previous > end  # a jump of zero length needs no velocity
+        if bool(goes_on.any()):
+            v = run.target(x_previous, previous, cond, ema=self.config.target == "ema")
+            v_target = torch.where(goes_on.view(per_sample), v, v_target)
         target = jump(x_previous, v_target, previous, end)
 
         # Prediction and target are nearly equal: their difference is formed from the velocities.
-        per_sample = (-1, 1, 1, 1, 1)
         difference = (
             (end - sigma).view(per_sample) * v_student
             - (previous - sigma).view(per_sample) * v_teacher

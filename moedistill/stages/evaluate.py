@@ -10,6 +10,7 @@ from annotated_types import MinLen
 from torch import Tensor
 
 from moedistill import conditioning
+from moedistill.checkpoint import save_tensors
 from moedistill.experts import TEACHER
 from moedistill.fields import Component, NonEmptyStr, NonNegativeInt, PositiveInt
 from moedistill.media import contact_sheet, side_by_side
@@ -187,11 +188,9 @@ class EvaluateStage(Stage):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps({"samples": config.samples, "candidates": table}, indent=1))
         if config.save_latents:
-            from safetensors.torch import save_file
-
             # Copies: a backbone's conditioning may be views of one tensor, which cannot be saved.
             asked = {f"conditioning.{k}": v.contiguous().clone() for k, v in cond.items()}
-            save_file({**latents, **asked}, folder / "latents.safetensors")
+            save_tensors(folder / "latents.safetensors", {**latents, **asked})
         if config.pictures:
             captions = job.mixture.student.backbone.captions(conditioning.select(cond, slice(config.pictures)))
             shown = {name: video[: config.pictures] for name, video in videos.items()}

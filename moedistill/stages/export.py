@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from moedistill.checkpoint import save_tensors
 from moedistill.errors import UserError
 from moedistill.stages.base import Finding, Stage, StageConfig, TrainingStageConfig
 
@@ -65,7 +66,7 @@ class ExportStage(Stage):
                 experts[name] = {"file": file, **config}
                 if file:
                     weights = {key: p.detach().cpu() for key, p in mixture.student.experts[name].parameters.items()}
-                    save_file(weights, folder / file, metadata={"format": "pt", "moedistill_expert": name})
+                    save_tensors(folder / file, weights, metadata={"format": "pt", "moedistill_expert": name})
         index = {
             "format": FORMAT,
             "experts": experts,
