@@ -269,7 +269,13 @@ class Run:
         means = torch.stack([torch.stack(self._recorded[name]).mean() for name in names])
         values: list[float] = self.accelerator.reduce(means, reduction="mean").tolist()
         metrics = dict(zip(names, values, strict=True))
-        broken = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        # A gradient scaler looks for its scale among overflows, and skips those steps.
+        scaled = self.accelerator.scaler is not None
+        broken = [
+            f"{name} = {value}"
+            for name, value in metrics.items()
+            if not math.isfinite(value) and not (scaled and name.startswith("grad_norm"))
+        ]
         if broken:
             raise UserError(
                 f"stage {self.config.name}, step {self.step}: {', '.join(broken)}. Lower the learning rate or check "

@@ -47,6 +47,7 @@ class TrainingConfig:
         gradient_accumulation_steps: micro-batches per optimiser step; divides `batch_size`.
         gradient_checkpointing: recompute activations in the backward pass: slower, less memory.
         num_workers: processes that load data.
+        num_threads: CPU threads within an operation; null for torch's choice. Small networks are fastest with 1.
         checkpoint_every: optimiser steps between checkpoints; null for one at the end of each stage only.
         keep_checkpoints: how many of the last checkpoints stay.
         log_every: optimiser steps between lines of metrics.
@@ -57,6 +58,7 @@ class TrainingConfig:
     gradient_accumulation_steps: PositiveInt = 1
     gradient_checkpointing: bool = False
     num_workers: NonNegativeInt = 0
+    num_threads: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = 100
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10

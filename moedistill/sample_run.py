@@ -19,6 +19,7 @@ from moedistill.randomness import Draws
 from moedistill.recipe import Recipe, load_recipe
 from moedistill.stages.export import INDEX, read_export
 from moedistill.steps import SampleConfig
+from moedistill.threads import cpu_threads
 
 
 @dataclass
@@ -84,7 +85,7 @@ def sample_run(
         cond = conditioning.to(backbone.encode(asked), device)
     path = _sigmas(recipe, mixture, steps, sigmas)
     noise = Draws(seed, "sample", 0, range(len(asked)), device).normal("noise", backbone.latent_shape())
-    with mixture.weights(weights):
+    with cpu_threads(recipe.training.num_threads), mixture.weights(weights):
         latents = mixture.generate(noise, cond, path, guidance=recipe.backbone.guidance)
     videos = backbone.decode(latents).cpu()
 

@@ -22,11 +22,12 @@ from moedistill.recipe import Recipe, load_recipe
 from moedistill.signals import Interruption
 from moedistill.smoke import miniature
 from moedistill.stages.base import Stage, TrainingStage, TrainingStageConfig
+from moedistill.threads import cpu_threads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers")
+OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads")
 """Keys of `training` that may differ when a run is resumed: they do not change what is learned."""
 
 METRICS = "metrics.jsonl"
@@ -91,7 +92,8 @@ def run(
     accelerator = _accelerator(recipe, device)
     folder = _output_folder(recipe, output, checkpoint)
     accelerator.wait_for_everyone()  # nobody writes there before all have looked
-    return _Runner(recipe, folder, accelerator, plugins, smoke).run(checkpoint)
+    with cpu_threads(recipe.training.num_threads):
+        return _Runner(recipe, folder, accelerator, plugins, smoke).run(checkpoint)
 
 
 class _Runner:

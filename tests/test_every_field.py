@@ -282,6 +282,24 @@ def test_checkpointing_recomputes(done, monkeypatch):
     assert distance(plain.tree("experts")["semantic"], again.tree("experts")["semantic"]) == 0
 
 
+@observes("TrainingConfig.num_threads")
+def test_threads(tmp_path):
+    class Observer:
+        threads = 0
+
+        @hookimpl
+        def on_step_end(self, run, metrics):
+            self.threads = torch.get_num_threads()
+
+    for number, expected in ((None, 1), (2, 2)):
+        plugins, observer = load_plugins(), Observer()
+        plugins.manager.register(observer)
+        recipe = tiny_recipe([distil(steps=1)], {"training.num_threads": number})
+        run(recipe, output=tmp_path / str(number), device="cpu", plugins=plugins)
+        assert observer.threads == expected
+        assert torch.get_num_threads() == 1  # as conftest.py sets it
+
+
 @observes("TrainingConfig.num_workers")
 def test_workers(tmp_path):
     class Observer:

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM, SIGKILL at any time: the run goes on from there and ends as the uninterrupted one, bit for bit."""
 
+import contextlib
 import json
 import random
 import signal
@@ -170,7 +171,8 @@ def run_with_kills(start, folder, moments, limit):
             assert command.exit_code() == 0, command.output
             return amid_saves
         time.sleep(moments.uniform(0, 0.3))
-        command.signal(signal.SIGKILL, workers=False)
+        with contextlib.suppress(ProcessLookupError):  # it ended first
+            command.signal(signal.SIGKILL, workers=False)
         if command.exit_code() == 0:
             return amid_saves
         assert command.exit_code() == -signal.SIGKILL

@@ -17,6 +17,7 @@ from moedistill.errors import UserError
 from moedistill.losses import Loss, LossConfig
 from moedistill.plugins import load_plugins
 from moedistill.train import run
+from moedistill_digits.data import DigitsDataset
 
 STAGES = [distil(steps=2), distil("detail", steps=2)]
 
@@ -163,3 +164,11 @@ def test_a_device_that_will_not_do_is_refused(tmp_path, device, dtype, message):
     with pytest.raises(UserError, match=message):
         run(tiny_recipe(STAGES, {"backbone.dtype": dtype}), output=tmp_path / "run", device=device)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_exact_target_needs_a_posterior_mean(tmp_path, monkeypatch):
+    monkeypatch.delattr(DigitsDataset, "posterior_mean")
+    stage = {"name": "fit", "kind": "finetune", "expert": "semantic", "steps": 1, "target": "exact"}
+    recipe = tiny_recipe([{**stage, "losses": [{"kind": "mse"}]}])
+    with pytest.raises(UserError, match="stage fit: target: exact needs a posterior mean, which DigitsDataset lacks"):
+        run(recipe, output=tmp_path / "run", device="cpu")

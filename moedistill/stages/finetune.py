@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moedistill.context import Run
+from moedistill.data.base import Dataset
 from moedistill.data.loading import Batch
 from moedistill.fields import PositiveFloat
 from moedistill.flow import add_noise
@@ -57,6 +58,9 @@ class FinetuneStage(TrainingStage):
 
     def setup(self, run: Run) -> None:
         config = self.config
+        dataset = type(run.dataset)
+        if config.target == "exact" and getattr(dataset, "posterior_mean", None) is Dataset.posterior_mean:
+            raise ValueError(f"target: exact needs a posterior mean, which {dataset.__name__} lacks; use sample")
         self._shifts = torch.tensor(config.shifts, dtype=torch.float64)
         weights = torch.tensor(config.shift_weights or [1.0] * len(config.shifts), dtype=torch.float64)
         self._cumulative = torch.cumsum(weights / weights.sum(), 0)
