@@ -116,7 +116,9 @@ class Run:
         self.student.train_only(self.expert)
         expert = self.student.experts[self.expert]
         self.model = self._prepare("student", self.student, list(expert.parameters.values()), optimizer, self.steps)
-        if ema_decay is not None:
+        if ema_decay is None:
+            self.job.mixture.ema.pop(self.expert, None)  # of an earlier stage: these weights move on without it
+        else:
             self.ema = EMA(expert.parameters, ema_decay)
             if self.step:  # resuming
                 self.ema.load(self.job.mixture.ema[self.expert].average)

@@ -1,10 +1,10 @@
 """A student, the router over its experts and the trajectory: everything that sampling needs."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -90,16 +90,14 @@ class Mixture:
             self.ema[name].load(average)
 
     @contextmanager
-    def weights(self, which: str) -> Iterator[None]:
-        """Runs the block with the experts' `trained` weights or, of those that have one, their `ema`."""
-        averages = list(self.ema.values()) if which == "ema" else []
-        for average in averages:
-            average.swap()
-        try:
+    def running(self, expert: str, weights: str = "trained") -> Iterator[None]:
+        """Makes `expert` the active one for the block, with its `trained` weights or, if it has one, its `ema`.
+
+        An average is of one expert alone: what it stands on keeps the weights that it was trained with.
+        """
+        average = self.ema.get(expert) if weights == "ema" else None
+        with self.student.using(expert), average.swapped() if average else nullcontext():
             yield
-        finally:
-            for average in averages:
-                average.swap()
 
     @torch.no_grad()
     def generate(
@@ -110,6 +108,7 @@ class Mixture:
         *,
         stand_ins: Mapping[str, str] | None = None,
         guidance: Guidance | None = None,
+        weights: Literal["trained", "ema"] = "trained",
         batch_size: int = 64,
     ) -> Tensor:
         """Samples from `noise` `[N, C, T, H, W]` along `sigmas`, each step by the expert that the router names.
@@ -117,6 +116,7 @@ class Mixture:
         Args:
             stand_ins: expert to run in place of another, such as {"detail": "teacher"}.
             guidance: of the teacher's steps; experts are distilled with theirs and take none.
+            weights: each expert's trained weights or, of those that have one, its average.
             batch_size: how many samples run at once.
         """
         stand_ins = stand_ins or {}
@@ -124,7 +124,7 @@ class Mixture:
 
         def velocity(x: Tensor, sigma: Tensor, expert: str, cond: Conditioning) -> Tensor:
             expert = stand_ins.get(expert, expert)
-            with self.student.using(expert):
+            with self.running(expert, weights):
                 if expert == TEACHER and guidance is not None:
                     return self.student.guided(x, sigma, cond, guidance)
                 return self.student(x, sigma, cond)

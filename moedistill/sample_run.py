@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moedistill import conditioning
 from moedistill.checkpoint import find_checkpoint, load_tree
+from moedistill.devices import cpu_threads, find_device, make_folder
 from moedistill.errors import UserError, user_errors
 from moedistill.media import contact_sheet, side_by_side
 from moedistill.mixture import Mixture
@@ -19,7 +20,6 @@ from moedistill.randomness import Draws
 from moedistill.recipe import Recipe, load_recipe
 from moedistill.stages.export import INDEX, read_export
 from moedistill.steps import SampleConfig
-from moedistill.threads import cpu_threads
 
 
 @dataclass
@@ -46,7 +46,7 @@ def load_mixture(source: str | Path, *, device: str = "cpu", plugins: Plugins | 
         checkpoint = find_checkpoint(folder)
         recipe = load_recipe(load_tree(checkpoint, "state")["recipe"], plugins=plugins)
         experts, averages = load_tree(checkpoint, "experts"), load_tree(checkpoint, "ema")
-    mixture = Mixture.build(recipe, device)
+    mixture = Mixture.build(recipe, find_device(device))
     mixture.load(experts, averages, str(folder))
     return recipe, mixture
 
@@ -85,12 +85,12 @@ def sample_run(
         cond = conditioning.to(backbone.encode(asked), device)
     path = _sigmas(recipe, mixture, steps, sigmas)
     noise = Draws(seed, "sample", 0, range(len(asked)), device).normal("noise", backbone.latent_shape())
-    with cpu_threads(recipe.training.num_threads), mixture.weights(weights):
-        latents = mixture.generate(noise, cond, path, guidance=recipe.backbone.guidance)
+    with cpu_threads(recipe.training.num_threads):
+        latents = mixture.generate(noise, cond, path, guidance=recipe.backbone.guidance, weights=weights)
     videos = backbone.decode(latents).cpu()
 
     folder = Path(output) if output is not None else Path(source) / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     columns = [prompt or "(no prompt)" for prompt in asked]
     contact_sheet(folder / "samples.png", {"sample": videos}, columns)
     side_by_side(folder / "samples.webp", {"sample": videos})

@@ -14,6 +14,7 @@ from moedistill.callbacks import MetricsFile, Progress, Trackers
 from moedistill.checkpoint import Checkpoints, find_checkpoint, load_tree, write_text
 from moedistill.context import Job, Run
 from moedistill.data.loading import load_batches
+from moedistill.devices import cpu_threads, find_device, make_folder
 from moedistill.errors import Interrupted, UserError, user_errors
 from moedistill.mixture import Mixture
 from moedistill.plugins import Plugins, load_plugins
@@ -22,7 +23,6 @@ from moedistill.recipe import Recipe, load_recipe
 from moedistill.signals import Interruption
 from moedistill.smoke import miniature
 from moedistill.stages.base import Stage, TrainingStage, TrainingStageConfig
-from moedistill.threads import cpu_threads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,7 +67,7 @@ def run(
 
     Args:
         recipe: a recipe, its file or name, or its content.
-        output: the run's folder; `runs/<name>/<time>` if not given.
+        output: the run's folder; `runs/<name>/<time>` if not given (`runs/<name>-smoke/…` for a smoke run).
         resume: go on with the newest checkpoint of `output`, or of the newest run of this name.
         resume_from: go on with this checkpoint, or the newest one of this run.
         smoke: replace sizes, never code: a miniature backbone, few samples, few steps.
@@ -86,12 +86,13 @@ def run(
         recipe = load_recipe(source, settings, plugins)
     if smoke:
         recipe = miniature(recipe)
-    checkpoint = _checkpoint_to_resume(recipe, output, resume, resume_from)
+    checkpoint = _checkpoint_to_resume(recipe, output, resume, resume_from, smoke)
     if checkpoint is not None:
         _check_same_recipe(recipe, checkpoint)
     accelerator = _accelerator(recipe, device)
-    folder = _output_folder(recipe, output, checkpoint)
+    folder = _output_folder(recipe, output, checkpoint, smoke)
     accelerator.wait_for_everyone()  # nobody writes there before all have looked
+    make_folder(folder)
     with cpu_threads(recipe.training.num_threads):
         return _Runner(recipe, folder, accelerator, plugins, smoke).run(checkpoint)
 
@@ -277,7 +278,7 @@ class _Runner:
 
 
 def _checkpoint_to_resume(
-    recipe: Recipe, output: str | Path | None, resume: bool, resume_from: str | Path | None
+    recipe: Recipe, output: str | Path | None, resume: bool, resume_from: str | Path | None, smoke: bool
 ) -> Path | None:
     if resume_from is not None:
         return find_checkpoint(Path(resume_from))
@@ -285,18 +286,23 @@ def _checkpoint_to_resume(
         return None
     if output is not None:
         return find_checkpoint(Path(output))
-    runs = Path("runs", recipe.name)
+    runs = _runs(recipe, smoke)
     found = [folder for folder in sorted(runs.glob("*")) if Checkpoints(folder / "checkpoints", keep=1).all()]
     if not found:
         raise UserError(f"--resume: no run of {recipe.name!r} with a checkpoint under {runs}")
     return find_checkpoint(found[-1])
 
 
+def _runs(recipe: Recipe, smoke: bool) -> Path:
+    """Where runs of this name lie; miniatures apart, so that --resume never takes one for the other."""
+    return Path("runs", f"{recipe.name}-smoke" if smoke else recipe.name)
+
+
 def _belongs_to(checkpoint: Path, folder: Path) -> bool:
     return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
 
 
-def _output_folder(recipe: Recipe, output: str | Path | None, checkpoint: Path | None) -> Path:
+def _output_folder(recipe: Recipe, output: str | Path | None, checkpoint: Path | None, smoke: bool) -> Path:
     """The run's folder, the same on every rank.
 
     Raises:
@@ -310,7 +316,7 @@ def _output_folder(recipe: Recipe, output: str | Path | None, checkpoint: Path |
         from accelerate.utils import broadcast_object_list
 
         stamp = [time.strftime("%Y%m%d-%H%M%S")]
-        folder = Path("runs", recipe.name, broadcast_object_list(stamp)[0])
+        folder = _runs(recipe, smoke) / broadcast_object_list(stamp)[0]
     if checkpoint is not None and _belongs_to(checkpoint, folder):
         return folder
     if Checkpoints(folder / "checkpoints", keep=1).all() or (folder / RESULT).exists():
@@ -352,7 +358,7 @@ def _accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
-    chosen = _device(device)
+    chosen = find_device(device)
     cpu = chosen.type == "cpu"
     dtype = recipe.backbone.dtype
     if dtype == "float16" and cpu:
@@ -365,19 +371,3 @@ def _accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(f"--device {name!r}: there are {count} CUDA devices here; choose another, or cpu")
-        if device.index is not None:
-            torch.cuda.set_device(device)  # accelerate takes the current one
-    return device

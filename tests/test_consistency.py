@@ -67,7 +67,7 @@ def test_phases_that_do_not_fit_are_refused(phases, message):
 
 @pytest.mark.parametrize(("phases", "where"), [(5, ""), ({"points": [8]}, r"\.points")])
 def test_phases_that_do_not_fit_the_segment_are_refused_in_a_run(tmp_path, phases, where):
-    with pytest.raises(UserError, match=rf"stage semantic: phases{where}: "):
+    with pytest.raises(UserError, match=rf"stages\.0\.phases: phases{where}: "):
         run_recipe(tiny_recipe([distil(phases=phases)]), output=tmp_path / "run")
 
 

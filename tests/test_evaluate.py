@@ -155,13 +155,18 @@ def test_the_student_is_routed_and_stand_ins_replace_experts(trained):
 
 
 def test_averaged_weights_are_used_and_put_back(trained):
-    """The averages are those of untrained experts: the teacher."""
+    """The averages are those of experts before they were moved: semantic's is the teacher."""
     before = {name: weight.clone() for name, weight in trained.mixture.student.state_dict().items()}
-    result = trained.evaluate(candidates=[STUDENT, TEACHER], weights="ema")
+    above = {"name": "student", "stand_ins": {"detail": "teacher"}}
+    result = trained.evaluate(candidates=[above, TEACHER], weights="ema")
     assert torch.equal(result.latents["student"], result.latents["teacher"])
+    below = {"name": "student", "stand_ins": {"semantic": "teacher"}}
+    averaged = trained.evaluate(candidates=[below, TEACHER], weights="ema").latents["student"]
+    # detail's average stands on the semantic that it was trained on, not on semantic's average.
+    assert not torch.equal(averaged, result.latents["teacher"])
+    assert not torch.equal(averaged, trained.evaluate(candidates=[below, TEACHER]).latents["student"])
     after = trained.mixture.student.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert not torch.equal(result.latents["student"], trained.evaluate().latents["student"])
 
 
 def test_an_expert_that_is_not_trained_yet_is_its_parent(tmp_path):

@@ -9,8 +9,8 @@ from helpers import digits_inputs, distil, evaluate, tiny_recipe, velocity_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moedistill import __version__
-from moedistill.errors import UserError
+from moedistill import __version__, load_recipe
+from moedistill.errors import RecipeError, UserError
 from moedistill.routers import TimestepRouter
 from moedistill.sample_run import load_mixture
 from moedistill.train import run
@@ -23,8 +23,8 @@ LR = {"lr": 0.02}
 def finished(tmp_path_factory):
     """A run with an evaluation and two exports, the second one of averaged weights."""
     stages = [
-        distil(optimizer=LR, ema_decay=0.9),
-        distil("detail", optimizer=LR),
+        distil(optimizer=LR),
+        distil("detail", optimizer=LR, ema_decay=0.9),
         evaluate(),
         {"name": "export", "kind": "export"},
         {"name": "average", "kind": "export", "weights": "ema"},
@@ -113,12 +113,18 @@ def test_averaged_weights(finished):
     assert index_of(finished, "average")["provenance"]["weights"] == "ema"
     _, original = load_mixture(finished.output)
     _, average = load_mixture(finished.output / "average")
-    trained = velocity_of(original.student, "semantic", digits_inputs())
-    with original.weights("ema"):
-        averaged = velocity_of(original.student, "semantic", digits_inputs())
-    assert torch.equal(velocity_of(average.student, "semantic", digits_inputs()), averaged)
+    trained = velocity_of(original.student, "detail", digits_inputs())
+    with original.running("detail", "ema"):
+        averaged = original.student(*digits_inputs()).detach()
+    assert torch.equal(velocity_of(average.student, "detail", digits_inputs()), averaged)
     assert not torch.equal(averaged, trained)
-    assert torch.equal(velocity_of(original.student, "semantic", digits_inputs()), trained)  # put back
+    assert torch.equal(velocity_of(original.student, "detail", digits_inputs()), trained)  # put back
+
+
+def test_no_average_under_what_was_not_trained_on_it():
+    stages = [distil(ema_decay=0.9), distil("detail"), {"name": "export", "kind": "export", "weights": "ema"}]
+    with pytest.raises(RecipeError, match="'detail' was trained on 'semantic' as trained, not on its average"):
+        load_recipe(tiny_recipe(stages))
 
 
 def test_an_expert_that_no_stage_trains_has_no_file(tmp_path):

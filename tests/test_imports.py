@@ -17,7 +17,7 @@ HEAVY = {"diffusers", "peft", "accelerate", "transformers"}
 # A module may import modules of the layers below its own, and of its own.
 LAYERS = [
     {"fields", "errors"},
-    {"flow", "optim", "randomness", "conditioning", "ema", "features", "media", "signals", "checkpoint", "threads"},
+    {"flow", "optim", "randomness", "conditioning", "ema", "features", "media", "signals", "checkpoint", "devices"},
     {"trajectory"},
     {"routers"},
     {"sampling", "steps", "losses", "backbone", "data", "metrics"},

@@ -51,8 +51,7 @@ def test_samples_are_what_the_mixture_generates(folder, videos, weights):
     backbone, points = mixture.student.backbone, mixture.trajectory.points
     noise = Draws(5, "sample", 0, range(2)).normal("noise", backbone.latent_shape())
     cond = conditioning.to(backbone.encode(["3 right"] * 2), "cpu")
-    with mixture.weights(weights):
-        latents = mixture.generate(noise, cond, torch.tensor([points[8], points[4], 0.0]))
+    latents = mixture.generate(noise, cond, torch.tensor([points[8], points[4], 0.0]), weights=weights)
     sampled = videos(prompts=["3 right"], num=2, seed=5, weights=weights)
     assert torch.equal(sampled, backbone.decode(latents))
     assert not torch.equal(sampled[0], sampled[1])

@@ -48,6 +48,17 @@ class ConsistencyConfig(TrainingStageConfig):
         yield from super().check(recipe)
         if self.target == "ema" and self.ema_decay is None:
             yield "target", "target: ema needs ema_decay; give one, such as 0.95"
+        if recipe.router is None or recipe.trajectory is None or recipe.backbone is None:
+            return
+        try:
+            trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
+            segment = recipe.router.build(trajectory).segment(self.expert)
+        except ValueError:
+            return  # reported elsewhere
+        try:
+            landing_points(trajectory.points_in(segment), _edges(self.phases))
+        except ValueError as error:
+            yield "phases", str(error)
 
     def tiny(self) -> "ConsistencyConfig":
         return self.replace(steps=min(self.steps, 3))
@@ -78,6 +89,10 @@ def landing_points(starts: range, phases: int | list[int]) -> Tensor:
     return torch.tensor([max(edge for edge in edges if edge < start) for start in starts])
 
 
+def _edges(phases: int | PhasePoints) -> int | list[int]:
+    return phases if isinstance(phases, int) else phases.points
+
+
 class ConsistencyStage(TrainingStage):
     """See `ConsistencyConfig`."""
 
@@ -86,9 +101,8 @@ class ConsistencyStage(TrainingStage):
 
     def setup(self, run: Run) -> None:
         config = self.config
-        phases = config.phases if isinstance(config.phases, int) else config.phases.points
         self._starts = run.trajectory.points_in(run.segment)
-        self._landings = landing_points(self._starts, phases)
+        self._landings = landing_points(self._starts, _edges(config.phases))
         run.train_student(config.optimizer, config.ema_decay)
         layout = None
         if config.probe is not None:

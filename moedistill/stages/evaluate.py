@@ -125,10 +125,9 @@ class EvaluateStage(Stage):
         noise, cond = self._inputs(job)
 
         latents: dict[str, Tensor] = {}
-        with mixture.weights(config.weights):
-            for candidate in config.candidates:
-                job.say(f"  sampling {config.samples} × {candidate.name}")
-                latents[candidate.name] = self._sample(job, candidate, noise, cond)
+        for candidate in config.candidates:
+            job.say(f"  sampling {config.samples} × {candidate.name}")
+            latents[candidate.name] = self._sample(job, candidate, noise, cond)
         videos = {name: backbone.decode(samples).cpu() for name, samples in latents.items()}
         latents = {name: samples.cpu() for name, samples in latents.items()}
         cond = conditioning.to(cond, "cpu")
@@ -173,6 +172,7 @@ class EvaluateStage(Stage):
             steps.resolve(mixture.trajectory),
             stand_ins=stand_ins,
             guidance=recipe.backbone.guidance,
+            weights=self.config.weights,
             batch_size=self.config.batch_size,
         )
 

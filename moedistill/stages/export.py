@@ -1,7 +1,7 @@
 """Writes what was learned, to load where no recipe file, checkpoint or trainer is."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +44,14 @@ class ExportConfig(StageConfig):
             yield "", "there is nothing to export: no stage trains an expert"
         if self.weights == "ema" and not any(getattr(stage, "ema_decay", None) is not None for stage in recipe.stages):
             yield "weights", "ema: no stage keeps an average; give one ema_decay"
+        if self.weights == "ema":
+            stages = [stage for stage in recipe.stages if isinstance(stage, TrainingStageConfig)]
+            averaged = {stage.expert for stage in stages if stage.ema_decay is not None}
+            for stage in stages:
+                expert = (recipe.experts or {}).get(stage.expert)
+                if expert is not None and not expert.copies_base and expert.parent in averaged:
+                    message = f"ema: {stage.expert!r} was trained on {expert.parent!r} as trained, not on its average"
+                    yield "weights", message
 
 
 class ExportStage(Stage):
@@ -60,13 +68,15 @@ class ExportStage(Stage):
         recipe, mixture = job.recipe, job.mixture
         trained = {stage.expert for stage in recipe.stages if isinstance(stage, TrainingStageConfig)}
         experts: dict[str, Any] = {}
-        with mixture.weights(self.config.weights):
-            for name, config in recipe.resolved()["experts"].items():
-                file = f"{name}.safetensors" if name in trained else None
-                experts[name] = {"file": file, **config}
-                if file:
-                    weights = {key: p.detach().cpu() for key, p in mixture.student.experts[name].parameters.items()}
-                    save_tensors(folder / file, weights, metadata={"format": "pt", "moedistill_expert": name})
+        for name, config in recipe.resolved()["experts"].items():
+            file = f"{name}.safetensors" if name in trained else None
+            experts[name] = {"file": file, **config}
+            if file:
+                weights: Mapping[str, Tensor] = mixture.student.experts[name].parameters
+                if self.config.weights == "ema" and name in mixture.ema:
+                    weights = mixture.ema[name].average
+                weights = {key: weight.detach().cpu() for key, weight in weights.items()}
+                save_tensors(folder / file, weights, metadata={"format": "pt", "moedistill_expert": name})
         index = {
             "format": FORMAT,
             "experts": experts,
@@ -107,7 +117,7 @@ def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tenso
     """
     try:
         index = json.loads((folder / INDEX).read_text())
-        version, experts = index["format"], index["experts"]
+        version, experts, _ = int(index["format"]), index["experts"], index["recipe"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / INDEX} is not the index of an export, or is broken; export again") from error
     if version > FORMAT:

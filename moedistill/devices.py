@@ -1,0 +1,50 @@
+"""Where torch computes, with how many CPU threads, and where results may be written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from moedistill.errors import UserError
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Runs the block with `count` threads within an operation, and restores what was; None leaves it to torch."""
+    previous = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device that a user named; the accelerator if there is one, else the CPU, if none was named.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name!r}: there are {count} CUDA devices here; choose another, or cpu")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # accelerate takes the current one
+    return device
+
+
+def make_folder(folder: Path) -> None:
+    """Makes an output folder; UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
