@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from moedistill.fields import Config, PositiveFloat
+from moedistill.fields import Config, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from moedistill.conditioning import Conditioning
+    from moedistill.mixture import Mixture
+    from moedistill.routers import TimestepRouter
+    from moedistill.trajectory import Trajectory
 
 
 @dataclass(kw_only=True)
@@ -24,15 +27,57 @@ class Guidance:
     Args:
         mode: `none`; `classifier_free`: v = v_c + (scale - 1)·(v_c - v_u), both in one batched forward; `embedded`: the
             network takes the scale as an input.
-        scale: the guidance scale; 1 means no guidance.
+        scale: the guidance scale; 1 means no guidance. A teacher of several networks may have one for each, by name.
+        negative_prompt: what the unconditional half of classifier-free guidance, and dropped text, is told instead.
+        student_scale: the embedded scale that the experts are told; null for the teacher's.
     """
 
     mode: Literal["none", "classifier_free", "embedded"] = "none"
-    scale: PositiveFloat = 1.0
+    scale: PositiveFloat | dict[str, PositiveFloat] = 1.0
+    negative_prompt: str = ""
+    student_scale: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
         if self.mode == "none" and self.scale != 1.0:
             raise ValueError(f"scale {self.scale} needs a mode: classifier_free or embedded")
+        if self.mode != "embedded" and self.student_scale is not None:
+            raise ValueError(f"student_scale {self.student_scale} needs mode: embedded; other experts take no scale")
+
+    def scale_of(self, base: str) -> float:
+        """The scale of one of the teacher's networks."""
+        return self.scale[base] if isinstance(self.scale, dict) else self.scale
+
+    def classifier_free_scale(self, base: str) -> float:
+        """The scale by which two forwards are combined; 1 where there is nothing to combine."""
+        return self.scale_of(base) if self.mode == "classifier_free" else 1.0
+
+
+@dataclass(kw_only=True)
+class VideoSize:
+    """Size of a video in pixels.
+
+    Args:
+        num_frames, height, width: as the model's pipeline takes them.
+    """
+
+    num_frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """What a stored sample must look like to fit a model; known without loading it.
+
+    Attributes:
+        channels: of the latents.
+        multiple: what the latents' (T, H, W) must be multiples of.
+        conditioning: the shape of each conditioning tensor without its batch dimension; None where any length fits.
+    """
+
+    channels: int
+    multiple: tuple[int, int, int]
+    conditioning: Mapping[str, tuple[int | None, ...]]
 
 
 @dataclass(kw_only=True)
@@ -54,12 +99,25 @@ class BackboneConfig(Config, ABC):
         """The model's own sigma table, ascending float32, entry k for native time k; None if it has none."""
         return None
 
+    def bases(self) -> Sequence[str]:
+        """Names of the pretrained networks, those of `Backbone.networks`; more than one where the teacher is routed."""
+        return ("transformer",)
+
+    def teacher_router(self, trajectory: "Trajectory") -> "TimestepRouter | None":
+        """Which of several pretrained networks serves which sigma; None where there is one."""
+        return None
+
+    def layout(self) -> SampleLayout | None:
+        """What stored samples must look like; None where that is not known."""
+        return None
+
 
 class Backbone(ABC):
     """One model family, ready to use. It holds the pretrained network and knows nothing of experts.
 
     Attributes:
-        network: the pretrained network.
+        network: the pretrained network; of several, the first.
+        fps: frames per second of its videos.
         blocks: dotted paths of the blocks whose outputs can be tapped, in order.
         hidden_size: width of a block's output.
         lora_targets: named groups of linears, each a regular expression matched against full dotted paths.
@@ -67,10 +125,16 @@ class Backbone(ABC):
     """
 
     network: "nn.Module"
+    fps: float = 8.0
     blocks: Sequence[str]
     hidden_size: int
     lora_targets: Mapping[str, str]
     time_dependent: Sequence[str]
+
+    @property
+    def networks(self) -> "Mapping[str, nn.Module]":
+        """The pretrained networks by name: one, or several of equal architecture where the teacher is routed."""
+        return {"transformer": self.network}
 
     @abstractmethod
     def velocity(self, network: "nn.Module", x: "Tensor", sigma: "Tensor", cond: "Conditioning") -> "Tensor":
@@ -90,9 +154,43 @@ class Backbone(ABC):
         rows = zip(*scalars.values(), strict=True)
         return [" ".join(f"{name} {value}" for name, value in zip(scalars, row, strict=True)) for row in rows]
 
+    def prepare(self, latents: "Tensor", cond: "Conditioning") -> "tuple[Tensor, Conditioning]":
+        """A batch of stored samples as the network takes them: latents scaled, packed text unpacked."""
+        return latents, cond
+
+    def set_null(self, cond: "Conditioning") -> None:
+        """Takes over the negative prompt's conditioning, stored with the data, without a batch dimension."""
+        raise ValueError(f"{type(self).__name__} makes its own null conditioning; it takes none from the data")
+
     @abstractmethod
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """The (C, T, H, W) that is sampled when nothing else is asked for."""
+    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
+        """The (C, T, H, W) of a video, or of what is sampled when nothing else is asked for.
+
+        Raises:
+            ValueError: the model has no video of that size.
+        """
+
+    def generate(
+        self,
+        mixture: "Mixture",
+        prompt: str,
+        sigmas: "Tensor",
+        *,
+        seed: int,
+        video: VideoSize | None = None,
+        weights: Literal["trained", "ema"] = "trained",
+    ) -> "Tensor":
+        """One video `[C, T, H, W]` in [0, 1], float32, on the CPU, by the experts along `sigmas`.
+
+        By default with the mixture's own sampler and `decode`; a model that has a pipeline runs that.
+        """
+        from moedistill import conditioning
+        from moedistill.randomness import Draws
+
+        device = next(self.network.parameters()).device
+        noise = Draws(seed, "sample", 0, [0], device).normal("noise", self.latent_shape(video))
+        cond = conditioning.to(self.encode([prompt]), device)
+        return self.decode(mixture.generate(noise, cond, sigmas, weights=weights))[0].cpu()
 
     @abstractmethod
     def decode(self, latents: "Tensor") -> "Tensor":
@@ -110,6 +208,19 @@ class Backbone(ABC):
 
         For the last block's output it equals the network's native prediction.
         """
+
+    def native_prediction(self, network: "nn.Module", x: "Tensor", sigma: "Tensor", cond: "Conditioning") -> "Tensor":
+        """What the network itself predicts, `[B, C, T, H, W]`: by default the velocity."""
+        return self.velocity(network, x, sigma, cond)
+
+    def native_trajectory(
+        self, noise: "Tensor", cond: "Conditioning", num_steps: int
+    ) -> "list[tuple[float, Tensor]] | None":
+        """Sigmas and samples, in flow coordinates, that the model's own sampler passes through from `noise`.
+
+        Unguided. It checks the backbone, so it should use little of it. None if there is no such sampler.
+        """
+        return None
 
     def hidden(self, output: object) -> "Tensor":
         """The image tokens `[B, T'·H'·W', hidden_size]` in a block's output."""

@@ -14,7 +14,6 @@ from moedistill import conditioning
 from moedistill.conditioning import Conditioning
 from moedistill.ema import EMA
 from moedistill.errors import UserError
-from moedistill.experts import TEACHER
 from moedistill.features import Probe
 from moedistill.flow import renoise
 from moedistill.losses import AdversarialLoss, Loss, LossConfig, ProbeLayout, StepTensors
@@ -87,6 +86,7 @@ class Run:
 
     Attributes:
         segment: the noise range of the expert in training.
+        teacher_name: the teacher's network that serves it, as an expert of the student.
         step, steps: optimiser steps done, and to do.
         draw: this micro-batch's random numbers.
         model: the student as wrapped for distribution; call it as `velocity`.
@@ -100,6 +100,9 @@ class Run:
         self.guidance = job.recipe.backbone.guidance
         assert job.mixture.router is not None
         self.segment: Segment = job.mixture.router.segment(self.expert)
+        # Of several, the one that serves the whole segment; the recipe was checked for that.
+        top = self.trajectory.points_in(self.segment)[-1]
+        self.teacher_name = self.student.teacher_at(self.trajectory.sigma(top))
         self.step = step
         self.model: nn.Module = self.student
         self.trained: dict[str, Trained] = {}
@@ -154,7 +157,7 @@ class Run:
     @torch.no_grad()
     def teacher(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The teacher with its guidance, without gradients."""
-        with self.student.using(TEACHER):
+        with self.student.using(self.teacher_name):
             return self.student.guided(x, sigma, cond, self.guidance)
 
     @torch.no_grad()
@@ -179,13 +182,13 @@ class Run:
         noise = self.draw.normal("probe_noise", target.shape[1:])
         fake, real = (renoise(y, noise, end, sigma) for y in (prediction, target))
         blocks = self.student.backbone.blocks[::stride]
-        with self.student.using(TEACHER):
+        with self.student.using(self.teacher_name):
             hidden_fake = self.student.hidden_states(fake, sigma, cond, blocks)
             with torch.no_grad():
                 hidden_real = self.student.hidden_states(real, sigma, cond, blocks)
 
         def unembed(hidden: Tensor, x: Tensor) -> Tensor:
-            with self.student.using(TEACHER):
+            with self.student.using(self.teacher_name):
                 return self.student.unembed(hidden, x, sigma, cond)
 
         return Probe(hidden_fake, hidden_real, fake, real, self.student.backbone.token_grid(target.shape), unembed)
@@ -246,14 +249,17 @@ class Run:
     # -- what the loop calls ------------------------------------------------------------------------------------------
 
     def begin(self, batch: "Batch") -> "Batch":
-        """Addresses the draws to this batch's samples, moves it to the device and drops conditioning as asked."""
+        """Addresses the draws to this batch's samples, moves it to the device, prepares it, and drops text as asked."""
         self.draw = Draws(self.recipe.seed, self.config.name, self.step, batch.positions, self.device)
-        cond = conditioning.to(batch.conditioning, self.device)
-        dropout = self.recipe.data.conditioning_dropout if self.recipe.data else 0.0
+        latents, cond = self.student.backbone.prepare(
+            batch.latents[:, :, : self.config.latent_frames].to(self.device),
+            conditioning.to(batch.conditioning, self.device),
+        )
+        dropout = self.recipe.data.text_dropout if self.recipe.data else 0.0
         if dropout:
             drop = (self.draw.uniform("conditioning_dropout") < dropout).to(self.device)
             cond = conditioning.where(drop, self.student.backbone.null_conditioning(cond), cond)
-        batch.latents, batch.conditioning = batch.latents.to(self.device), cond
+        batch.latents, batch.conditioning = latents, dict(cond)
         return batch
 
     def micro_batch(self) -> Any:

@@ -28,11 +28,22 @@ TEACHER = "teacher"
 """The reserved name of the pretrained weights with nothing active."""
 
 
+def teacher_name(base: str, bases: Sequence[str]) -> str:
+    """The name of one of the teacher's networks as an expert: `teacher` for the first, `teacher.base` for others."""
+    return TEACHER if base == bases[0] else f"{TEACHER}.{base}"
+
+
 @dataclass(kw_only=True)
 class ExpertConfig(Config, ABC):
-    """Recipe keys common to all experts. `from` names what the expert starts as: `teacher` or another expert."""
+    """Recipe keys common to all experts.
+
+    Args:
+        from: what the expert starts as: `teacher` or another expert.
+        base: which of the teacher's networks it changes, where there are several; that of `from`, if not given.
+    """
 
     parent: Annotated[NonEmptyStr, Field(alias="from")] = TEACHER
+    base: NonEmptyStr | None = None
     trainable: ClassVar[bool] = True
     copies_base: ClassVar[bool] = False
 
@@ -182,6 +193,16 @@ class SharedNetwork:
         wrapper = self._copies[path]
         return next((wrapper.copies[name] for name in reversed(chain) if name in wrapper.copies), wrapper.original)
 
+    def detach(self) -> None:
+        """Takes away all adapters and copies: the network is again what it was."""
+        for path, replaced in [*self._lora.items(), *self._copies.items()]:
+            parent_path, _, attribute = path.rpartition(".")
+            original = replaced.original if isinstance(replaced, Copies) else replaced.get_base_layer()  # type: ignore[attr-defined]
+            setattr(self.network.get_submodule(parent_path), attribute, original)
+        if hasattr(self.network, "peft_config"):
+            del self.network.peft_config
+        self._lora, self._copies, self.chain = {}, {}, ()
+
     def merged(self, chain: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """Names and weights, one by one, of the plain network that computes what `chain` does: float32, read-only."""
         copied = {
@@ -241,7 +262,7 @@ class FullExpert(Expert):
 
     def __init__(self, name: str, parent: Expert, backbone: Backbone) -> None:
         self.name, self.parent, self.chain = name, parent, ()
-        self.shared = SharedNetwork(copy.deepcopy(backbone.network).float())
+        self.shared = SharedNetwork(copy.deepcopy(parent.shared.network).float())
         self.parameters = self.shared.weights
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moedistill import conditioning
-from moedistill.backbone import Guidance
+from moedistill.backbone import Backbone, Guidance
 from moedistill.conditioning import Conditioning
 from moedistill.ema import EMA
 from moedistill.errors import UserError, user_errors
@@ -47,8 +47,8 @@ class Mixture:
     seed: int = 0
 
     @classmethod
-    def build(cls, recipe: "Recipe", device: torch.device | str = "cpu") -> "Mixture":
-        """Loads the backbone and attaches the experts; each starts as its parent.
+    def build(cls, recipe: "Recipe", device: torch.device | str = "cpu", backbone: Backbone | None = None) -> "Mixture":
+        """Loads the backbone, unless it is given, and attaches the experts; each starts as its parent.
 
         Raises:
             UserError: what is wrong with the recipe but cannot be seen in it.
@@ -58,10 +58,18 @@ class Mixture:
         with user_errors("router"):
             router = recipe.router.build(trajectory) if recipe.router else None
         with user_errors("backbone"):
-            backbone = recipe.backbone.build(recipe.seed)
+            teacher_router = recipe.backbone.teacher_router(trajectory)
+            if backbone is None:
+                backbone = recipe.backbone.build(recipe.seed)
         with user_errors("experts"):
-            student = Student(backbone, recipe.experts, gradient_checkpointing=recipe.training.gradient_checkpointing)
+            student = Student(
+                backbone,
+                recipe.experts,
+                gradient_checkpointing=recipe.training.gradient_checkpointing,
+                teacher_router=teacher_router,
+            )
         student.to(device)
+        student.student_scale = recipe.backbone.guidance.student_scale
         if recipe.backbone.dtype != "float32":
             student.autocast_dtype = getattr(torch, recipe.backbone.dtype)
         student.initialise(recipe.seed)
@@ -124,8 +132,9 @@ class Mixture:
 
         def velocity(x: Tensor, sigma: Tensor, expert: str, cond: Conditioning) -> Tensor:
             expert = stand_ins.get(expert, expert)
+            expert = self.student.teacher_at(sigma[0].item()) if expert == TEACHER else expert
             with self.running(expert, weights):
-                if expert == TEACHER and guidance is not None:
+                if expert in self.student.teachers and guidance is not None:
                     return self.student.guided(x, sigma, cond, guidance)
                 return self.student(x, sigma, cond)
 

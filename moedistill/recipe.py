@@ -292,6 +292,7 @@ class _Checks:
             yield problem
         yield from self.routing(trajectory)
         yield from self.ancestry()
+        yield from self.teachers(trajectory)
         yield from self.trained_experts()
         yield from self.probes()
         yield from self.data_and_batches()
@@ -381,6 +382,56 @@ class _Checks:
             found.append(name)
         return found
 
+    def teachers(self, trajectory: "Trajectory | None") -> Iterator[Finding]:
+        """Experts and guidance name networks that the teacher has; a segment lies where one of them serves."""
+        backbone = self.recipe.backbone
+        if failed(backbone):
+            return
+        bases = list(backbone.bases())
+        scale = backbone.guidance.scale
+        if isinstance(scale, dict) and set(scale) != set(bases):
+            message = f"names {', '.join(scale) or 'no network'}; the teacher has {', '.join(bases)}: give each a scale"
+            yield ("backbone", "guidance", "scale"), message, ""
+        for name, expert in (self.experts or {}).items():
+            base, parent = getattr(expert, "base", None), getattr(expert, "parent", TEACHER)
+            if failed(expert):
+                continue
+            if base is not None and base not in bases:
+                yield ("experts", name, "base"), f"unknown network {base!r}; {suggest(base, bases)}", ""
+            elif base is None and parent == TEACHER and len(bases) > 1:
+                message = f"is missing: the teacher has {' and '.join(bases)}; say which one {name!r} changes"
+                yield ("experts", name, "base"), message, f"for example base: {bases[0]}"
+            elif base is not None and parent in (self.experts or {}) and base != self.base_of(parent):
+                message = f"{base!r} is not the network of {parent!r}, which {name!r} starts from"
+                yield ("experts", name, "base"), message, "leave base out, or start from the teacher"
+        yield from self.teacher_segments(trajectory)
+
+    def base_of(self, name: str) -> str | None:
+        """The network that an expert names, itself or through its parents."""
+        chain = [(self.experts or {}).get(expert) for expert in [name, *self.ancestors(name)]]
+        return next((base for expert in chain if (base := getattr(expert, "base", None))), None)
+
+    def teacher_segments(self, trajectory: "Trajectory | None") -> Iterator[Finding]:
+        if trajectory is None or self.recipe.router is None or failed(self.recipe.router):
+            return
+        try:
+            teachers = self.recipe.backbone.teacher_router(trajectory)
+            segments = self.recipe.router.build(trajectory).segments
+        except ValueError:
+            return  # reported elsewhere
+        trained = {getattr(stage, "expert", None) for stage in self.stages}
+        for segment in segments if teachers is not None else ():
+            points = trajectory.points_in(segment)
+            served = {teachers.expert_at(trajectory.sigma(point)) for point in points}
+            if segment.expert in trained and len(served) > 1:
+                edges = ", ".join(f"{boundary:.6g}" for boundary in teachers.boundaries)
+                message = (
+                    f"the segment of {segment.expert!r}, points {points[0]} to {points[-1]}, lies across the teacher's "
+                    f"boundary at sigma {edges}: {' and '.join(sorted(served))} would both teach it"
+                )
+                hint = f"put a boundary there: {{sigma: {edges}}}, with closed: {teachers.closed}"
+                yield ("router", "boundaries"), message, hint
+
     def trained_experts(self) -> Iterator[Finding]:
         """Stages train experts that exist and can be trained, parents before children."""
         trained = [stage.expert if isinstance(getattr(stage, "expert", None), str) else None for stage in self.stages]
@@ -417,6 +468,12 @@ class _Checks:
                 first = next(k for k, stage in enumerate(self.stages) if getattr(stage, "needs", ()))
                 names = " and ".join(sorted(needs))
                 yield ("data",), f"is missing: stages.{first} needs {names}", "add data: {kind: …}"
+        elif not failed(self.recipe.data):
+            for k, stage in enumerate(self.stages):
+                lacking = sorted(set(getattr(stage, "needs", ())) - self.recipe.data.provides)
+                if lacking:
+                    message = f"{self.recipe.data.kind!r} has no {' and '.join(lacking)}, which stages.{k} needs"
+                    yield ("data", "kind"), message, "choose data that have them, such as kind: latents"
         training = self.recipe.training
         if failed(training):
             return

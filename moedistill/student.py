@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from moedistill import conditioning
 from moedistill.backbone import Backbone, Guidance
 from moedistill.conditioning import Conditioning
-from moedistill.experts import TEACHER, Expert, ExpertConfig, FrozenExpert, SharedNetwork
+from moedistill.experts import TEACHER, Expert, ExpertConfig, FrozenExpert, SharedNetwork, teacher_name
 from moedistill.features import capture
+from moedistill.routers import TimestepRouter
 
 
 class Student(nn.Module):
@@ -25,28 +26,41 @@ class Student(nn.Module):
         backbone: the pretrained model; its weights are frozen here and never change.
         experts: config by name, in any order.
         gradient_checkpointing: recompute activations in the backward pass, under the expert that made them.
+        teacher_router: where the backbone has several pretrained networks, which of them serves which sigma.
+
+    Raises:
+        ValueError: an expert does not fit the backbone.
     """
 
     def __init__(
-        self, backbone: Backbone, experts: Mapping[str, ExpertConfig], *, gradient_checkpointing: bool = False
+        self,
+        backbone: Backbone,
+        experts: Mapping[str, ExpertConfig],
+        *,
+        gradient_checkpointing: bool = False,
+        teacher_router: TimestepRouter | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.experts: dict[str, Expert] = {TEACHER: FrozenExpert(TEACHER, None, SharedNetwork(backbone.network))}
-        teacher = self.experts[TEACHER]
+        self.teacher_router = teacher_router
+        self.bases = list(backbone.networks)
+        self.experts: dict[str, Expert] = {}
+        for base, network in backbone.networks.items():
+            name = teacher_name(base, self.bases)
+            self.experts[name] = FrozenExpert(name, None, SharedNetwork(network))
+        self.teachers = frozenset(self.experts)
         for name, config in experts.items():
             if config.copies_base:  # before the base carries any adapter
-                self.experts[name] = config.build(name, teacher, backbone)
+                self.experts[name] = config.build(name, self._teacher_for(name, experts), backbone)
         for name in experts:
             self._attach(name, experts)
-        for name, config in experts.items():
-            self.experts[name].parent = self.experts[config.parent]
+        for name in experts:
+            self.experts[name].parent = self._parent(name, experts)
         # Registered, so that wrappers and `.to(device)` find every weight.
-        self.networks = nn.ModuleDict(
-            {f"expert_{expert.name}": expert.shared.network for expert in self.experts.values()}
-        )
+        self.networks = nn.ModuleList({expert.shared.network: None for expert in self.experts.values()})
         self.active = TEACHER
         self.autocast_dtype: torch.dtype | None = None
+        self.student_scale: float | None = None
         self.requires_grad_(False)
         if gradient_checkpointing:
             self._enable_checkpointing()
@@ -56,7 +70,23 @@ class Student(nn.Module):
             config = experts[name]
             if config.parent not in self.experts:
                 self._attach(config.parent, experts)
-            self.experts[name] = config.build(name, self.experts[config.parent], self.backbone)
+            self.experts[name] = config.build(name, self._parent(name, experts), self.backbone)
+
+    def _parent(self, name: str, experts: Mapping[str, ExpertConfig]) -> Expert:
+        parent = experts[name].parent
+        return self._teacher_for(name, experts) if parent == TEACHER else self.experts[parent]
+
+    def _teacher_for(self, name: str, experts: Mapping[str, ExpertConfig]) -> Expert:
+        """The pretrained network that an expert changes, itself or through its parents."""
+        config = experts[name]
+        if config.base is None and config.parent != TEACHER:
+            return self._teacher_for(config.parent, experts)
+        if config.base is None and len(self.bases) > 1:
+            raise ValueError(f"expert {name}: say which network it changes, with base: {' or '.join(self.bases)}")
+        base = config.base or self.bases[0]
+        if base not in self.bases:
+            raise ValueError(f"expert {name}: there is no network {base!r}; the teacher has {', '.join(self.bases)}")
+        return self.experts[teacher_name(base, self.bases)]
 
     def _enable_checkpointing(self) -> None:
         def recompute_with_same_expert(module: nn.Module, *args: Any) -> Any:
@@ -95,20 +125,30 @@ class Student(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Velocity `[B, C, T, H, W]`, float32, of the active expert at `sigma` `[B]`."""
+        if self.student_scale is not None and self.active not in self.teachers:
+            cond = {**cond, "guidance": torch.full_like(sigma, self.student_scale)}
         with self._autocast(x.device):
             return self.backbone.velocity(self.experts[self.active].shared.network, x, sigma, cond).float()
 
     def guided(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: Guidance) -> Tensor:
-        """Velocity of the active expert, guided as the teacher is: v_c + (scale - 1)·(v_c - v_u).
+        """Velocity of the active teacher with its guidance: v_c + (scale - 1)·(v_c - v_u).
 
         The conditional and the unconditional half run as one batch. With `embedded` guidance the network is told the
         scale by the backbone, and there is nothing to add.
         """
-        if guidance.mode != "classifier_free" or guidance.scale == 1.0:
+        base = next((base for base in self.bases if teacher_name(base, self.bases) == self.active), self.bases[0])
+        scale = guidance.classifier_free_scale(base)
+        if scale == 1.0:
             return self(x, sigma, cond)
         both = conditioning.concat(cond, self.backbone.null_conditioning(cond))
         v_cond, v_null = self(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return v_cond + (guidance.scale - 1.0) * (v_cond - v_null)
+        return v_cond + (scale - 1.0) * (v_cond - v_null)
+
+    def teacher_at(self, sigma: float) -> str:
+        """The name, as an expert, of the pretrained network that serves `sigma`."""
+        if self.teacher_router is None:
+            return TEACHER
+        return teacher_name(self.teacher_router.expert_at(sigma), self.bases)
 
     def hidden_states(self, x: Tensor, sigma: Tensor, cond: Conditioning, blocks: Sequence[str]) -> list[Tensor]:
         """Image tokens `[B, N, hidden_size]`, float32, after each of `blocks` (dotted paths) of the active expert."""

@@ -13,7 +13,8 @@ import torch
 from moedistill.callbacks import MetricsFile, Progress, Trackers
 from moedistill.checkpoint import Checkpoints, find_checkpoint, load_tree, write_text
 from moedistill.context import Job, Run
-from moedistill.data.loading import load_batches
+from moedistill.data.base import Dataset
+from moedistill.data.loading import collate, load_batches
 from moedistill.devices import cpu_threads, find_device, make_folder
 from moedistill.errors import Interrupted, UserError, user_errors
 from moedistill.mixture import Mixture
@@ -97,13 +98,33 @@ def run(
         return _Runner(recipe, folder, accelerator, plugins, smoke).run(checkpoint)
 
 
+def _prepare_null(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:
+    """Takes over the negative prompt's conditioning stored with the data, or has it encoded, where it will be needed.
+
+    Raises:
+        ValueError: it is neither stored nor can it be encoded.
+    """
+    if dataset is None:
+        return
+    backbone, guidance = mixture.student.backbone, recipe.backbone.guidance
+    stored = dataset.null_conditioning()
+    if stored is not None:
+        backbone.set_null(stored)
+    guided = any(guidance.classifier_free_scale(base) != 1.0 for base in recipe.backbone.bases())
+    if recipe.data and (guided or recipe.data.text_dropout) and len(dataset):
+        _, cond = backbone.prepare(*collate([dataset[0]]))
+        backbone.null_conditioning(cond)
+
+
 class _Runner:
     def __init__(self, recipe: Recipe, folder: Path, accelerator: "Accelerator", plugins: Plugins, smoke: bool) -> None:
         self.recipe, self.folder, self.accelerator, self.plugins = recipe, folder, accelerator, plugins
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.training.keep_checkpoints)
         mixture = Mixture.build(recipe, accelerator.device)
         with user_errors("data"):
-            dataset = recipe.data.build() if recipe.data else None
+            dataset = recipe.data.build(mixture.student.backbone) if recipe.data else None
+        with user_errors("backbone.guidance"):
+            _prepare_null(recipe, mixture, dataset)
         self.job = Job(recipe, folder, accelerator, mixture, dataset, smoke=smoke)
         self.last_checkpoint: Path | None = None
         self.under_way = ""

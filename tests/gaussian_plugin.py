@@ -118,7 +118,7 @@ class GaussianBackbone(Backbone):
     def encode(self, prompts):
         return {"label": torch.zeros(len(prompts), dtype=torch.int64)}
 
-    def latent_shape(self):
+    def latent_shape(self, video=None):
         return SHAPE
 
     def decode(self, latents):
@@ -163,7 +163,7 @@ class GaussianDataset(Dataset):
 class GaussianDataConfig(DatasetConfig):
     size: int = 4096
 
-    def build(self):
+    def build(self, backbone):
         return GaussianDataset(self.size)
 
 

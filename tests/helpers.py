@@ -107,7 +107,7 @@ def dcm_recipe(steps=5, **changes):
     ]
     training = {"gradient_accumulation_steps": 2, "checkpoint_every": 1, "keep_checkpoints": 99}
     dotted = {f"training.{key}": value for key, value in training.items()}
-    return tiny_recipe(stages, {**dotted, "data.conditioning_dropout": 0.3, **changes})
+    return tiny_recipe(stages, {**dotted, "data.text_dropout": 0.3, **changes})
 
 
 def equal(a, b):
@@ -125,7 +125,8 @@ def equal(a, b):
 def set_up(recipe, number=0):
     """Stage `number` of a recipe, ready for its first step: its `Run` and the built stage."""
     recipe = load_recipe(recipe)
-    mixture, dataset = Mixture.build(recipe), recipe.data.build()
+    mixture = Mixture.build(recipe)
+    dataset = recipe.data.build(mixture.student.backbone)
     run = Run(Job(recipe, Path("unused"), make_accelerator(recipe, "cpu"), mixture, dataset), recipe.stages[number])
     stage = recipe.stages[number].build()
     stage.setup(run)

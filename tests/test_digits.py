@@ -37,7 +37,7 @@ PATHS = [(direction, start) for direction in range(4) for start in range(STARTS)
 
 @pytest.fixture(scope="module")
 def dataset() -> DigitsDataset:
-    return DigitsConfig(styles_per_digit=3).build()
+    return DigitsConfig(styles_per_digit=3).build(None)
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,9 @@ def test_dataset_items_are_the_encoded_videos(dataset: DigitsDataset) -> None:
 
 
 def test_fewer_styles_are_a_part_of_more() -> None:
-    config = DigitsConfig(styles_per_digit=3, conditioning_dropout=0.1)
-    assert config.tiny() == DigitsConfig(styles_per_digit=2, conditioning_dropout=0.1)
-    few, more = config.tiny().build(), config.build()
+    config = DigitsConfig(styles_per_digit=3, text_dropout=0.1)
+    assert config.tiny() == DigitsConfig(styles_per_digit=2, text_dropout=0.1)
+    few, more = config.tiny().build(None), config.build(None)
     torch.testing.assert_close(few.latents, more.latents[:, :, : few.class_size])
     with pytest.raises(ValueError, match=r"styles_per_digit 41 is not in 1\.\.40"):
         DigitsDataset(41)
@@ -212,7 +212,7 @@ def test_codec_keeps_real_videos() -> None:
 def test_codec_is_a_projection_and_latents_have_unit_variance() -> None:
     codec = Codec.load()
     torch.testing.assert_close(codec.components @ codec.components.T, torch.eye(12), atol=1e-5, rtol=0)
-    latents = DigitsConfig().build().latents
+    latents = DigitsConfig().build(None).latents
     assert latents.var().item() == pytest.approx(1.0, abs=1e-3)
     assert latents.mean().abs() < 1e-4
     some = latents[0, 0, :4]

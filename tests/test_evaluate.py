@@ -29,7 +29,7 @@ class Trained:
     def __init__(self, folder, changes=()):
         self.folder, self.changes, self.runs = folder, changes, 0
         self.recipe = load_recipe(tiny_recipe([distil()], changes))
-        self.dataset = self.recipe.data.build()
+        self.dataset = self.recipe.data.build(None)
         self.mixture = Mixture.build(self.recipe)
         for seed, name in enumerate(["semantic", "detail"]):
             expert = self.mixture.student.experts[name]

@@ -706,11 +706,11 @@ def test_backbone(error_of, tmp_path):
     assert "there is no file nowhere" in error_of(changes={"backbone.pretrained": "nowhere"})
 
 
-@observes("dataset.digits.conditioning_dropout", "dataset.digits.styles_per_digit")
+@observes("dataset.digits.text_dropout", "dataset.digits.styles_per_digit")
 def test_dataset(watch):
     assert 10 not in watch()[0].digits
-    assert watch(changes={"data.conditioning_dropout": 1.0})[0].digits == [10] * 4
-    one, three = (len(DigitsConfig(styles_per_digit=styles).build()) for styles in (1, 3))
+    assert watch(changes={"data.text_dropout": 1.0})[0].digits == [10] * 4
+    one, three = (len(DigitsConfig(styles_per_digit=styles).build(None)) for styles in (1, 3))
     assert three == 3 * one
 
 

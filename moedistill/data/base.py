@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moedistill.fields import Config, Fraction
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moedistill.backbone import Backbone
 
 
 @dataclass
@@ -32,6 +34,10 @@ class Dataset(ABC):
         """Latent shape of a sample, known without loading it; samples of equal shape are batched together."""
         return tuple(self[0].latents.shape)
 
+    def null_conditioning(self) -> "Mapping[str, Tensor] | None":
+        """The negative prompt's conditioning, stored with the data, without a batch dimension; None if it is not."""
+        return None
+
     def posterior_mean(self, x: "Tensor", sigma: "Tensor", cond: "Mapping[str, Tensor]") -> "Tensor":
         """E[x0 | x_sigma = x, cond] `[B, C, T, H, W]`, where the data are such that it can be had in closed form."""
         raise ValueError(f"{type(self).__name__} offers no posterior mean; use target: sample")
@@ -39,16 +45,18 @@ class Dataset(ABC):
 
 @dataclass(kw_only=True)
 class DatasetConfig(Config, ABC):
-    """Recipe keys common to all datasets.
+    """Recipe keys common to all datasets. `provides`: what samples have, of latents and conditioning.
 
     Args:
-        conditioning_dropout: probability that a training sample's conditioning is replaced by the null condition.
+        text_dropout: probability that a training sample's text is replaced by the negative prompt's.
     """
 
-    conditioning_dropout: Fraction = 0.0
+    text_dropout: Fraction = 0.0
+    provides: ClassVar[frozenset[str]] = frozenset({"latents", "conditioning"})
 
     @abstractmethod
-    def build(self) -> Dataset: ...
+    def build(self, backbone: "Backbone") -> Dataset:
+        """Opens the dataset; `backbone` encodes prompts, and says what synthetic samples must look like."""
 
     def tiny(self) -> "DatasetConfig":
         """A small stand-in of the same layout, for smoke runs."""

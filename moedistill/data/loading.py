@@ -69,7 +69,8 @@ class BucketSampler:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _collate(samples: list[Sample]) -> tuple[Tensor, dict[str, Tensor]]:
+def collate(samples: list[Sample]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents `[B, C, T, H, W]` and conditioning, batch first."""
     return torch.stack([s.latents for s in samples]), conditioning.stack([s.conditioning for s in samples])
 
 
@@ -125,7 +126,7 @@ def _load(
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=indices,
-        collate_fn=_collate,
+        collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=_leave_signals_to_the_main_process,
     )

@@ -63,6 +63,7 @@ class TrainingStageConfig(StageConfig, ABC):
         losses: the terms of the objective.
         ema_decay: keep an exponential moving average of the trained weights with this decay; null for none.
         probe: teacher features for the losses that want them.
+        latent_frames: train on the first so many latent frames of each video; null for all.
     """
 
     expert: NonEmptyStr
@@ -71,6 +72,7 @@ class TrainingStageConfig(StageConfig, ABC):
     losses: list[Annotated[LossConfig, Component("loss")]]
     ema_decay: Decay | None = None
     probe: Probing | None = None
+    latent_frames: PositiveInt | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"latents", "conditioning"})
 
     def check(self, recipe: "Recipe") -> Iterable[Finding]:

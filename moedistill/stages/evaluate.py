@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moedistill import conditioning
 from moedistill.checkpoint import save_tensors
+from moedistill.data.loading import collate
 from moedistill.experts import TEACHER
 from moedistill.fields import Component, NonEmptyStr, NonNegativeInt, PositiveInt
 from moedistill.media import contact_sheet, side_by_side
@@ -156,7 +157,7 @@ class EvaluateStage(Stage):
             # Evenly spread over the data, so that no class is missed by chance, in random order.
             spread = np.arange(config.samples) * len(job.dataset) // config.samples
             chosen = generator(config.seed, "evaluate", "conditioning").permutation(spread)
-            cond = conditioning.stack([job.dataset[int(i)].conditioning for i in chosen])
+            cond = dict(backbone.prepare(*collate([job.dataset[int(i)] for i in chosen]))[1])
         return noise, conditioning.to(cond, job.accelerator.device)
 
     def _sample(self, job: "Job", candidate: Candidate, noise: Tensor, cond: dict[str, Tensor]) -> Tensor:

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moedistill.backbone import Backbone, BackboneConfig
+from moedistill.backbone import Backbone, BackboneConfig, VideoSize
 from moedistill.fields import PositiveInt
 from moedistill_digits.codec import Codec
-from moedistill_digits.data import DIGITS, DIRECTIONS, NULL_DIGIT, NULL_DIRECTION
+from moedistill_digits.data import CANVAS, DIGITS, DIRECTIONS, FRAMES, NULL_DIGIT, NULL_DIRECTION
 from moedistill_digits.network import DigitsTransformer
 
 TEACHER_FILE = Path(__file__).with_name("teacher.safetensors")
@@ -102,7 +102,9 @@ class DigitsBackbone(Backbone):
         pairs = zip(cond["digit"].tolist(), cond["direction"].tolist(), strict=True)
         return ["" if digit == NULL_DIGIT else f"{digit} {DIRECTIONS[direction]}" for digit, direction in pairs]
 
-    def latent_shape(self) -> tuple[int, int, int, int]:
+    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
+        if video is not None and video != VideoSize(num_frames=FRAMES, height=CANVAS, width=CANVAS):
+            raise ValueError(f"digits have {FRAMES} frames of {CANVAS}×{CANVAS} pixels, and no other size")
         return Codec.latent_shape
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
+from moedistill.backbone import Backbone
 from moedistill.data.base import Dataset, DatasetConfig, Sample
 from moedistill_digits.codec import Codec
 
@@ -208,7 +209,7 @@ class DigitsConfig(DatasetConfig):
 
     styles_per_digit: Annotated[int, Ge(1), Le(TRAIN_STYLES_PER_DIGIT)] = TRAIN_STYLES_PER_DIGIT
 
-    def build(self) -> DigitsDataset:
+    def build(self, backbone: Backbone) -> DigitsDataset:
         return DigitsDataset(self.styles_per_digit)
 
     def tiny(self) -> "DigitsConfig":
