@@ -5,7 +5,7 @@ Everything a backbone gives and takes is in flow coordinates (see `moedistill.fl
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -118,18 +118,24 @@ class Backbone(ABC):
     Attributes:
         network: the pretrained network; of several, the first.
         fps: frames per second of its videos.
+        video: their size, where it can be chosen.
         blocks: dotted paths of the blocks whose outputs can be tapped, in order.
         hidden_size: width of a block's output.
         lora_targets: named groups of linears, each a regular expression matched against full dotted paths.
         time_dependent: exact dotted paths of the modules that depend on time (embedding, final modulation, projection).
+        time_shared: dotted paths of modules that read the time too, which experts share on purpose.
+        example_prompts: prompts that `encode` takes, different ones.
     """
 
     network: "nn.Module"
     fps: float = 8.0
+    video: VideoSize | None = None
     blocks: Sequence[str]
     hidden_size: int
     lora_targets: Mapping[str, str]
     time_dependent: Sequence[str]
+    time_shared: Sequence[str] = ()
+    example_prompts: Sequence[str] = ("a dog runs along a beach", "rain at night", "a ball bounces")
 
     @property
     def networks(self) -> "Mapping[str, nn.Module]":
@@ -151,6 +157,8 @@ class Backbone(ABC):
     def captions(self, cond: "Conditioning") -> list[str]:
         """A few words on each sample of `cond`, for pictures; by default its scalars by name."""
         scalars = {name: value.tolist() for name, value in cond.items() if value.ndim == 1}
+        if not scalars:
+            return [f"sample {number}" for number in range(len(next(iter(cond.values()))))]
         rows = zip(*scalars.values(), strict=True)
         return [" ".join(f"{name} {value}" for name, value in zip(scalars, row, strict=True)) for row in rows]
 
@@ -173,24 +181,28 @@ class Backbone(ABC):
     def generate(
         self,
         mixture: "Mixture",
-        prompt: str,
+        prompts: Sequence[str],
         sigmas: "Tensor",
         *,
         seed: int,
         video: VideoSize | None = None,
         weights: Literal["trained", "ema"] = "trained",
-    ) -> "Tensor":
-        """One video `[C, T, H, W]` in [0, 1], float32, on the CPU, by the experts along `sigmas`.
+    ) -> "Iterator[Tensor]":
+        """Videos of prompts by the experts along `sigmas`, one by one: `[C, T, H, W]` in [0, 1], float32, on the CPU.
 
-        By default with the mixture's own sampler and `decode`; a model that has a pipeline runs that.
+        By default with the mixture's own sampler and `decode`; a model that has a pipeline runs that. A video is
+        determined by its prompt, its place in the list, and the seed.
         """
         from moedistill import conditioning
         from moedistill.randomness import Draws
 
         device = next(self.network.parameters()).device
-        noise = Draws(seed, "sample", 0, [0], device).normal("noise", self.latent_shape(video))
-        cond = conditioning.to(self.encode([prompt]), device)
-        return self.decode(mixture.generate(noise, cond, sigmas, weights=weights))[0].cpu()
+        shape, cond = self.latent_shape(video), conditioning.to(self.encode(prompts), device)
+        for k in range(len(prompts)):
+            noise = Draws(seed, "sample", 0, [k], device).normal("noise", shape)
+            one = conditioning.select(cond, slice(k, k + 1))
+            latents = mixture.generate(noise, one, sigmas, guidance=mixture.guidance, weights=weights)
+            yield self.decode(latents)[0].cpu()
 
     @abstractmethod
     def decode(self, latents: "Tensor") -> "Tensor":

@@ -21,12 +21,16 @@ def register_components(components: Components) -> None:
     add("expert", "lora", "moedistill.experts:LoRAConfig", "an adapter on chosen linears, copies of chosen modules")
     add("expert", "frozen", "moedistill.experts:FrozenConfig", "its parent as it is")
 
+    add("dataset", "latents", "moedistill.data.latents:LatentsConfig", "latents and text embeddings computed before")
+    add("dataset", "prompts", "moedistill.data.prompts:PromptsConfig", "prompts without videos, to sample from")
+
     add("loss", "huber", "moedistill.losses:HuberConfig", "pseudo-Huber distance to the target")
     add("loss", "mse", "moedistill.losses:MSEConfig", "mean squared distance to the target")
 
     add("stage", "finetune", "moedistill.stages.finetune:FinetuneConfig", "flow matching on data")
     add("stage", "consistency", "moedistill.stages.consistency:ConsistencyConfig", "consistency distillation")
     add("stage", "evaluate", "moedistill.stages.evaluate:EvaluateConfig", "metrics, pictures and a table")
+    add("stage", "sample", "moedistill.stages.sample:SampleStageConfig", "videos of prompts")
     add("stage", "export", "moedistill.stages.export:ExportConfig", "files that others can load")
 
     add("metric", "paired_distance", "moedistill.metrics:PairedDistanceConfig", "distance to the reference's samples")

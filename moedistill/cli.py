@@ -271,6 +271,110 @@ def sample(
     click.echo(str(result.output))
 
 
+@cli.group()
+def data() -> None:
+    """Look at data.
+
+    \b
+    Example:
+      moedistill data check data/my_set --recipe my_recipe.yaml
+    """
+
+
+@data.command()
+@click.argument("path")
+@click.option("--recipe", metavar="RECIPE", help="Say what does not fit this recipe, too.")
+@set_option
+@plugin_option
+def check(path: str, recipe: str | None, overrides: tuple[str, ...], plugin_files: tuple[str, ...]) -> None:
+    """Read all of the preprocessed set at PATH: what is in it, what is broken. No model is loaded.
+
+    PATH is a videos2caption.json, an index.json of our own layout, or a folder with one of them. The exit code is 2 if
+    the set cannot be used as it is.
+
+    \b
+    Example:
+      moedistill data check data/my_set
+      moedistill data check data/my_set --recipe my_recipe.yaml --set training.batch_size=4
+    """
+    if recipe is None and overrides:
+        raise click.UsageError("--set changes a recipe; give one with --recipe")
+    from moedistill.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides, _plugins(plugin_files)) if recipe is not None else None
+    from moedistill.data.check import check_latents
+
+    report = check_latents(path, loaded)
+    for line in report.lines():
+        click.echo(line)
+    if not report.fits:
+        click.get_current_context().exit(2)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--pretrained", metavar="PLACE", help="Check these weights, a folder or Hub id; else a random miniature.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the backbone. Repeatable."
+)
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to compute: cpu, cuda …")
+@plugin_option
+def check_backbone(
+    name: str, pretrained: str | None, overrides: tuple[str, ...], device: str, plugin_files: tuple[str, ...]
+) -> None:
+    """Check numerically that the backbone NAME is right: ✔, ✘ or – (not checked) and a figure for each rule.
+
+    Exits with 0 if nothing is wrong, 1 if something is, 2 if it cannot be built.
+
+    \b
+    Example:
+      moedistill check-backbone digits
+      moedistill check-backbone my_model -p my_model.py --set width=32
+    """
+    import time
+
+    from moedistill.devices import find_device
+    from moedistill.testing import CHECKS, Subject, read_config, run_checks
+
+    settings = {} if pretrained is None else {"pretrained": pretrained}
+    config = read_config(name, settings, overrides, _plugins(plugin_files))
+    start = time.monotonic()
+    try:
+        subject = Subject(config, real=pretrained is not None, device=find_device(device))
+        subject.backbone()
+    except Exception as error:
+        why = str(error) if isinstance(error, (UserError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise UserError(f"backbone {name} cannot be built: {why}") from error
+    click.echo(f"{name}, {'with its weights' if subject.real else 'a random miniature'}:")
+    width = max(len(check.title) for check in CHECKS)
+    counts = {"✔": 0, "✘": 0, "–": 0}
+    for row in run_checks(subject):
+        counts[row.mark] += 1
+        click.echo(f"  {row.mark} {row.check.title:{width}}  {row.figure}")
+    click.echo(f"{counts['✔']} ✔, {counts['✘']} ✘, {counts['–']} not checked, in {time.monotonic() - start:.0f} s")
+    if counts["✘"]:
+        raise SystemExit(1)
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("dest", type=click.Path(path_type=Path))
+@plugin_option
+def new_backbone(name: str, dest: Path, plugin_files: tuple[str, ...]) -> None:
+    """Write a plugin for a backbone NAME of your own to the folder DEST: it works, on a toy network, and has tests.
+
+    \b
+    Example:
+      moedistill new-backbone my_model my_model_plugin
+    """
+    from moedistill.new_backbone import write_plugin
+
+    taken = [entry.name for entry in _plugins(plugin_files).components.entries("backbone")]
+    for file in write_plugin(name, dest, taken):
+        click.echo(str(file))
+    click.echo(f"next: {dest / 'README.md'}")
+
+
 def _plugins(files: Sequence[str]) -> "Plugins":
     """All plugins. A broken installed one is the business of `moedistill list`; one that was asked for is an error."""
     from moedistill.plugins import load_plugins

@@ -10,7 +10,18 @@ Conditioning = Mapping[str, Tensor]
 
 
 def stack(samples: Sequence[Conditioning]) -> dict[str, Tensor]:
-    """One batched mapping of unbatched ones."""
+    """One batched mapping of unbatched ones.
+
+    Raises:
+        ValueError: they differ in names or shapes.
+    """
+    shapes = [{name: list(value.shape) for name, value in sample.items()} for sample in samples]
+    different = next((other for other in shapes if other != shapes[0]), None)
+    if different is not None:
+        raise ValueError(
+            f"the conditioning of samples differs, {shapes[0]} and {different}, so they make no batch: give all "
+            "prompts the same padded length"
+        )
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 

@@ -48,8 +48,11 @@ class ExpertConfig(Config, ABC):
     copies_base: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, name: str, parent: "Expert", backbone: Backbone) -> "Expert":
-        """Attaches the expert's modules; what they hold is decided later, by `Expert.initialise`."""
+    def build(self, name: str, parent: "Expert", backbone: Backbone, inference: bool = False) -> "Expert":
+        """Attaches the expert's modules; what they hold is decided later, by `Expert.initialise`.
+
+        For `inference` a copy of the base has its dtype; what is trained is float32.
+        """
 
 
 @dataclass(kw_only=True)
@@ -58,8 +61,8 @@ class FullConfig(ExpertConfig):
 
     copies_base: ClassVar[bool] = True
 
-    def build(self, name: str, parent: "Expert", backbone: Backbone) -> "Expert":
-        return FullExpert(name, parent, backbone)
+    def build(self, name: str, parent: "Expert", backbone: Backbone, inference: bool = False) -> "Expert":
+        return FullExpert(name, parent, inference)
 
 
 @dataclass(kw_only=True)
@@ -77,7 +80,7 @@ class LoRAConfig(ExpertConfig):
     targets: NonEmptyStr | list[NonEmptyStr] = "attention"
     copies: Literal["time_dependent", "none"] | list[NonEmptyStr] = "time_dependent"
 
-    def build(self, name: str, parent: "Expert", backbone: Backbone) -> "Expert":
+    def build(self, name: str, parent: "Expert", backbone: Backbone, inference: bool = False) -> "Expert":
         return LoRAExpert(name, parent, backbone, self)
 
 
@@ -87,7 +90,7 @@ class FrozenConfig(ExpertConfig):
 
     trainable: ClassVar[bool] = False
 
-    def build(self, name: str, parent: "Expert", backbone: Backbone) -> "Expert":
+    def build(self, name: str, parent: "Expert", backbone: Backbone, inference: bool = False) -> "Expert":
         return FrozenExpert(name, parent)
 
 
@@ -260,9 +263,10 @@ class FrozenExpert(Expert):
 class FullExpert(Expert):
     """A network of its own."""
 
-    def __init__(self, name: str, parent: Expert, backbone: Backbone) -> None:
+    def __init__(self, name: str, parent: Expert, inference: bool = False) -> None:
         self.name, self.parent, self.chain = name, parent, ()
-        self.shared = SharedNetwork(copy.deepcopy(parent.shared.network).float())
+        network = copy.deepcopy(parent.shared.network)
+        self.shared = SharedNetwork(network if inference else network.float())
         self.parameters = self.shared.weights
 
     @torch.no_grad()

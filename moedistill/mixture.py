@@ -36,6 +36,7 @@ class Mixture:
 
     Attributes:
         router: None where the recipe has none; the teacher is alone then.
+        guidance: the teacher's.
         ema: averages of the experts that were trained with one, by expert.
         seed: of the random numbers that experts start with.
     """
@@ -43,12 +44,22 @@ class Mixture:
     student: Student
     trajectory: Trajectory
     router: TimestepRouter | None
+    guidance: Guidance = field(default_factory=Guidance)
     ema: dict[str, EMA] = field(default_factory=dict)
     seed: int = 0
 
     @classmethod
-    def build(cls, recipe: "Recipe", device: torch.device | str = "cpu", backbone: Backbone | None = None) -> "Mixture":
+    def build(
+        cls,
+        recipe: "Recipe",
+        device: torch.device | str = "cpu",
+        backbone: Backbone | None = None,
+        *,
+        inference: bool = False,
+    ) -> "Mixture":
         """Loads the backbone, unless it is given, and attaches the experts; each starts as its parent.
+
+        For `inference` copies of the base are kept in its dtype.
 
         Raises:
             UserError: what is wrong with the recipe but cannot be seen in it.
@@ -67,13 +78,14 @@ class Mixture:
                 recipe.experts,
                 gradient_checkpointing=recipe.training.gradient_checkpointing,
                 teacher_router=teacher_router,
+                inference=inference,
             )
         student.to(device)
         student.student_scale = recipe.backbone.guidance.student_scale
         if recipe.backbone.dtype != "float32":
             student.autocast_dtype = getattr(torch, recipe.backbone.dtype)
         student.initialise(recipe.seed)
-        return cls(student, trajectory, router, seed=recipe.seed)
+        return cls(student, trajectory, router, recipe.backbone.guidance, seed=recipe.seed)
 
     @torch.no_grad()
     def load(self, experts: Weights, averages: Weights, source: str) -> None:

@@ -1,24 +1,21 @@
 """Samples from a finished run, one of its checkpoints, or an export."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from moedistill import conditioning
+from moedistill.backbone import VideoSize
 from moedistill.checkpoint import find_checkpoint, load_tree
 from moedistill.devices import cpu_threads, find_device, make_folder
 from moedistill.errors import UserError, user_errors
-from moedistill.media import contact_sheet, side_by_side
-from moedistill.mixture import Mixture
+from moedistill.mixture import Mixture, Weights
 from moedistill.plugins import Plugins
-from moedistill.randomness import Draws
 from moedistill.recipe import Recipe, load_recipe
 from moedistill.stages.export import INDEX, read_export
+from moedistill.stages.sample import write_samples
 from moedistill.steps import SampleConfig
 
 
@@ -30,8 +27,8 @@ class SampleResult:
     videos: Tensor
 
 
-def load_mixture(source: str | Path, *, device: str = "cpu", plugins: Plugins | None = None) -> tuple[Recipe, Mixture]:
-    """The recipe and the trained mixture of a run's folder, a checkpoint, or an export's folder.
+def read_trained(source: str | Path, *, plugins: Plugins | None = None) -> tuple[Recipe, Weights, Weights]:
+    """Recipe, experts' weights and their averages of a run's folder, a checkpoint, or an export's folder.
 
     Raises:
         UserError: there is nothing of the kind, or it is not complete.
@@ -41,13 +38,21 @@ def load_mixture(source: str | Path, *, device: str = "cpu", plugins: Plugins | 
         raise UserError(f"{folder}: there is no such folder; give a run's, such as runs/dcm_digits/20260101-120000")
     if (folder / INDEX).is_file():
         index, experts = read_export(folder)
-        recipe, averages = load_recipe(index["recipe"], plugins=plugins), {}
-    else:
-        checkpoint = find_checkpoint(folder)
-        recipe = load_recipe(load_tree(checkpoint, "state")["recipe"], plugins=plugins)
-        experts, averages = load_tree(checkpoint, "experts"), load_tree(checkpoint, "ema")
-    mixture = Mixture.build(recipe, find_device(device))
-    mixture.load(experts, averages, str(folder))
+        return load_recipe(index["recipe"], plugins=plugins), experts, {}
+    checkpoint = find_checkpoint(folder)
+    recipe = load_recipe(load_tree(checkpoint, "state")["recipe"], plugins=plugins)
+    return recipe, load_tree(checkpoint, "experts"), load_tree(checkpoint, "ema")
+
+
+def load_mixture(source: str | Path, *, device: str = "cpu", plugins: Plugins | None = None) -> tuple[Recipe, Mixture]:
+    """The recipe and the trained mixture of a run's folder, a checkpoint, or an export's folder, for sampling.
+
+    Raises:
+        UserError: there is nothing of the kind, or it is not complete.
+    """
+    recipe, experts, averages = read_trained(source, plugins=plugins)
+    mixture = Mixture.build(recipe, find_device(device), inference=True)
+    mixture.load(experts, averages, str(source))
     return recipe, mixture
 
 
@@ -60,18 +65,22 @@ def sample_run(
     steps: int | None = None,
     sigmas: Sequence[float] | None = None,
     weights: Literal["trained", "ema"] = "trained",
+    video: Mapping[str, int | None] | None = None,
+    fps: float | None = None,
     output: str | Path | None = None,
     device: str = "cpu",
     plugins: Plugins | None = None,
 ) -> SampleResult:
-    """Samples `num` videos of each prompt, and writes them as `samples.webp`, `samples.png` and `samples.json`.
+    """Samples `num` videos of each prompt, and writes them as `moedistill.stages.sample.write_samples` does.
 
     Args:
         source: a run's folder, a checkpoint, or an export's folder.
         prompts: as the backbone understands them; an empty one is the null condition.
-        seed: of the noise; a prompt's noise depends on its place in the list.
+        seed: of the noise, which also depends on a video's place in the list.
         steps, sigmas: instead of the recipe's own sampling steps, as in its `sample`.
         weights: the experts' `trained` weights or their `ema`.
+        video: height, width and num_frames, those that shall differ from the backbone's own.
+        fps: frames per second of the files; the backbone's own, if not given.
         output: a folder; `samples` inside `source` if not given.
     """
     if steps is not None and sigmas is not None:
@@ -79,36 +88,27 @@ def sample_run(
     recipe, mixture = load_mixture(source, device=device, plugins=plugins)
     if weights == "ema" and not mixture.ema:
         raise UserError(f"{source} holds no averaged weights; sample the trained ones")
-    backbone = mixture.student.backbone
+    path = sampling_steps(recipe, mixture, steps, sigmas)
     asked = [prompt for prompt in prompts for _ in range(num)]
-    with user_errors("--prompt"):
-        cond = conditioning.to(backbone.encode(asked), device)
-    path = _sigmas(recipe, mixture, steps, sigmas)
-    noise = Draws(seed, "sample", 0, range(len(asked)), device).normal("noise", backbone.latent_shape())
-    with cpu_threads(recipe.training.num_threads):
-        latents = mixture.generate(noise, cond, path, guidance=recipe.backbone.guidance, weights=weights)
-    videos = backbone.decode(latents).cpu()
-
     folder = Path(output) if output is not None else Path(source) / "samples"
     make_folder(folder)
-    columns = [prompt or "(no prompt)" for prompt in asked]
-    contact_sheet(folder / "samples.png", {"sample": videos}, columns)
-    side_by_side(folder / "samples.webp", {"sample": videos})
-    sidecar: dict[str, Any] = {
-        "source": str(source),
-        "prompts": asked,
-        "seed": seed,
-        "sigmas": path.tolist(),
-        "experts": [mixture.router.expert_at(sigma) for sigma in path[:-1]] if mixture.router else None,
-        "weights": weights,
-        "recipe": recipe.name,
-        "torch": torch.__version__,
-    }
-    (folder / "samples.json").write_text(json.dumps(sidecar, indent=1))
+    with cpu_threads(recipe.training.num_threads), user_errors("sample"):
+        size = _video_size(mixture, {key: value for key, value in (video or {}).items() if value is not None})
+        videos = write_samples(
+            folder, recipe, mixture, asked, path,
+            seed=seed, video=size, weights=weights, fps=fps, made_from=str(source),
+        )  # fmt: skip
     return SampleResult(folder, videos)
 
 
-def _sigmas(recipe: Recipe, mixture: Mixture, steps: int | None, sigmas: Sequence[float] | None) -> Tensor:
+def sampling_steps(
+    recipe: Recipe, mixture: Mixture, steps: int | None = None, sigmas: Sequence[float] | None = None
+) -> Tensor:
+    """Sigmas `[n + 1]` down to 0: of so many steps, or those given, or the recipe's own list.
+
+    Raises:
+        UserError: there is no list, or it does not fit the trajectory.
+    """
     name, config = "sample", recipe.sample
     if steps is not None:
         name, config = "--steps", SampleConfig(steps=steps)
@@ -118,3 +118,13 @@ def _sigmas(recipe: Recipe, mixture: Mixture, steps: int | None, sigmas: Sequenc
         raise UserError("the recipe has no sample list; give --steps or --sigmas")
     with user_errors(name):
         return config.resolve(mixture.trajectory)
+
+
+def _video_size(mixture: Mixture, changes: Mapping[str, int]) -> VideoSize | None:
+    """The backbone's own size with some numbers changed; None where nothing is."""
+    if not changes:
+        return None
+    usual = mixture.student.backbone.video
+    if usual is None:
+        raise ValueError("this backbone's videos have one size; leave --height, --width and --frames away")
+    return VideoSize(**{**vars(usual), **changes})

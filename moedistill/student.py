@@ -27,6 +27,7 @@ class Student(nn.Module):
         experts: config by name, in any order.
         gradient_checkpointing: recompute activations in the backward pass, under the expert that made them.
         teacher_router: where the backbone has several pretrained networks, which of them serves which sigma.
+        inference: nothing will be trained: full experts are kept in the dtype of the base, not in float32.
 
     Raises:
         ValueError: an expert does not fit the backbone.
@@ -39,6 +40,7 @@ class Student(nn.Module):
         *,
         gradient_checkpointing: bool = False,
         teacher_router: TimestepRouter | None = None,
+        inference: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -51,9 +53,9 @@ class Student(nn.Module):
         self.teachers = frozenset(self.experts)
         for name, config in experts.items():
             if config.copies_base:  # before the base carries any adapter
-                self.experts[name] = config.build(name, self._teacher_for(name, experts), backbone)
+                self.experts[name] = config.build(name, self._teacher_for(name, experts), backbone, inference)
         for name in experts:
-            self._attach(name, experts)
+            self._attach(name, experts, inference)
         for name in experts:
             self.experts[name].parent = self._parent(name, experts)
         # Registered, so that wrappers and `.to(device)` find every weight.
@@ -65,12 +67,12 @@ class Student(nn.Module):
         if gradient_checkpointing:
             self._enable_checkpointing()
 
-    def _attach(self, name: str, experts: Mapping[str, ExpertConfig]) -> None:
+    def _attach(self, name: str, experts: Mapping[str, ExpertConfig], inference: bool) -> None:
         if name not in self.experts:
             config = experts[name]
             if config.parent not in self.experts:
-                self._attach(config.parent, experts)
-            self.experts[name] = config.build(name, self._parent(name, experts), self.backbone)
+                self._attach(config.parent, experts, inference)
+            self.experts[name] = config.build(name, self._parent(name, experts), self.backbone, inference)
 
     def _parent(self, name: str, experts: Mapping[str, ExpertConfig]) -> Expert:
         parent = experts[name].parent
@@ -127,7 +129,7 @@ class Student(nn.Module):
         """Velocity `[B, C, T, H, W]`, float32, of the active expert at `sigma` `[B]`."""
         if self.student_scale is not None and self.active not in self.teachers:
             cond = {**cond, "guidance": torch.full_like(sigma, self.student_scale)}
-        with self._autocast(x.device):
+        with self.autocast(x.device):
             return self.backbone.velocity(self.experts[self.active].shared.network, x, sigma, cond).float()
 
     def guided(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: Guidance) -> Tensor:
@@ -158,10 +160,11 @@ class Student(nn.Module):
 
     def unembed(self, hidden: Tensor, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `[B, C, T, H, W]` of hidden states through the active expert's final norm and projection."""
-        with self._autocast(x.device):
+        with self.autocast(x.device):
             return self.backbone.unembed(self.experts[self.active].shared.network, hidden, x, sigma, cond).float()
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context in which a network computes."""
         return torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
     def initialise(self, seed: int, *, but: Collection[str] = ()) -> None:
@@ -173,6 +176,11 @@ class Student(nn.Module):
         for expert in sorted(self.experts.values(), key=generation):
             if expert.name not in but:
                 expert.initialise(seed)
+
+    def detach(self) -> None:
+        """Gives the pretrained networks back as they were, without adapters and copies; the student is used up."""
+        for teacher in self.teachers:
+            self.experts[teacher].shared.detach()
 
     def train_only(self, expert: str | None) -> None:
         """Lets gradients reach the parameters of `expert` (or of none) and of nothing else."""

@@ -24,6 +24,11 @@ import moedistill.recipe
 from moedistill import cli, hookimpl
 from moedistill.backbone import Guidance
 from moedistill.checkpoint import load_tree
+from moedistill.context import Job, Run
+from moedistill.data.base import Sample
+from moedistill.data.latents import write_latents
+from moedistill.data.loading import Batch, load_batches
+from moedistill.data.prompts import PromptsConfig
 from moedistill.errors import UserError
 from moedistill.fields import Config
 from moedistill.losses import HuberConfig, ProbeLayout, StepTensors
@@ -811,3 +816,59 @@ def test_lora(error_of):
     assert (copied(build(copies="none")), copied(build(copies=["proj_out"]))) == (set(), {"proj_out"})
     targets = {"experts.detail": {"kind": "lora", "targets": ["attention", "mlp"]}}
     assert "no group of linears 'mlp'; it has attention" in error_of(changes=targets)
+
+
+# -- stored latents and prompts ---------------------------------------------------------------------------------------
+
+
+def store(folder, digits):
+    """A set of digits latents that are all equal to their digit, in one direction; gives `data` for a recipe."""
+    samples = [
+        Sample(torch.full((12, 8, 4, 4), float(digit)), {"digit": torch.tensor(digit), "direction": torch.tensor(0)})
+        for digit in digits
+    ]
+    write_latents(folder, samples)
+    return {"kind": "latents", "path": str(folder)}
+
+
+@observes("dataset.latents.path", "dataset.latents.text_dropout")
+def test_stored_latents(watch, tmp_path):
+    low, high = store(tmp_path / "low", [1, 2]), store(tmp_path / "high", [8, 9])
+    assert set(watch(changes={"data": low})[0].digits) == {1, 2}
+    assert set(watch(changes={"data": high})[0].digits) == {8, 9}
+    assert set(watch(changes={"data": {"kind": "latents", "path": None}})[0].digits) == {10}  # synthetic: no digit
+    assert watch(changes={"data": {**high, "text_dropout": 1.0}})[0].digits == [10] * 4
+
+
+@observes("dataset.prompts.path", "dataset.prompts.text_dropout")
+def test_prompts_as_data(watch, tmp_path):
+    for name, text in (("one", "1 up"), ("both", "1 up\n3 left")):
+        (tmp_path / name).write_text(text)
+    data = {"kind": "prompts", "path": str(tmp_path / "one")}
+    assert watch(evaluate(), changes={"data": data})[0].digits == [1] * 4
+    both = {**data, "path": str(tmp_path / "both")}
+    assert sorted(watch(evaluate(), changes={"data": both})[0].digits) == [1, 1, 3, 3]
+    assert watch(evaluate(), changes={"data": {**data, "path": None}})[0].digits == [10] * 4
+    # For stages that train on prompts alone; those of the core also want latents.
+    recipe, backbone = load_recipe(tiny_recipe([distil()])), built().student.backbone
+    for dropout, digits in ((0.0, [1, 1]), (1.0, [10, 10])):
+        config = PromptsConfig(path=str(tmp_path / "one"), text_dropout=dropout)
+        place = SimpleNamespace(device=torch.device("cpu"))
+        changed = dataclasses.replace(recipe, data=config)
+        job = Job(changed, tmp_path, place, Mixture.build(recipe), config.build(backbone))
+        options = {"batch_size": 2, "accumulation": 1, "seed": 0, "stage": "s", "steps": range(1)}
+        [batch] = load_batches(job.dataset, **options)
+        assert Run(job, recipe.stages[0]).begin(batch).conditioning["digit"].tolist() == digits
+
+
+@TRAINING
+@observes("stage.consistency.latent_frames", "stage.finetune.latent_frames")
+def test_latent_frames(kind, tmp_path):
+    """The first frames of each video, before anything else is done with it."""
+    frames = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(2, 12, 5, 4, 4)
+    for cut, left in ((None, 5), (2, 2), (9, 5)):
+        recipe = load_recipe(tiny_recipe([distil(kind=kind, latent_frames=cut)]))
+        job = Job(recipe, tmp_path, SimpleNamespace(device=torch.device("cpu")), Mixture.build(recipe), None)
+        batch = Batch(frames, digits_inputs()[2], [0, 1], boundary=True)
+        latents = Run(job, recipe.stages[0]).begin(batch).latents
+        assert torch.equal(latents, frames[:, :, :left])

@@ -29,7 +29,8 @@ LAYERS = [
     {"hookspecs", "builtin", "plugins", "validation", "schema"},
     {"recipe", "callbacks"},
     {"smoke", "train", "sample_run"},
-    {"cli", "__main__", "testing"},
+    {"integrations"},
+    {"cli", "__main__", "testing", "new_backbone"},
 ]
 # What the core's few heavy dependencies are for.
 HOMES = {"accelerate": {"train", "context", "callbacks", "testing"}, "peft": {"experts"}, "diffusers": {"integrations"}}

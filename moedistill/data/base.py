@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sample:
-    """One item: latents `[C, T, H, W]` and conditioning tensors without a batch dimension."""
+    """One item: latents `[C, T, H, W]` and conditioning tensors without a batch dimension.
+
+    Of data without videos the latents have no frames, `[C, 0, H, W]`.
+    """
 
     latents: "Tensor"
     conditioning: "Mapping[str, Tensor]"

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from moedistill import conditioning
 from moedistill.data.base import Dataset, Sample
+from moedistill.errors import UserError
 from moedistill.randomness import generator
 
 
@@ -70,8 +71,31 @@ class BucketSampler:
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latents `[B, C, T, H, W]` and conditioning, batch first."""
+    """Latents `[B, C, T, H, W]` and conditioning, batch first.
+
+    Raises:
+        ValueError: the samples' conditioning differs in names or shapes.
+    """
     return torch.stack([s.latents for s in samples]), conditioning.stack([s.conditioning for s in samples])
+
+
+class _Batches:
+    """The batch of a list of indices. What is wrong with the data is given back: a worker that raised it would make a
+    page of its traceback.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]] | ValueError:
+        try:
+            return collate([self._dataset[i] for i in indices])
+        except ValueError as error:
+            return ValueError(str(error))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:
@@ -102,6 +126,7 @@ def load_batches(
 
     Raises:
         ValueError: the global batch cannot be shared out evenly.
+        UserError: later, where samples cannot be read or batched.
     """
     share, rest = divmod(batch_size, accumulation * world_size)
     if rest:
@@ -124,12 +149,16 @@ def _load(
     """One batch for each of `steps` and each entry of `schedule`: the positions of a micro-batch's samples."""
     indices = ([sampler.batch(step)[p] for p in positions] for step in steps for positions in schedule)
     loader: DataLoader[Any] = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=indices,
-        collate_fn=collate,
+        _Batches(dataset),  # type: ignore[arg-type]
+        sampler=indices,
+        batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         worker_init_fn=_leave_signals_to_the_main_process,
     )
     shares = ((positions, micro == len(schedule) - 1) for _ in steps for micro, positions in enumerate(schedule))
-    for (positions, boundary), (latents, cond) in zip(shares, loader, strict=True):
+    for (positions, boundary), batch in zip(shares, loader, strict=True):
+        if isinstance(batch, ValueError):
+            raise UserError(f"data: {batch}")
+        latents, cond = batch
         yield Batch(latents, cond, positions, boundary)

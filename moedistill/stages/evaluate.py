@@ -12,6 +12,7 @@ from torch import Tensor
 from moedistill import conditioning
 from moedistill.checkpoint import save_tensors
 from moedistill.data.loading import collate
+from moedistill.data.prompts import read_prompts
 from moedistill.experts import TEACHER
 from moedistill.fields import Component, NonEmptyStr, NonNegativeInt, PositiveInt
 from moedistill.media import contact_sheet, side_by_side
@@ -53,7 +54,8 @@ class EvaluateConfig(StageConfig):
         candidates: what to compare.
         reference: the candidate that paired metrics compare with.
         metrics: what to measure.
-        prompts: what to ask for, in turn; null for the conditioning of samples spread evenly over the data.
+        prompts: what to ask for, in turn: a list, or a file as `data: {kind: prompts}` takes it; null for the
+            conditioning of samples spread evenly over the data.
         weights: the experts' `trained` weights or their `ema`.
         pictures: samples shown in the contact sheet and the animation; 0 for none.
         save_latents: keep all samples as latents, in safetensors.
@@ -65,7 +67,7 @@ class EvaluateConfig(StageConfig):
     candidates: list[Candidate]
     reference: NonEmptyStr
     metrics: list[Annotated[MetricConfig, Component("metric")]]
-    prompts: Annotated[list[str], MinLen(1)] | None = None
+    prompts: Annotated[list[str], MinLen(1)] | NonEmptyStr | None = None
     weights: Literal["trained", "ema"] = "trained"
     pictures: NonNegativeInt = 6
     save_latents: bool = False
@@ -150,14 +152,17 @@ class EvaluateStage(Stage):
         draw = Draws(config.seed, "evaluate", 0, range(config.samples), job.accelerator.device)
         noise = draw.normal("noise", backbone.latent_shape())
         if config.prompts is not None:
-            asked = [config.prompts[i % len(config.prompts)] for i in range(config.samples)]
+            prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
+            asked = [prompts[i % len(prompts)] for i in range(config.samples)]
             cond = dict(backbone.encode(asked))
         else:
             assert job.dataset is not None
             # Evenly spread over the data, so that no class is missed by chance, in random order.
             spread = np.arange(config.samples) * len(job.dataset) // config.samples
             chosen = generator(config.seed, "evaluate", "conditioning").permutation(spread)
-            cond = dict(backbone.prepare(*collate([job.dataset[int(i)] for i in chosen]))[1])
+            # One by one: the videos themselves are not wanted, and may be of many shapes.
+            prepared = [backbone.prepare(*collate([job.dataset[int(i)]]))[1] for i in chosen]
+            cond = conditioning.stack([{name: value[0] for name, value in one.items()} for one in prepared])
         return noise, conditioning.to(cond, job.accelerator.device)
 
     def _sample(self, job: "Job", candidate: Candidate, noise: Tensor, cond: dict[str, Tensor]) -> Tensor:

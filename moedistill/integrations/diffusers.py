@@ -1,0 +1,770 @@
+"""diffusers models as backbones: loading, sampling through their own pipelines, and `apply`.
+
+A plugin for a diffusers model subclasses `DiffusersBackboneConfig` (its recipe keys, and which classes it is made of)
+and `DiffusersBackbone` (how the network is called). No forward is copied or patched: the network is the library's
+class, and what is restated of it is `unembed` alone.
+
+diffusers itself is imported when a model is built, not before: a recipe is checked without it.
+"""
+
+import gc
+import inspect
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moedistill import conditioning
+from moedistill.backbone import Backbone, BackboneConfig, SampleLayout, VideoSize
+from moedistill.conditioning import Conditioning
+from moedistill.errors import UserError
+from moedistill.experts import TEACHER
+from moedistill.fields import NonEmptyStr
+from moedistill.mixture import Mixture
+from moedistill.randomness import torch_seed
+from moedistill.sample_run import read_trained, sampling_steps
+
+if TYPE_CHECKING:
+    from moedistill.integrations.scheduler import FewStepScheduler
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
+
+
+@dataclass(kw_only=True)
+class DiffusersBackboneConfig(BackboneConfig, ABC):
+    """Recipe keys of every diffusers model.
+
+    Args:
+        pretrained: a folder in diffusers' layout, or a Hub id that was downloaded before; null for a random miniature
+            of the same architecture.
+        revision: branch, tag or commit of the Hub id.
+        variant: of the weight files, such as fp16.
+        video: what is sampled when nothing else is asked for, and the size of synthetic samples.
+    """
+
+    pretrained: NonEmptyStr | None
+    revision: NonEmptyStr | None = None
+    variant: NonEmptyStr | None = None
+    video: VideoSize
+
+    backbone_class: ClassVar[type["DiffusersBackbone"]]
+    download: ClassVar[str]
+    """What there is to download, and how big it is, for people."""
+    text_components: ClassVar[Sequence[str]] = ("text_encoder", "tokenizer")
+    """Components of the pipeline that encode prompts."""
+    temporal_compression: ClassVar[int] = 4
+    spatial_compression: ClassVar[int] = 8
+    tiny_video: ClassVar[VideoSize] = VideoSize(num_frames=17, height=32, width=48)
+    vae_dtype: ClassVar[torch.dtype | None] = None
+    """Of the VAE; None for that of the network."""
+
+    # -- what a plugin says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def network_class(self) -> type:
+        """Diffusers' class of the network."""
+
+    @abstractmethod
+    def pipeline_class(self) -> type:
+        """Diffusers' class of the pipeline."""
+
+    @abstractmethod
+    def tiny_network(self) -> dict[str, Any]:
+        """Arguments of the network's class for the miniature."""
+
+    @abstractmethod
+    def tiny_vae(self) -> nn.Module:
+        """A miniature of the VAE's class with the same compression."""
+
+    @abstractmethod
+    def real_network(self) -> dict[str, Any]:
+        """Those arguments of the published network that `text_shapes` and `patch_size` read."""
+
+    @abstractmethod
+    def patch_size(self) -> tuple[int, int, int]:
+        """How many latents (T, H, W) make a token."""
+
+    @abstractmethod
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what a prompt is encoded to, without the batch dimension, by the pipeline's argument names."""
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's class."""
+        return {}
+
+    def scheduler(self) -> Any:
+        """The stock scheduler of the miniature's pipeline."""
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler(shift=5.0)
+
+    def check_folder(self, folder: Path) -> None:
+        """ValueError where a model's folder does not agree with the recipe."""
+
+    # -- what follows from it -----------------------------------------------------------------------------------------
+
+    def tiny(self) -> "DiffusersBackboneConfig":
+        return self.replace(pretrained=None, revision=None, variant=None, video=self.tiny_video)
+
+    def build(self, seed: int = 0) -> "DiffusersBackbone":
+        networks = {
+            base: self._random(torch_seed(seed, "backbone", base)) if self.pretrained is None else self._load(base)
+            for base in self.bases()
+        }
+        return self.wrap(networks)
+
+    def wrap(self, networks: Mapping[str, nn.Module]) -> "DiffusersBackbone":
+        """The backbone around networks that are already there."""
+        for network in networks.values():
+            _keep_float32_islands(network)
+        return self.backbone_class(self, networks)
+
+    def architecture(self) -> Mapping[str, Any]:
+        """Arguments of the network's class: the miniature's, those of the folder, or the published ones."""
+        if self.pretrained is None:
+            return self.tiny_network()
+        found = self._find()
+        file = found / self.bases()[0] / "config.json" if found else None
+        return read_json(file) if file is not None and file.is_file() else self.real_network()
+
+    def layout(self) -> SampleLayout:
+        """See `BackboneConfig.layout`: any length of text fits."""
+        shapes: dict[str, tuple[int | None, ...]] = {
+            name: (None,) if name.endswith("mask") else (None, shape[1]) if len(shape) == 2 else shape
+            for name, shape in self.text_shapes().items()
+        }
+        return SampleLayout(self.architecture()["out_channels"], self.patch_size(), shapes)
+
+    def locate(self) -> Path:
+        """The model's folder.
+
+        Raises:
+            ValueError: it is not on this machine; says how to get it.
+        """
+        found = self._find()
+        if found is not None:
+            return found
+        assert self.pretrained is not None
+        if not HUB_ID.match(self.pretrained):
+            raise ValueError(
+                f"pretrained {self.pretrained}: there is no such folder; give one in diffusers' layout (with "
+                "model_index.json), or a Hub id such as owner/name. To try the recipe without weights: --smoke"
+            )
+        revision = f" --revision {self.revision}" if self.revision else ""
+        raise ValueError(
+            f"the weights of {self.pretrained} are not on this machine.\n"
+            f"  What there is: {self.download}.\n"
+            "  moedistill downloads nothing by itself. Get them once, with\n"
+            f"    hf download {self.pretrained}{revision}\n"
+            "  and run again. If they lie in a folder already, name it:\n"
+            "    --set backbone.pretrained=FOLDER\n"
+            "  To try the recipe without weights, in miniature: --smoke"
+        )
+
+    def _find(self) -> Path | None:
+        assert self.pretrained is not None
+        folder = Path(self.pretrained).expanduser()
+        if folder.is_dir():
+            return folder
+        if not HUB_ID.match(self.pretrained):
+            return None
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:  # In the cache, that is: this never asks the network, so it never hangs on it.
+            return Path(snapshot_download(self.pretrained, revision=self.revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return None
+
+    def _random(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network: nn.Module = self.network_class()(**self.tiny_network())
+        return _cast(network, getattr(torch, self.dtype)).eval()
+
+    def _load(self, base: str) -> nn.Module:
+        folder = self.locate()
+        self.check_folder(folder)
+        cls: Any = self.network_class()
+        try:
+            network: nn.Module = cls.from_pretrained(
+                folder,
+                subfolder=base,
+                torch_dtype=getattr(torch, self.dtype),
+                variant=self.variant,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"pretrained {self.pretrained}: cannot load {folder / base}: {first}") from error
+        return network.eval()
+
+
+class DiffusersBackbone(Backbone):
+    """A diffusers transformer, its VAE, its text encoders and its pipeline. By default a flow model.
+
+    Conditioning goes by the argument names of the model's pipeline (`prompt_embeds`, …), so that what is stored can be
+    given to a pipeline as it is; `guidance` `[B]` may override the embedded guidance scale.
+    """
+
+    def __init__(self, config: DiffusersBackboneConfig, networks: Mapping[str, nn.Module]) -> None:
+        self.config, self.video = config, config.video
+        self._networks = dict(networks)
+        self.network = next(iter(networks.values()))
+        self._null: dict[str, Tensor] | None = None
+        self._encoded: dict[str, dict[str, Tensor]] = {}
+
+    # -- what a plugin says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """The network's own prediction `[B, C, T, H, W]` of its own sample `x` at native time `[B]` float32.
+
+        Called with `x` and floating conditioning in the network's dtype.
+        """
+
+    @abstractmethod
+    def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+        """Conditioning of prompts by a pipeline that has text encoders and nothing else."""
+
+    @abstractmethod
+    def normalise(self, latents: Tensor) -> Tensor:
+        """The VAE's own latents `[B, C, T, H, W]` as the network takes them."""
+
+    @abstractmethod
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+
+    def unpack(self, cond: Conditioning) -> Conditioning:
+        """Stored conditioning in the pipeline's terms; by default it is."""
+        return cond
+
+    prediction_type: ClassVar[str] = "flow_prediction"
+
+    def to_native(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's own sample and native time `[B]` float32."""
+        return x, 1000.0 * sigma
+
+    def from_native(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """Velocity of the network's prediction of its own sample `x`."""
+        return prediction
+
+    def to_pipeline(self, x: Tensor, sigma: float) -> Tensor:
+        """Flow sample `[B, C, T, H, W]` as the pipeline holds it."""
+        return x
+
+    def from_pipeline(self, latents: Tensor, sigma: float, shape: Sequence[int]) -> Tensor:
+        """The inverse of `to_pipeline`, for a flow sample of `shape`."""
+        return latents
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """Arguments of a call that turn the pipeline's own guidance off, or to what the network was told."""
+        return {"guidance_scale": 1.0}
+
+    def scheduler_sigmas(self, scheduler: Any) -> list[float]:
+        """Sigmas that the stock scheduler passes through, the last one 0."""
+        sigmas: list[float] = scheduler.sigmas.tolist()
+        return sigmas
+
+    # -- the contract -------------------------------------------------------------------------------------------------
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return self._networks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        x_native, timestep = self.to_native(x, sigma)
+        return self.from_native(self._predict(network, x_native, timestep, cond).float(), x_native.float(), sigma)
+
+    def native_prediction(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return self._predict(network, *self.to_native(x, sigma), cond)
+
+    def _predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        dtype: Any = network.dtype
+        return self.predict(network, x.to(dtype), timestep, _floats_to(cond, dtype))
+
+    def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
+        return self.normalise(latents.float()), self.unpack(cond)
+
+    def set_null(self, cond: Conditioning) -> None:
+        batch = {name: value[None] for name, value in cond.items()}
+        self._null = dict(self.unpack(batch))
+
+    def null_conditioning(self, cond: Conditioning) -> dict[str, Tensor]:
+        """The negative prompt's text in place of each sample's; what is not text stays.
+
+        Raises:
+            ValueError: it can neither be encoded nor was it stored, or its length is not that of `cond`.
+        """
+        if self._null is None:
+            self._null = self.encode([self.config.guidance.negative_prompt])
+        null = {}
+        for name, value in cond.items():
+            if name not in self._null:
+                null[name] = value
+                continue
+            if self._null[name].shape[1:] != value.shape[1:]:
+                raise ValueError(
+                    f"the negative prompt's {name} has shape {list(self._null[name].shape[1:])}, the samples' "
+                    f"{list(value.shape[1:])}: encode both with the same text length"
+                )
+            null[name] = self._null[name].to(value).expand_as(value)
+        return null
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditioning of prompts, on the CPU. The text encoders are loaded for it and freed again.
+
+        The miniature has no text encoders: each prompt gets random numbers of its own.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if new and self.config.pretrained is None:
+            self._encoded |= {prompt: self._synthetic(prompt) for prompt in new}
+        elif new:
+            with torch.no_grad(), self._text_pipeline() as pipeline:
+                for prompt in new:
+                    encoded = self.encode_with(pipeline, [prompt])
+                    self._encoded[prompt] = {name: value[0].cpu() for name, value in encoded.items()}
+        return conditioning.stack([self._encoded[prompt] for prompt in prompts])
+
+    def captions(self, cond: Conditioning) -> list[str]:
+        """The prompts, where they were encoded here."""
+        known = {value["prompt_embeds"].float().sum().item(): prompt for prompt, value in self._encoded.items()}
+        sums = cond["prompt_embeds"].float().flatten(1).sum(1).tolist()
+        return [known.get(total, f"sample {number}") for number, total in enumerate(sums)]
+
+    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
+        """See `Backbone.latent_shape`: frames are one and a multiple of the temporal compression."""
+        config, video = self.config, video or self.config.video
+        channels, patch = config.architecture()["out_channels"], config.patch_size()
+        frames, rest = divmod(video.num_frames - 1, config.temporal_compression)
+        if rest:
+            lower = frames * config.temporal_compression + 1
+            raise ValueError(
+                f"num_frames {video.num_frames} must be 1 more than a multiple of {config.temporal_compression}: "
+                f"{lower} or {lower + config.temporal_compression}"
+            )
+        if (frames + 1) % patch[0]:
+            raise ValueError(
+                f"num_frames {video.num_frames} makes {frames + 1} latent frames, which must be a multiple of "
+                f"{patch[0]}: use {video.num_frames + config.temporal_compression}"
+            )
+        for name, value, step in (("height", video.height, patch[1]), ("width", video.width, patch[2])):
+            if value % (multiple := step * config.spatial_compression):
+                near = max(1, round(value / multiple)) * multiple
+                raise ValueError(f"{name} {value} must be a multiple of {multiple}: {near}")
+        height, width = video.height // config.spatial_compression, video.width // config.spatial_compression
+        return channels, frames + 1, height, width
+
+    def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        patch = self.config.patch_size()
+        if any(size % step for size, step in zip(shape[2:], patch, strict=True)):
+            raise ValueError(f"latents {list(shape)}: (T, H, W) must be multiples of {patch}")
+        t, h, w = (size // step for size, step in zip(shape[2:], patch, strict=True))
+        return t, h, w
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """One by one, by the VAE, which is loaded for it and freed again."""
+        vae: Any = self._vae().to(self.device)
+        dtype = next(vae.parameters()).dtype
+        videos = [vae.decode(self.denormalise(one[None].float()).to(dtype), return_dict=False)[0] for one in latents]
+        return (torch.cat(videos).float() / 2 + 0.5).clamp(0, 1)
+
+    def generate(
+        self,
+        mixture: Mixture,
+        prompts: Sequence[str],
+        sigmas: Tensor,
+        *,
+        seed: int,
+        video: VideoSize | None = None,
+        weights: Literal["trained", "ema"] = "trained",
+    ) -> Iterator[Tensor]:
+        """By the model's own pipeline. Sample k starts from the noise of `torch.Generator().manual_seed(seed + k)`."""
+        video = video or self.config.video
+        self.latent_shape(video)  # raises
+        self.encode(prompts)
+        pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        with attach(pipeline, mixture, sigmas, weights=weights):
+            for k, prompt in enumerate(prompts):
+                frames = pipeline(
+                    **_floats_to(conditioning.to(self.encode([prompt]), self.device), self._dtype),
+                    height=video.height,
+                    width=video.width,
+                    num_frames=video.num_frames,
+                    num_inference_steps=len(sigmas) - 1,
+                    generator=torch.Generator().manual_seed(seed + k),
+                    output_type="pt",
+                    **self.pipeline_arguments(),
+                ).frames
+                yield frames[0].permute(1, 0, 2, 3).float().cpu()
+
+    @torch.no_grad()
+    def native_trajectory(self, noise: Tensor, cond: Conditioning, num_steps: int) -> list[tuple[float, Tensor]]:
+        """By the stock pipeline with its stock scheduler around the bare network."""
+        pipeline, latents = self.pipeline(), [self.to_pipeline(noise, 1.0)]
+        pipeline.set_progress_bar_config(disable=True)
+
+        def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            latents.append(tensors["latents"])
+            return {}
+
+        config, (_, _, t, h, w) = self.config, noise.shape
+        pipeline(
+            **_floats_to(cond, self._dtype),
+            height=h * config.spatial_compression,
+            width=w * config.spatial_compression,
+            num_frames=(t - 1) * config.temporal_compression + 1,
+            num_inference_steps=num_steps,
+            latents=latents[0],
+            output_type="latent",
+            callback_on_step_end=keep,
+            **self.pipeline_arguments(),
+        )
+        sigmas = self.scheduler_sigmas(pipeline.scheduler)
+        steps = zip(sigmas, latents, strict=True)
+        return [(sigma, self.from_pipeline(x.float(), sigma, noise.shape)) for sigma, x in steps]
+
+    # -- the other components -----------------------------------------------------------------------------------------
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.config.dtype)
+        return dtype
+
+    @cached_property
+    def vae_config(self) -> Mapping[str, Any]:
+        """The VAE's config: how its latents are scaled."""
+        if self.config.pretrained is None:
+            config: Mapping[str, Any] = self.config.tiny_vae().config  # type: ignore[assignment]
+            return config
+        file = self.config.locate() / "vae" / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the latents' scaling is read from it; get the whole model's folder")
+        # What the file leaves out is the class's default.
+        cls = type(self.config.tiny_vae())
+        defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
+        return {**defaults, **read_json(file)}
+
+    def pipeline(self) -> Any:
+        """The model's pipeline around the bare networks, without text encoders; on the network's device."""
+        cls: Any = self.config.pipeline_class()
+        without = dict.fromkeys(self.config.text_components)
+        if self.config.pretrained is None:
+            networks = dict.fromkeys(self._network_components(cls)) | self._networks
+            pipeline = cls(
+                **networks, **without, vae=self._vae(), scheduler=self.config.scheduler(),
+                **self.config.pipeline_options(),
+            )  # fmt: skip
+        else:
+            pipeline = cls.from_pretrained(
+                self.config.locate(), **self._networks, **without, vae=self._vae(), local_files_only=True
+            )
+        return pipeline.to(self.device)
+
+    def _vae(self) -> nn.Module:
+        dtype = self.config.vae_dtype or self._dtype
+        if self.config.pretrained is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                vae: Any = self.config.tiny_vae().to(dtype)
+        else:
+            cls: Any = type(self.config.tiny_vae())
+            try:
+                vae = cls.from_pretrained(
+                    self.config.locate(), subfolder="vae", torch_dtype=dtype, use_safetensors=True,
+                    local_files_only=True,
+                )  # fmt: skip
+            except (OSError, ValueError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise ValueError(f"pretrained {self.config.pretrained}: cannot load its VAE: {first}") from error
+        vae.enable_tiling()
+        module: nn.Module = vae.eval().requires_grad_(False)
+        return module
+
+    @contextmanager
+    def _text_pipeline(self) -> Iterator[Any]:
+        """A pipeline with the text encoders alone, on the network's device; freed afterwards."""
+        cls: Any = self.config.pipeline_class()
+        folder = self.config.locate()
+        others = dict.fromkeys([*self._network_components(cls), "vae"])
+        try:
+            pipeline = cls.from_pretrained(folder, **others, torch_dtype=self._dtype, local_files_only=True)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"cannot load the text encoders of {folder}: {first}") from error
+        missing = [name for name in self.config.text_components if getattr(pipeline, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"a prompt must be encoded, but {folder} has no {' and no '.join(missing)}; give the whole model's "
+                "folder, or data with stored embeddings (for the negative prompt too)"
+            )
+        try:
+            yield pipeline.to(self.device)
+        finally:
+            del pipeline
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    @staticmethod
+    def _network_components(pipeline_class: Any) -> list[str]:
+        return [name for name in inspect.signature(pipeline_class).parameters if name.startswith("transformer")]
+
+    def _synthetic(self, prompt: str) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(torch_seed(0, "prompt", prompt))
+        encoded: dict[str, Tensor] = {}
+        for name, shape in self.config.text_shapes().items():
+            if name.endswith("mask"):  # the text is at most as long as there is room, and the rest is padding
+                length = 1 + int(torch.randint(shape[0], (), generator=generator))
+                encoded[name] = torch.arange(shape[0]) < length
+            else:
+                encoded[name] = torch.randn(shape, generator=generator).to(self._dtype)
+        return encoded
+
+
+# -- experts inside a pipeline ----------------------------------------------------------------------------------------
+
+
+class RoutedTransformer(nn.Module):
+    """Stands in for a pipeline's transformer: each call runs the expert that serves the scheduler's current step.
+
+    Expert and native time come from the scheduler, never from the time that a pipeline passes, which may be rounded.
+    Experts were distilled with their guidance: of a guided pipeline's two passes they run the conditional one only, and
+    give its result for both, which any guidance scale leaves as it is. The untouched teacher runs both.
+    """
+
+    def __init__(
+        self, pipeline: Any, mixture: Mixture, scheduler: "FewStepScheduler", weights: Literal["trained", "ema"]
+    ) -> None:
+        super().__init__()
+        self.student = mixture.student
+        self._pipeline, self._mixture, self._scheduler, self._weights = pipeline, mixture, scheduler, weights
+        self._pass = ""
+        self._conditional: Any = None
+
+    @property
+    def _network(self) -> Any:
+        return self.student.backbone.network
+
+    @property
+    def config(self) -> Any:
+        """Of the network."""
+        return self._network.config
+
+    @property
+    def dtype(self) -> Any:
+        """Of the network."""
+        return self._network.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the network."""
+        return next(self._network.parameters()).device
+
+    @contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Pipelines name their passes in this way: `cond`, `uncond`, or both in one batch, `cond_uncond`."""
+        self._pass = name
+        try:
+            yield
+        finally:
+            self._pass = ""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **arguments: Any) -> Any:
+        """The network's forward, by the expert of the current step, at the exact native time."""
+        student, step = self.student, self._scheduler.step_index
+        sigma = self._scheduler.sigmas[step].item()
+        expert = self._mixture.router.expert_at(sigma) if self._mixture.router else TEACHER
+        expert = student.teacher_at(sigma) if expert == TEACHER else expert
+        distilled = expert not in student.teachers
+        if distilled and self._pass == "uncond":
+            return self._conditional
+        arguments["hidden_states"] = hidden_states
+        halved = distilled and self._pass == "cond_uncond" and self._pipeline.guidance_scale > 1.0
+        if halved:  # the unconditional half comes first
+            arguments = _second_half(arguments, len(hidden_states))
+        if distilled and student.student_scale is not None:
+            arguments["guidance"] = torch.full_like(arguments["guidance"], 1000.0 * student.student_scale)
+        time = self._scheduler.timesteps[step].to(hidden_states.device).expand(len(arguments["hidden_states"]))
+        with self._mixture.running(expert, self._weights), student.autocast(hidden_states.device):
+            output = student.experts[expert].shared.network(timestep=time, **{**arguments, "return_dict": False})[0]
+        self._conditional = (torch.cat([output, output]) if halved else output,)
+        return self._conditional
+
+
+def _second_half(arguments: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """What belongs to the second half of a batch of `size`."""
+    return {
+        name: value[size // 2 :] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+        for name, value in arguments.items()
+    }
+
+
+class Applied:
+    """Experts inside a pipeline. `undo` gives the pipeline back as it was; so does leaving a `with` block."""
+
+    def __init__(self, pipeline: Any, replaced: Mapping[str, Any]) -> None:
+        self._pipeline, self._replaced = pipeline, dict(replaced)
+        self._finally: list[Callable[[], None]] = []
+
+    def undo(self) -> None:
+        """Puts the pipeline's own transformer and scheduler back; nothing more if that was done."""
+        for name, component in self._replaced.items():
+            setattr(self._pipeline, name, component)
+        for action in self._finally:
+            action()
+        self._replaced, self._finally = {}, []
+
+    def __enter__(self) -> "Applied":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def attach(
+    pipeline: Any, mixture: Mixture, sigmas: Tensor, *, weights: Literal["trained", "ema"] = "trained"
+) -> Applied:
+    """Puts a mixture's experts and its few steps into a pipeline around the mixture's own networks."""
+    from moedistill.integrations.scheduler import FewStepScheduler
+
+    backbone = mixture.student.backbone
+    assert isinstance(backbone, DiffusersBackbone)
+    _, times = backbone.to_native(torch.zeros(len(sigmas) - 1, 1, 1, 1, 1), sigmas[:-1])
+    scheduler = FewStepScheduler(
+        sigmas=tuple(sigmas.tolist()),
+        timesteps=tuple(times.tolist()),
+        num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
+        prediction_type=backbone.prediction_type,
+    )
+    replaced = {name: getattr(pipeline, name) for name in (*backbone.networks, "scheduler")}
+    routed = RoutedTransformer(pipeline, mixture, scheduler, weights)
+    for name in backbone.networks:
+        setattr(pipeline, name, routed)
+    pipeline.scheduler = scheduler
+    return Applied(pipeline, replaced)
+
+
+def apply(
+    pipeline: Any,
+    source: str | Path,
+    *,
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    weights: Literal["trained", "ema"] = "trained",
+) -> Applied:
+    """Puts the experts of a run or export into a pipeline that is already there, with their few sampling steps.
+
+    Afterwards `pipeline(prompt)` samples with the experts, whatever number of steps or guidance scale it is called
+    with. The pipeline's own transformer serves as the base.
+
+    Args:
+        pipeline: of the class, and with the weights, that the experts were distilled from.
+        source: a run's folder, a checkpoint, or an export's folder.
+        steps, sigmas: instead of the recipe's own sampling steps.
+        weights: the experts' `trained` weights or their `ema`.
+
+    Returns:
+        A handle; its `undo()` gives the pipeline back as it was.
+
+    Raises:
+        UserError: the source is incomplete, or made for another model.
+    """
+    recipe, experts, averages = read_trained(source)
+    config = recipe.backbone
+    if not isinstance(config, DiffusersBackboneConfig):
+        raise UserError(f"{source} was made for backbone {config.kind!r}, which has no diffusers pipeline")
+    if not isinstance(pipeline, config.pipeline_class()):
+        raise UserError(f"{source} was made for a {config.pipeline_class().__name__}, not a {type(pipeline).__name__}")
+    networks = {base: getattr(pipeline, base) for base in config.bases()}
+    if any(isinstance(network, RoutedTransformer) for network in networks.values()):
+        raise UserError("the pipeline carries experts already; call undo() on the handle that `apply` gave first")
+    trainable = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
+    device = next(next(iter(networks.values())).parameters()).device
+    mixture = Mixture.build(recipe, device, config.wrap(networks), inference=True)
+
+    def release() -> None:
+        mixture.student.detach()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    try:
+        mixture.load(experts, averages, str(source))
+        applied = attach(pipeline, mixture, sampling_steps(recipe, mixture, steps, sigmas), weights=weights)
+    except UserError:
+        release()
+        raise
+    applied._finally.append(release)
+    return applied
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file; ValueError where it cannot be read."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    return content
+
+
+def _floats_to(cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Conditioning with its floating tensors in `dtype`."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
+
+
+def _islands(network: nn.Module) -> list[str]:
+    return list(getattr(network, "_keep_in_fp32_modules", None) or ())
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network in `dtype`, but for what its class keeps in float32, as `from_pretrained` does it."""
+    for name, parameter in network.named_parameters():
+        if not set(name.split(".")) & set(_islands(network)):
+            parameter.data = parameter.data.to(dtype)
+    return network
+
+
+class _Island:
+    """Runs a module outside of autocast: what a model's class keeps in float32 is computed in float32."""
+
+    def __init__(self) -> None:
+        self._open: list[torch.autocast] = []
+
+    def enter(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
+        context = torch.autocast(device, enabled=False)
+        context.__enter__()
+        self._open.append(context)
+
+    def leave(self, _module: nn.Module, _args: object, _output: object) -> None:
+        self._open.pop().__exit__(None, None, None)
+
+
+def _keep_float32_islands(network: nn.Module) -> None:
+    """Once for each network; the hooks are copied with it."""
+    names = set(_islands(network))
+    for path, module in network.named_modules():
+        marked = any(isinstance(getattr(hook, "__self__", None), _Island) for hook in module._forward_hooks.values())
+        if path.rpartition(".")[2] in names and not marked:
+            island = _Island()
+            module.register_forward_pre_hook(island.enter)
+            module.register_forward_hook(island.leave, always_call=True)

@@ -1,0 +1,120 @@
+"""Writes a few videos of prompts: what the run made, to look at."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from moedistill.data.prompts import read_prompts
+from moedistill.experts import TEACHER
+from moedistill.fields import NonEmptyStr, NonNegativeInt, PositiveInt
+from moedistill.media import contact_sheet, side_by_side, write_mp4
+from moedistill.stages.base import Stage, StageConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from moedistill.backbone import VideoSize
+    from moedistill.context import Job
+    from moedistill.mixture import Mixture
+    from moedistill.recipe import Recipe
+    from moedistill.stages.base import Finding
+
+
+@dataclass(kw_only=True)
+class SampleStageConfig(StageConfig):
+    """Samples prompts with the experts along the recipe's `sample` list; through the model's pipeline, if it has one.
+
+    Args:
+        prompts: what to ask for, or a file of prompts.
+        num: videos of each prompt.
+        seed: of the noise.
+        weights: the experts' `trained` weights or their `ema`.
+    """
+
+    prompts: list[str] | NonEmptyStr
+    num: PositiveInt = 1
+    seed: NonNegativeInt = 0
+    weights: Literal["trained", "ema"] = "trained"
+
+    def build(self) -> "SampleStage":
+        return SampleStage(self)
+
+    def check(self, recipe: "Recipe") -> "Iterable[Finding]":
+        if recipe.sample is None:
+            yield "", "there is no sample list to sample with; add sample: {steps: 4}"
+        if not self.prompts:
+            yield "prompts", "is empty; give at least one"
+
+
+class SampleStage(Stage):
+    """See `SampleStageConfig`."""
+
+    def __init__(self, config: SampleStageConfig) -> None:
+        self.config = config
+
+    def execute(self, job: "Job") -> None:
+        if not job.main:
+            return
+        config, recipe = self.config, job.recipe
+        assert recipe.sample is not None
+        folder = job.output / config.name
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
+        asked = [prompt for prompt in (prompts[:1] if job.smoke else prompts) for _ in range(config.num)]
+        write_samples(
+            folder, recipe, job.mixture, asked, recipe.sample.resolve(job.mixture.trajectory),
+            seed=config.seed, weights=config.weights, made_from=str(job.output),
+        )  # fmt: skip
+        job.metrics[config.name] = {"folder": str(folder)}
+        job.say(f"  {folder}")
+
+
+def write_samples(
+    folder: Path,
+    recipe: "Recipe",
+    mixture: "Mixture",
+    prompts: Sequence[str],
+    sigmas: Tensor,
+    *,
+    seed: int,
+    video: "VideoSize | None" = None,
+    weights: Literal["trained", "ema"] = "trained",
+    fps: float | None = None,
+    made_from: str,
+) -> Tensor:
+    """Samples each prompt, and writes one mp4 for each, all of them in `samples.png` and `samples.webp`, and
+    `samples.json`, which says how they were made. Gives the videos `[N, C, T, H, W]` in [0, 1].
+    """
+    backbone = mixture.student.backbone
+    fps = fps or backbone.fps
+    videos, files = [], []
+    for k, one in enumerate(backbone.generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights)):
+        files.append(f"{k:03d}.mp4")
+        write_mp4(folder / files[-1], one, fps=fps)
+        videos.append(one)
+    together = torch.stack(videos)
+    contact_sheet(folder / "samples.png", {"sample": together}, [prompt or "(no prompt)" for prompt in prompts])
+    side_by_side(folder / "samples.webp", {"sample": together}, fps=fps)
+    sidecar: dict[str, Any] = {
+        "made_from": made_from,
+        "recipe": recipe.name,
+        "files": files,
+        "prompts": list(prompts),
+        "seed": seed,
+        "sigmas": sigmas.tolist(),
+        "timesteps": mixture.trajectory.timestep(sigmas[:-1]).tolist(),
+        "experts": [mixture.router.expert_at(sigma) if mixture.router else TEACHER for sigma in sigmas[:-1]],
+        "weights": weights,
+        "fps": fps,
+        "num_frames": together.shape[2],
+        "height": together.shape[3],
+        "width": together.shape[4],
+        "torch": torch.__version__,
+    }
+    (folder / "samples.json").write_text(json.dumps(sidecar, indent=1))
+    return together

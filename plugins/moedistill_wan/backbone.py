@@ -1,0 +1,161 @@
+"""Wan 2.1 and 2.2 (diffusers' WanTransformer3DModel): a flow model with classifier-free guidance.
+
+Wan 2.2 A14B is two networks, of which `transformer` serves the high noise and `transformer_2` the low.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moedistill.backbone import VideoSize
+from moedistill.conditioning import Conditioning
+from moedistill.fields import Fraction
+from moedistill.integrations.diffusers import DiffusersBackbone, DiffusersBackboneConfig, read_json
+from moedistill.routers import TimestepRouter
+from moedistill.trajectory import Trajectory
+
+TEXT_LENGTH = 512
+
+
+class WanBackbone(DiffusersBackbone):
+    """Conditioning: `prompt_embeds` `[B, 512, 4096]`; for image-to-video also `image_latents` `[B, 20, T, H, W]`, mask
+    and image latents as WanImageToVideoPipeline makes them, and, in Wan 2.1, `image_embeds` `[B, 257, 1280]`.
+    """
+
+    fps = 16.0
+    lora_targets = {
+        "attention": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+        "feed_forward": r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
+    }
+    # The final modulation is `scale_shift_table`, a parameter of the root, which no module holds: all experts share it,
+    # as in the published training.
+    time_dependent = ("condition_embedder", "norm_out", "proj_out")
+
+    def __init__(self, config: "WanConfig", networks: Any) -> None:
+        super().__init__(config, networks)
+        network: Any = self.network
+        self.blocks = [f"blocks.{number}" for number in range(len(network.blocks))]
+        self.hidden_size = network.config.num_attention_heads * network.config.attention_head_dim
+
+    def predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        if "image_latents" in cond:
+            x = torch.cat([x, cond["image_latents"]], 1)
+        prediction: Tensor = network(
+            hidden_states=x,
+            timestep=timestep,
+            encoder_hidden_states=cond["prompt_embeds"],
+            encoder_hidden_states_image=cond.get("image_embeds"),
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def unembed(self, network: nn.Module, hidden: Tensor, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        wan: Any = network
+        text = cond["prompt_embeds"].to(wan.dtype)
+        embedding = wan.condition_embedder(1000.0 * sigma, text, None)[0]
+        shift, scale = (wan.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
+        hidden = (wan.norm_out(hidden.float()) * (1 + scale) + shift).to(text.dtype)
+        grid, patch = self.token_grid(x.shape), self.config.patch_size()
+        patches = wan.proj_out(hidden).unflatten(1, grid).unflatten(-1, (*patch, -1))
+        # [B, T', H', W', p_t, p_h, p_w, C] → [B, C, T', p_t, H', p_h, W', p_w]
+        latents: Tensor = patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return latents
+
+    def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+        embeds, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH, device=self.device
+        )
+        return {"prompt_embeds": embeds}
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        return (latents - self._scaling("latents_mean", latents)) / self._scaling("latents_std", latents)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents * self._scaling("latents_std", latents) + self._scaling("latents_mean", latents)
+
+    def _scaling(self, name: str, like: Tensor) -> Tensor:
+        """One number for each channel."""
+        return torch.tensor(self.vae_config[name]).to(like).view(1, -1, 1, 1, 1)
+
+
+@dataclass(kw_only=True)
+class WanConfig(DiffusersBackboneConfig):
+    """Wan 2.1 T2V 1.3B and 14B, and Wan 2.2 A14B.
+
+    Args:
+        boundary_ratio: of a model of two networks, such as Wan 2.2 A14B: from this sigma up `transformer` serves, below
+            it `transformer_2`. It must be the model's own (0.875 for text-to-video). null for one network.
+    """
+
+    video: VideoSize = field(default_factory=lambda: VideoSize(num_frames=81, height=480, width=832))
+    boundary_ratio: Fraction | None = None
+
+    backbone_class = WanBackbone
+    download = (
+        "a transformer (Wan 2.1: 1.4 or 14.3 billion parameters; Wan 2.2 A14B: two of 14.3 billion), the UMT5-XXL text "
+        "encoder (5.7 billion) and the VAE; at 2 bytes per parameter 14, 40 and 69 GB"
+    )
+    vae_dtype = torch.float32
+    tiny_text: ClassVar[tuple[int, int]] = (12, 24)
+
+    def __post_init__(self) -> None:
+        if self.guidance.mode == "embedded":
+            raise ValueError("guidance.mode embedded: Wan has no input for the scale; use classifier_free")
+
+    def bases(self) -> tuple[str, ...]:
+        return ("transformer",) if self.boundary_ratio is None else ("transformer", "transformer_2")
+
+    def teacher_router(self, trajectory: Trajectory) -> TimestepRouter | None:
+        if self.boundary_ratio is None:
+            return None
+        return TimestepRouter.from_ratio(self.bases(), [self.boundary_ratio], closed="high")
+
+    def network_class(self) -> type:
+        from diffusers import WanTransformer3DModel
+
+        return WanTransformer3DModel
+
+    def pipeline_class(self) -> type:
+        from diffusers import WanPipeline
+
+        return WanPipeline
+
+    def pipeline_options(self) -> dict[str, Any]:
+        return {"boundary_ratio": self.boundary_ratio}
+
+    def tiny_network(self) -> dict[str, Any]:
+        return {
+            "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64, "freq_dim": 32,
+            "text_dim": self.tiny_text[1], "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2),
+        }  # fmt: skip
+
+    def tiny_vae(self) -> nn.Module:
+        from diffusers import AutoencoderKLWan
+
+        vae: nn.Module = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        return vae
+
+    def real_network(self) -> dict[str, Any]:
+        return {"text_dim": 4096, "out_channels": 16, "patch_size": (1, 2, 2)}
+
+    def patch_size(self) -> tuple[int, int, int]:
+        t, h, w = self.architecture()["patch_size"]
+        return t, h, w
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        length = self.tiny_text[0] if self.pretrained is None else TEXT_LENGTH
+        return {"prompt_embeds": (length, self.architecture()["text_dim"])}
+
+    def check_folder(self, folder: Path) -> None:
+        file = folder / "model_index.json"
+        if not file.is_file():
+            return  # the transformer alone
+        own = read_json(file).get("boundary_ratio")
+        if own != self.boundary_ratio:
+            raise ValueError(
+                f"boundary_ratio {self.boundary_ratio} is not that of {self.pretrained}, which is "
+                f"{'one network' if own is None else own}; set backbone.boundary_ratio to {'null' if own is None else own}"
+            )
