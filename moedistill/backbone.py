@@ -47,6 +47,10 @@ class Guidance:
         """The scale of one of the teacher's networks."""
         return self.scale[base] if isinstance(self.scale, dict) else self.scale
 
+    def embedded_scale(self, base: str) -> float:
+        """The scale that a network with an input for it is told; 1 where it is guided otherwise, or not at all."""
+        return self.scale_of(base) if self.mode == "embedded" else 1.0
+
     def classifier_free_scale(self, base: str) -> float:
         """The scale by which two forwards are combined; 1 where there is nothing to combine."""
         return self.scale_of(base) if self.mode == "classifier_free" else 1.0

@@ -232,12 +232,17 @@ class _Sigmas(click.ParamType):
 @cli.command()
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, help="What to sample, in the backbone's words. Repeatable.")
-@click.option("--num", type=click.IntRange(min=1), default=1, metavar="N", help="Samples per prompt.")
+@click.option("--prompts", "prompt_files", multiple=True, metavar="FILE", help="A file with a prompt per line.")
+@click.option("--num", type=click.IntRange(min=1), default=1, metavar="N", help="Videos of each prompt.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of the initial noise.")
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Evenly spaced steps, instead of the recipe's.")
 @click.option(
     "--sigmas", type=_Sigmas(), metavar="LIST", help='Noise levels, not the recipe\'s, e.g. "1,0.9,0.77,0.4".'
 )
+@click.option("--height", type=click.IntRange(min=1), metavar="N", help="In pixels; the recipe's if not given.")
+@click.option("--width", type=click.IntRange(min=1), metavar="N", help="In pixels; the recipe's if not given.")
+@click.option("--frames", type=click.IntRange(min=1), metavar="N", help="How many; the recipe's if not given.")
+@click.option("--fps", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Frames per second of the files.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder; RUN/samples if not given.")
 @click.option("--ema", is_flag=True, help="With the averaged weights, not the last ones.")
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to compute: cpu, cuda …")
@@ -245,10 +250,15 @@ class _Sigmas(click.ParamType):
 def sample(
     run: Path,
     prompts: tuple[str, ...],
+    prompt_files: tuple[str, ...],
     num: int,
     seed: int,
     steps: int | None,
     sigmas: list[float] | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    fps: float | None,
     output: Path | None,
     ema: bool,
     device: str,
@@ -256,17 +266,26 @@ def sample(
 ) -> None:
     """Sample from RUN: a run's folder, a checkpoint, or an export.
 
+    Writes a video (mp4) of each prompt, and samples.png, .webp and .json: the first few to look at, and how all of them
+    were made. Without a prompt the model samples what it does for an empty one.
+
     \b
     Example:
       moedistill sample runs/dcm_digits/20250131-120000 --prompt "3 right" --num 4
+      moedistill sample runs/dcm_wan_1_3b/20250131-120000 --prompts prompts.txt --frames 49 --device cuda
     """
     if steps is not None and sigmas is not None:
         raise click.UsageError("give --steps or --sigmas, not both")
+    from moedistill.data.prompts import read_prompts
+    from moedistill.errors import user_errors
     from moedistill.sample_run import sample_run
 
+    with user_errors("--prompts"):
+        asked = [*prompts, *(prompt for file in prompt_files for prompt in read_prompts(file))]
     result = sample_run(
-        run, prompts=prompts or ("",), num=num, seed=seed, steps=steps, sigmas=sigmas, output=output, device=device,
-        weights="ema" if ema else "trained", plugins=_plugins(plugin_files),
+        run, prompts=asked or ("",), num=num, seed=seed, steps=steps, sigmas=sigmas, output=output, device=device,
+        weights="ema" if ema else "trained", video={"height": height, "width": width, "num_frames": frames}, fps=fps,
+        keep=False, plugins=_plugins(plugin_files),
     )  # fmt: skip
     click.echo(str(result.output))
 

@@ -196,16 +196,6 @@ class SharedNetwork:
         wrapper = self._copies[path]
         return next((wrapper.copies[name] for name in reversed(chain) if name in wrapper.copies), wrapper.original)
 
-    def detach(self) -> None:
-        """Takes away all adapters and copies: the network is again what it was."""
-        for path, replaced in [*self._lora.items(), *self._copies.items()]:
-            parent_path, _, attribute = path.rpartition(".")
-            original = replaced.original if isinstance(replaced, Copies) else replaced.get_base_layer()  # type: ignore[attr-defined]
-            setattr(self.network.get_submodule(parent_path), attribute, original)
-        if hasattr(self.network, "peft_config"):
-            del self.network.peft_config
-        self._lora, self._copies, self.chain = {}, {}, ()
-
     def merged(self, chain: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """Names and weights, one by one, of the plain network that computes what `chain` does: float32, read-only."""
         copied = {

@@ -20,26 +20,32 @@ def _label(text: str, size: int) -> Image.Image:
     return image
 
 
-def _frames(videos: Tensor, scale: int) -> np.ndarray:
-    """uint8 `[N, T, H·scale, W·scale, 3]` of videos `[N, C, T, H, W]` in [0, 1]."""
+def _frames(videos: Tensor, height: int | None = None) -> np.ndarray:
+    """uint8 `[N, T, H', W', 3]` of videos `[N, C, T, H, W]` in [0, 1], about `height` pixels high.
+
+    Small videos are enlarged by a whole number, large ones averaged down.
+    """
+    if height is not None and videos.shape[3] > height:
+        size = (height, max(1, round(videos.shape[4] * height / videos.shape[3])))
+        flat = videos.transpose(1, 2).flatten(0, 1)
+        shrunk = torch.nn.functional.interpolate(flat, size=size, mode="area")
+        videos = shrunk.unflatten(0, (videos.shape[0], videos.shape[2])).transpose(1, 2)
     pixels = (videos.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
     pixels = pixels.expand(*pixels.shape[:4], 3)
+    scale = 1 if height is None else max(1, height // pixels.shape[2])
     return pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).numpy()
 
 
-def _scale(videos: Tensor, target: int) -> int:
-    return max(1, target // videos.shape[-1])
-
-
 def contact_sheet(path: Path, rows: Mapping[str, Tensor], columns: list[str], *, size: int = 72) -> None:
-    """A PNG with one row per model and sample column: every second frame of each video, side by side.
+    """A PNG with one row per model and sample column: four frames of each video, side by side.
 
     Args:
         rows: videos `[N, C, T, H, W]` in [0, 1] by the model's name; equal N, samples in the order of `columns`.
         columns: a caption for each sample.
-        size: the height of a frame in pixels is the multiple of the video's that comes nearest below.
+        size: the height of a frame in pixels; for smaller videos the multiple of theirs that comes nearest below.
     """
-    strips = {name: _frames(videos[:, :, ::2], _scale(videos, size)) for name, videos in rows.items()}
+    stride = max(2, -(-next(iter(rows.values())).shape[2] // 4))
+    strips = {name: _frames(videos[:, :, ::stride], size) for name, videos in rows.items()}
     first = next(iter(strips.values()))
     _, frames, height, width, _ = first.shape
     labels = {name: _label(name, 16) for name in strips}
@@ -59,13 +65,13 @@ def contact_sheet(path: Path, rows: Mapping[str, Tensor], columns: list[str], *,
     sheet.save(path)
 
 
-def side_by_side(path: Path, rows: Mapping[str, Tensor], *, fps: float = 8.0, size: int = 96) -> None:
+def side_by_side(path: Path, rows: Mapping[str, Tensor], *, fps: float = 8.0) -> None:
     """An animated WebP: a labelled row of videos for each model, all samples side by side.
 
     Args:
-        rows: videos `[N, C, T, H, W]` in [0, 1] by the model's name, equal shapes.
+        rows: videos `[N, C, T, H, W]` in [0, 1] by the model's name, equal shapes; shown 96 to 240 pixels high.
     """
-    pixels = {name: _frames(videos, _scale(videos, size)) for name, videos in rows.items()}
+    pixels = {name: _frames(videos, min(max(videos.shape[3], 96), 240)) for name, videos in rows.items()}
     count, frames, height, width, _ = next(iter(pixels.values())).shape
     labels = {name: _label(name, 16) for name in pixels}
     left = max(image.width for image in labels.values()) + 8
@@ -91,7 +97,7 @@ def write_mp4(path: Path, video: Tensor, *, fps: float) -> None:
 
     import av
 
-    pixels = _frames(video[None], 1)[0]
+    pixels = _frames(video[None])[0]
     pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
     with av.open(path, "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))

@@ -76,7 +76,7 @@ class Mixture:
             student = Student(
                 backbone,
                 recipe.experts,
-                gradient_checkpointing=recipe.training.gradient_checkpointing,
+                gradient_checkpointing=recipe.training.gradient_checkpointing and not inference,
                 teacher_router=teacher_router,
                 inference=inference,
             )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from moedistill.backbone import VideoSize
@@ -21,19 +22,32 @@ from moedistill.steps import SampleConfig
 
 @dataclass
 class SampleResult:
-    """Where the samples lie, and the samples: videos `[N, C, T, H, W]` in [0, 1]."""
+    """What was sampled.
+
+    Attributes:
+        output: the folder with the files.
+        videos: `[N, C, T, H, W]` in [0, 1]; None if they were not to be kept.
+    """
 
     output: Path
-    videos: Tensor
+    videos: Tensor | None
 
 
-def read_trained(source: str | Path, *, plugins: Plugins | None = None) -> tuple[Recipe, Weights, Weights]:
+def read_trained(
+    source: str | Path, *, weights: Literal["trained", "ema"] = "trained", plugins: Plugins | None = None
+) -> tuple[Recipe, Weights, Weights]:
     """Recipe, experts' weights and their averages of a run's folder, a checkpoint, or an export's folder.
 
     Raises:
-        UserError: there is nothing of the kind, or it is not complete.
+        UserError: there is nothing of the kind, it is not complete, or `weights` is ema and there are no averages.
     """
-    folder = Path(source)
+    recipe, experts, averages = _read_trained(Path(source), plugins)
+    if weights == "ema" and not averages:
+        raise UserError(f"{source} holds no averaged weights; sample the trained ones")
+    return recipe, experts, averages
+
+
+def _read_trained(folder: Path, plugins: Plugins | None) -> tuple[Recipe, Weights, Weights]:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give a run's, such as runs/dcm_digits/20260101-120000")
     if (folder / INDEX).is_file():
@@ -44,13 +58,19 @@ def read_trained(source: str | Path, *, plugins: Plugins | None = None) -> tuple
     return recipe, load_tree(checkpoint, "experts"), load_tree(checkpoint, "ema")
 
 
-def load_mixture(source: str | Path, *, device: str = "cpu", plugins: Plugins | None = None) -> tuple[Recipe, Mixture]:
+def load_mixture(
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    weights: Literal["trained", "ema"] = "trained",
+    plugins: Plugins | None = None,
+) -> tuple[Recipe, Mixture]:
     """The recipe and the trained mixture of a run's folder, a checkpoint, or an export's folder, for sampling.
 
     Raises:
-        UserError: there is nothing of the kind, or it is not complete.
+        UserError: as `read_trained`.
     """
-    recipe, experts, averages = read_trained(source, plugins=plugins)
+    recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
     mixture = Mixture.build(recipe, find_device(device), inference=True)
     mixture.load(experts, averages, str(source))
     return recipe, mixture
@@ -69,6 +89,7 @@ def sample_run(
     fps: float | None = None,
     output: str | Path | None = None,
     device: str = "cpu",
+    keep: bool = True,
     plugins: Plugins | None = None,
 ) -> SampleResult:
     """Samples `num` videos of each prompt, and writes them as `moedistill.stages.sample.write_samples` does.
@@ -82,23 +103,23 @@ def sample_run(
         video: height, width and num_frames, those that shall differ from the backbone's own.
         fps: frames per second of the files; the backbone's own, if not given.
         output: a folder; `samples` inside `source` if not given.
+        keep: also give the videos, all of which must then have room in memory.
+
+    Raises:
+        UserError: as `read_trained`; or a prompt, a size or the steps don't fit the model.
     """
-    if steps is not None and sigmas is not None:
-        raise UserError("give --steps or --sigmas, not both")
-    recipe, mixture = load_mixture(source, device=device, plugins=plugins)
-    if weights == "ema" and not mixture.ema:
-        raise UserError(f"{source} holds no averaged weights; sample the trained ones")
+    recipe, mixture = load_mixture(source, device=device, weights=weights, plugins=plugins)
     path = sampling_steps(recipe, mixture, steps, sigmas)
     asked = [prompt for prompt in prompts for _ in range(num)]
     folder = Path(output) if output is not None else Path(source) / "samples"
-    make_folder(folder)
     with cpu_threads(recipe.training.num_threads), user_errors("sample"):
         size = _video_size(mixture, {key: value for key, value in (video or {}).items() if value is not None})
+        make_folder(folder)
         videos = write_samples(
             folder, recipe, mixture, asked, path,
-            seed=seed, video=size, weights=weights, fps=fps, made_from=str(source),
+            seed=seed, video=size, weights=weights, fps=fps, made_from=str(source), keep=keep,
         )  # fmt: skip
-    return SampleResult(folder, videos)
+    return SampleResult(folder, torch.stack(videos) if keep else None)
 
 
 def sampling_steps(
@@ -107,8 +128,10 @@ def sampling_steps(
     """Sigmas `[n + 1]` down to 0: of so many steps, or those given, or the recipe's own list.
 
     Raises:
-        UserError: there is no list, or it does not fit the trajectory.
+        UserError: there is no list, or it does not fit the trajectory, or both are given.
     """
+    if steps is not None and sigmas is not None:
+        raise UserError("give --steps or --sigmas, not both")
     name, config = "sample", recipe.sample
     if steps is not None:
         name, config = "--steps", SampleConfig(steps=steps)
@@ -121,10 +144,12 @@ def sampling_steps(
 
 
 def _video_size(mixture: Mixture, changes: Mapping[str, int]) -> VideoSize | None:
-    """The backbone's own size with some numbers changed; None where nothing is."""
+    """The backbone's own size with some numbers changed; None where nothing is. ValueError if it has none such."""
     if not changes:
         return None
-    usual = mixture.student.backbone.video
-    if usual is None:
+    backbone = mixture.student.backbone
+    if backbone.video is None:
         raise ValueError("this backbone's videos have one size; leave --height, --width and --frames away")
-    return VideoSize(**{**vars(usual), **changes})
+    size = VideoSize(**{**vars(backbone.video), **changes})
+    backbone.latent_shape(size)  # raises
+    return size

@@ -50,7 +50,7 @@ class Student(nn.Module):
         for base, network in backbone.networks.items():
             name = teacher_name(base, self.bases)
             self.experts[name] = FrozenExpert(name, None, SharedNetwork(network))
-        self.teachers = frozenset(self.experts)
+        pretrained = [expert.shared for expert in self.experts.values()]
         for name, config in experts.items():
             if config.copies_base:  # before the base carries any adapter
                 self.experts[name] = config.build(name, self._teacher_for(name, experts), backbone, inference)
@@ -58,6 +58,10 @@ class Student(nn.Module):
             self._attach(name, experts, inference)
         for name in experts:
             self.experts[name].parent = self._parent(name, experts)
+        # A frozen expert may be the teacher under another name.
+        self.teachers = frozenset(
+            name for name, expert in self.experts.items() if expert.shared in pretrained and not expert.chain
+        )
         # Registered, so that wrappers and `.to(device)` find every weight.
         self.networks = nn.ModuleList({expert.shared.network: None for expert in self.experts.values()})
         self.active = TEACHER
@@ -88,6 +92,9 @@ class Student(nn.Module):
         base = config.base or self.bases[0]
         if base not in self.bases:
             raise ValueError(f"expert {name}: there is no network {base!r}; the teacher has {', '.join(self.bases)}")
+        return self._teacher(base)
+
+    def _teacher(self, base: str) -> Expert:
         return self.experts[teacher_name(base, self.bases)]
 
     def _enable_checkpointing(self) -> None:
@@ -138,7 +145,8 @@ class Student(nn.Module):
         The conditional and the unconditional half run as one batch. With `embedded` guidance the network is told the
         scale by the backbone, and there is nothing to add.
         """
-        base = next((base for base in self.bases if teacher_name(base, self.bases) == self.active), self.bases[0])
+        shared = self.experts[self.active].shared
+        base = next((base for base in self.bases if self._teacher(base).shared is shared), self.bases[0])
         scale = guidance.classifier_free_scale(base)
         if scale == 1.0:
             return self(x, sigma, cond)
@@ -176,11 +184,6 @@ class Student(nn.Module):
         for expert in sorted(self.experts.values(), key=generation):
             if expert.name not in but:
                 expert.initialise(seed)
-
-    def detach(self) -> None:
-        """Gives the pretrained networks back as they were, without adapters and copies; the student is used up."""
-        for teacher in self.teachers:
-            self.experts[teacher].shared.detach()
 
     def train_only(self, expert: str | None) -> None:
         """Lets gradients reach the parameters of `expert` (or of none) and of nothing else."""

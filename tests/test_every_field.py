@@ -40,11 +40,14 @@ from moedistill.routers import Boundary, TimestepRouterConfig
 from moedistill.steps import SampleConfig
 from moedistill.train import run
 from moedistill.trajectory import FlowMatching, Native, Points, Trajectory
+from moedistill_cogvideox.backbone import CogVideoXConfig
 from moedistill_dcm.gan import GANConfig
 from moedistill_dcm.losses import FeatureMatchingConfig, TemporalCoherenceConfig
 from moedistill_digits.backbone import DigitsBackbone, DigitsBackboneConfig
 from moedistill_digits.data import DigitsConfig
 from moedistill_digits.network import Block
+from moedistill_hunyuan_video.backbone import HunyuanVideoConfig
+from moedistill_ltx.backbone import LTXConfig
 
 GRID = Trajectory.flow_matching(8, 5.0)
 """The trajectory of the tiny recipe: p_3 = 0.75, p_4 = 5/6."""
@@ -872,3 +875,135 @@ def test_latent_frames(kind, tmp_path):
         batch = Batch(frames, digits_inputs()[2], [0, 1], boundary=True)
         latents = Run(job, recipe.stages[0]).begin(batch).latents
         assert torch.equal(latents, frames[:, :, :left])
+
+
+# -- LTX-Video --------------------------------------------------------------------------------------------------------
+
+
+@observes(*(f"backbone.ltx.{name}" for name in ("pretrained", "revision", "variant", "dtype", "video", "guidance")))
+def test_ltx(tmp_path):
+    config = LTXConfig(pretrained=None, video=LTXConfig.tiny_video)
+    network = config.build().network
+    network.save_pretrained(tmp_path / "transformer", variant="fp16")
+    found = config.replace(pretrained=str(tmp_path), variant="fp16", dtype="bfloat16").build(seed=1).network
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.proj_out.weight, network.proj_out.weight.bfloat16())
+    with pytest.raises(ValueError, match="cannot load"):
+        config.replace(pretrained=str(tmp_path)).build()
+    with pytest.raises(ValueError, match="hf download nobody/ltx --revision v2\n"):
+        config.replace(pretrained="nobody/ltx", revision="v2").build()
+    video = dataclasses.replace(config.video, num_frames=25)
+    assert (config.build().latent_shape(), config.replace(video=video).build().latent_shape()[1]) == ((8, 3, 2, 3), 4)
+    nulls = {}
+    for prompt in ("blurry", "static"):
+        backbone = config.replace(guidance=Guidance(negative_prompt=prompt)).build()
+        nulls[prompt] = backbone.null_conditioning(backbone.encode(["a dog"]))["prompt_embeds"]
+        assert torch.equal(nulls[prompt], backbone.encode([prompt])["prompt_embeds"])
+    assert not torch.equal(nulls["blurry"], nulls["static"])
+    with pytest.raises(ValueError, match="LTX-Video has no input for the scale"):
+        config.replace(guidance=Guidance(mode="embedded", scale=3.0))
+
+
+# -- HunyuanVideo -----------------------------------------------------------------------------------------------------
+
+
+@observes(*(f"backbone.hunyuan_video.{name}" for name in ("pretrained", "variant", "dtype", "video", "guidance")))
+def test_hunyuan_video(tmp_path):
+    config = HunyuanVideoConfig(pretrained=None, video=HunyuanVideoConfig.tiny_video)
+    network = config.build().network
+    network.save_pretrained(tmp_path / "transformer", variant="fp16")
+    there = config.replace(pretrained=str(tmp_path), variant="fp16", dtype="bfloat16")
+    found = there.build(seed=1).network
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.proj_out.weight, network.proj_out.weight.bfloat16())
+    with pytest.raises(ValueError, match="cannot load"):
+        there.replace(variant=None).build()
+    video = dataclasses.replace(config.video, num_frames=25, width=64)
+    assert config.build().latent_shape() == (16, 5, 4, 6)
+    assert config.replace(video=video).build().latent_shape() == (16, 7, 4, 8)
+    told = []
+    for guidance in (Guidance(mode="embedded", scale=6.0), Guidance(mode="classifier_free", scale=6.0)):
+        backbone = config.replace(guidance=guidance).build()
+        told.append(backbone.pipeline_arguments()["guidance_scale"])
+    assert told == [6.0, 1.0]
+
+
+@observes("backbone.hunyuan_video.revision")
+def test_revision_of_hunyuan_video(tmp_path, monkeypatch):
+    """Of a model that was downloaded: its folder among those of the Hub's cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = HunyuanVideoConfig(pretrained="someone/model", video=HunyuanVideoConfig.tiny_video)
+    commits = {"main": "0" * 40, "v2": "1" * 40}
+    for revision, commit in commits.items():
+        place = tmp_path / "models--someone--model"
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+        network = config.tiny().build(seed=int(commit[0])).network
+        network.save_pretrained(place / "snapshots" / commit / "transformer")
+    weights = {
+        revision: config.replace(revision=revision).build().network.proj_out.weight for revision in (None, "main", "v2")
+    }
+    assert torch.equal(weights[None], weights["main"])
+    assert not torch.equal(weights[None], weights["v2"])
+    with pytest.raises(ValueError, match="hf download someone/model --revision v3\n"):
+        config.replace(revision="v3").build()
+
+
+@observes("Guidance.student_scale", "Guidance.negative_prompt")
+def test_what_experts_and_dropped_text_are_told():
+    embedded = {"mode": "embedded", "scale": 6.0}
+    for guidance, told in ((embedded, 6000.0), ({**embedded, "student_scale": 2.0}, 2000.0)):
+        backbone = {"kind": "hunyuan_video", "pretrained": None, "guidance": guidance}
+        changes = {"backbone": backbone, "data": {"kind": "latents", "path": None}}
+        student = Mixture.build(load_recipe(tiny_recipe([distil()], changes))).student
+        scales = []
+        for expert in ("semantic", "teacher"):
+            shared = student.experts[expert].shared.network
+            shared.time_text_embed.register_forward_pre_hook(lambda _, args, to=scales: to.append(args[2].item()))
+            with torch.no_grad(), student.using(expert):
+                student(torch.zeros(1, 16, 1, 2, 2), torch.ones(1), student.backbone.encode(["rain"]))
+        assert scales == [told, 6000.0]
+    with pytest.raises(ValueError, match=r"student_scale 2.0 needs mode: embedded"):
+        Guidance(student_scale=2.0)
+    nulls = {}
+    for prompt in ("", "fog"):
+        backbone = HunyuanVideoConfig(pretrained=None, guidance=Guidance(negative_prompt=prompt)).tiny().build()
+        nulls[prompt] = backbone.null_conditioning(backbone.encode(["rain"]))
+        assert all(torch.equal(value, backbone.encode([prompt])[name]) for name, value in nulls[prompt].items())
+    assert not torch.equal(nulls[""]["prompt_embeds"], nulls["fog"]["prompt_embeds"])
+
+
+# -- CogVideoX --------------------------------------------------------------------------------------------------------
+
+COGVIDEOX = ("pretrained", "revision", "variant", "dtype", "model", "video", "guidance")
+
+
+@observes(*(f"backbone.cogvideox.{name}" for name in COGVIDEOX))
+def test_cogvideox(tmp_path):
+    config = CogVideoXConfig(pretrained=None, video=CogVideoXConfig.tiny_video)
+    network = config.build().network
+    network.save_pretrained(tmp_path / "transformer", variant="fp16")
+    there = config.replace(pretrained=str(tmp_path), variant="fp16", dtype="bfloat16")
+    found = there.build(seed=1).network
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.proj_out.weight, network.proj_out.weight.bfloat16())
+    with pytest.raises(ValueError, match="cannot load"):
+        there.replace(variant=None).build()
+    with pytest.raises(ValueError, match="hf download nobody/cogvideox --revision v2\n"):
+        config.replace(pretrained="nobody/cogvideox", revision="v2").build()
+    first = [config.replace(model=model).native_sigmas()[0].item() for model in ("2b", "5b", "1.5-5b")]
+    assert first == pytest.approx([0.0481, 0.0283, 0.0283], abs=5e-5)
+    shapes = [config.replace(model=model).build().latent_shape() for model in ("5b", "1.5-5b")]
+    assert shapes == [(16, 5, 4, 6), (16, 6, 4, 6)]
+    video = dataclasses.replace(config.video, num_frames=25, width=64)
+    assert config.replace(video=video).build().latent_shape() == (16, 7, 4, 8)
+    assert config.replace(video=None).build().latent_shape() == (16, 13, 60, 90)
+    guided = {}
+    for prompt in ("blurry", "static"):
+        guidance = Guidance(mode="classifier_free", scale=6.0, negative_prompt=prompt)
+        backbone = config.replace(guidance=guidance).build()
+        guided[prompt] = backbone.null_conditioning(backbone.encode(["a dog"]))["prompt_embeds"]
+        assert torch.equal(guided[prompt], backbone.encode([prompt])["prompt_embeds"])
+    assert not torch.equal(guided["blurry"], guided["static"])
+    with pytest.raises(ValueError, match="CogVideoX has no input for the scale"):
+        config.replace(guidance=Guidance(mode="embedded", scale=3.0))

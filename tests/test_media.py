@@ -52,7 +52,16 @@ def test_colours_are_kept(tmp_path):
         assert (pixels(image) == [255, 0, 128]).all(-1).sum() == 64
 
 
-@pytest.mark.parametrize(("size", "scale"), [(72, 3), (71, 2), (10, 1)])
+def test_large_videos_are_averaged_down(tmp_path):
+    checkers = (torch.arange(96)[:, None] + torch.arange(192)[None]) % 2 * 1.0
+    contact_sheet(tmp_path / "sheet.png", {"m": checkers.expand(1, 1, 81, 96, 192)}, ["c"], size=24)
+    with Image.open(tmp_path / "sheet.png") as image:
+        grey = (abs(pixels(image).astype(int) - 128) <= 1).all(-1)
+    # Four frames of 24×48 pixels, each the mean of black and white; a pixel of the labels may have that grey too.
+    assert 0 <= grey.sum() - 4 * 24 * 48 < 20
+
+
+@pytest.mark.parametrize(("size", "scale"), [(72, 3), (71, 2), (24, 1)])
 def test_frames_are_enlarged_by_whole_numbers(tmp_path, size, scale):
     contact_sheet(tmp_path / "sheet.png", {"m": videos(count=1)}, ["c"], size=size)
     with Image.open(tmp_path / "sheet.png") as image:

@@ -11,16 +11,18 @@ import gc
 import inspect
 import json
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moedistill import conditioning
 from moedistill.backbone import Backbone, BackboneConfig, SampleLayout, VideoSize
@@ -29,6 +31,7 @@ from moedistill.errors import UserError
 from moedistill.experts import TEACHER
 from moedistill.fields import NonEmptyStr
 from moedistill.mixture import Mixture
+from moedistill.plugins import Plugins
 from moedistill.randomness import torch_seed
 from moedistill.sample_run import read_trained, sampling_steps
 
@@ -65,6 +68,8 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
     tiny_video: ClassVar[VideoSize] = VideoSize(num_frames=17, height=32, width=48)
     vae_dtype: ClassVar[torch.dtype | None] = None
     """Of the VAE; None for that of the network."""
+    _architecture: ClassVar[Mapping[str, Any] | None] = None
+    """Set in the config that a backbone holds: that of its own network."""
 
     # -- what a plugin says -------------------------------------------------------------------------------------------
 
@@ -123,12 +128,16 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
 
     def wrap(self, networks: Mapping[str, nn.Module]) -> "DiffusersBackbone":
         """The backbone around networks that are already there."""
-        for network in networks.values():
-            _keep_float32_islands(network)
-        return self.backbone_class(self, networks)
+        config, first = self.replace(), next(iter(networks.values()))
+        vars(config)["_architecture"] = first.config
+        backbone = self.backbone_class(config, networks)
+        backbone.hooks = [hook for network in networks.values() for hook in _keep_float32_islands(network)]
+        return backbone
 
     def architecture(self) -> Mapping[str, Any]:
         """Arguments of the network's class: the miniature's, those of the folder, or the published ones."""
+        if self._architecture is not None:
+            return self._architecture
         if self.pretrained is None:
             return self.tiny_network()
         found = self._find()
@@ -193,19 +202,10 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
     def _load(self, base: str) -> nn.Module:
         folder = self.locate()
         self.check_folder(folder)
-        cls: Any = self.network_class()
-        try:
-            network: nn.Module = cls.from_pretrained(
-                folder,
-                subfolder=base,
-                torch_dtype=getattr(torch, self.dtype),
-                variant=self.variant,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"pretrained {self.pretrained}: cannot load {folder / base}: {first}") from error
+        what = f"pretrained {self.pretrained}: cannot load its {base}"
+        network: nn.Module = _from_pretrained(
+            self.network_class(), folder / base, what, torch_dtype=getattr(torch, self.dtype), variant=self.variant
+        )
         return network.eval()
 
 
@@ -220,6 +220,7 @@ class DiffusersBackbone(Backbone):
         self.config, self.video = config, config.video
         self._networks = dict(networks)
         self.network = next(iter(networks.values()))
+        self.hooks: list[RemovableHandle] = []
         self._null: dict[str, Tensor] | None = None
         self._encoded: dict[str, dict[str, Tensor]] = {}
 
@@ -270,6 +271,22 @@ class DiffusersBackbone(Backbone):
         """Arguments of a call that turn the pipeline's own guidance off, or to what the network was told."""
         return {"guidance_scale": 1.0}
 
+    scale_arguments: ClassVar[Sequence[str]] = ("guidance_scale",)
+    """What the pipeline calls the scale of its classifier-free guidance: one for each of its networks."""
+
+    def guiding_arguments(self, cond: Conditioning) -> dict[str, Any]:
+        """Arguments of a call that guide the teacher as the recipe does; experts are not touched by them."""
+        guidance = self.config.guidance
+        if guidance.mode != "classifier_free":
+            return {}
+        scales = zip(self.scale_arguments, self.config.bases(), strict=False)
+        null = {f"negative_{name}": value for name, value in self.null_conditioning(cond).items()}
+        return {**null, **{name: guidance.scale_of(base) for name, base in scales}}
+
+    def decoder_arguments(self) -> dict[str, Any]:
+        """Further arguments of the VAE's `decode`, for one video."""
+        return {}
+
     def scheduler_sigmas(self, scheduler: Any) -> list[float]:
         """Sigmas that the stock scheduler passes through, the last one 0."""
         sigmas: list[float] = scheduler.sigmas.tolist()
@@ -314,7 +331,7 @@ class DiffusersBackbone(Backbone):
             self._null = self.encode([self.config.guidance.negative_prompt])
         null = {}
         for name, value in cond.items():
-            if name not in self._null:
+            if name not in self._null or name.startswith("image_"):
                 null[name] = value
                 continue
             if self._null[name].shape[1:] != value.shape[1:]:
@@ -334,17 +351,19 @@ class DiffusersBackbone(Backbone):
         if new and self.config.pretrained is None:
             self._encoded |= {prompt: self._synthetic(prompt) for prompt in new}
         elif new:
-            with torch.no_grad(), self._text_pipeline() as pipeline:
-                for prompt in new:
-                    encoded = self.encode_with(pipeline, [prompt])
-                    self._encoded[prompt] = {name: value[0].cpu() for name, value in encoded.items()}
+            self._encode(new)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return conditioning.stack([self._encoded[prompt] for prompt in prompts])
 
     def captions(self, cond: Conditioning) -> list[str]:
         """The prompts, where they were encoded here."""
-        known = {value["prompt_embeds"].float().sum().item(): prompt for prompt, value in self._encoded.items()}
-        sums = cond["prompt_embeds"].float().flatten(1).sum(1).tolist()
-        return [known.get(total, f"sample {number}") for number, total in enumerate(sums)]
+        return [self._caption(text.cpu(), number) for number, text in enumerate(cond["prompt_embeds"])]
+
+    def _caption(self, text: Tensor, number: int) -> str:
+        known = (prompt for prompt, value in self._encoded.items() if torch.equal(value["prompt_embeds"], text))
+        return next(known, f"sample {number}")
 
     def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
         """See `Backbone.latent_shape`: frames are one and a multiple of the temporal compression."""
@@ -381,7 +400,8 @@ class DiffusersBackbone(Backbone):
         """One by one, by the VAE, which is loaded for it and freed again."""
         vae: Any = self._vae().to(self.device)
         dtype = next(vae.parameters()).dtype
-        videos = [vae.decode(self.denormalise(one[None].float()).to(dtype), return_dict=False)[0] for one in latents]
+        own = [self.denormalise(one[None].float()).to(dtype) for one in latents]
+        videos = [vae.decode(one, **self.decoder_arguments(), return_dict=False)[0] for one in own]
         return (torch.cat(videos).float() / 2 + 0.5).clamp(0, 1)
 
     def generate(
@@ -394,28 +414,34 @@ class DiffusersBackbone(Backbone):
         video: VideoSize | None = None,
         weights: Literal["trained", "ema"] = "trained",
     ) -> Iterator[Tensor]:
-        """By the model's own pipeline. Sample k starts from the noise of `torch.Generator().manual_seed(seed + k)`."""
+        """By the model's own pipeline. Sample k starts from the noise of `torch.Generator().manual_seed(seed + k)`.
+
+        Steps of the untouched teacher, where the router names it, are guided as the recipe says.
+        """
         video = video or self.config.video
         self.latent_shape(video)  # raises
         self.encode(prompts)
+        teaching = any(_expert_at(mixture, sigma) in mixture.student.teachers for sigma in sigmas[:-1].tolist())
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         with attach(pipeline, mixture, sigmas, weights=weights):
             for k, prompt in enumerate(prompts):
+                cond = _floats_to(conditioning.to(self.encode([prompt]), self.device), self._dtype)
+                guiding = self.guiding_arguments(cond) if teaching else {}
                 frames = pipeline(
-                    **_floats_to(conditioning.to(self.encode([prompt]), self.device), self._dtype),
+                    **cond,
                     height=video.height,
                     width=video.width,
                     num_frames=video.num_frames,
                     num_inference_steps=len(sigmas) - 1,
                     generator=torch.Generator().manual_seed(seed + k),
                     output_type="pt",
-                    **self.pipeline_arguments(),
+                    **{**self.pipeline_arguments(), **guiding},
                 ).frames
                 yield frames[0].permute(1, 0, 2, 3).float().cpu()
 
     @torch.no_grad()
-    def native_trajectory(self, noise: Tensor, cond: Conditioning, num_steps: int) -> list[tuple[float, Tensor]]:
+    def native_trajectory(self, noise: Tensor, cond: Conditioning, num_steps: int) -> list[tuple[float, Tensor]] | None:
         """By the stock pipeline with its stock scheduler around the bare network."""
         pipeline, latents = self.pipeline(), [self.to_pipeline(noise, 1.0)]
         pipeline.set_progress_bar_config(disable=True)
@@ -466,15 +492,14 @@ class DiffusersBackbone(Backbone):
         cls: Any = self.config.pipeline_class()
         without = dict.fromkeys(self.config.text_components)
         if self.config.pretrained is None:
-            networks = dict.fromkeys(self._network_components(cls)) | self._networks
+            networks = dict.fromkeys(_transformers(cls)) | self._networks
             pipeline = cls(
                 **networks, **without, vae=self._vae(), scheduler=self.config.scheduler(),
                 **self.config.pipeline_options(),
             )  # fmt: skip
         else:
-            pipeline = cls.from_pretrained(
-                self.config.locate(), **self._networks, **without, vae=self._vae(), local_files_only=True
-            )
+            what = f"pretrained {self.config.pretrained}: cannot make its pipeline"
+            pipeline = _from_pretrained(cls, self.config.locate(), what, **self._networks, **without, vae=self._vae())
         return pipeline.to(self.device)
 
     def _vae(self) -> nn.Module:
@@ -482,49 +507,37 @@ class DiffusersBackbone(Backbone):
         if self.config.pretrained is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                vae: Any = self.config.tiny_vae().to(dtype)
+                # Not by the class's own `to`, which warns about dtypes even where it changes none.
+                vae: Any = nn.Module.to(self.config.tiny_vae(), dtype)
         else:
-            cls: Any = type(self.config.tiny_vae())
-            try:
-                vae = cls.from_pretrained(
-                    self.config.locate(), subfolder="vae", torch_dtype=dtype, use_safetensors=True,
-                    local_files_only=True,
-                )  # fmt: skip
-            except (OSError, ValueError) as error:
-                first = str(error).strip().splitlines()[0]
-                raise ValueError(f"pretrained {self.config.pretrained}: cannot load its VAE: {first}") from error
+            folder, variant = self.config.locate() / "vae", self.config.variant
+            variant = variant if any(folder.glob(f"*.{variant}.*")) else None
+            what = f"pretrained {self.config.pretrained}: cannot load its VAE"
+            vae = _from_pretrained(type(self.config.tiny_vae()), folder, what, torch_dtype=dtype, variant=variant)
         vae.enable_tiling()
         module: nn.Module = vae.eval().requires_grad_(False)
         return module
 
-    @contextmanager
-    def _text_pipeline(self) -> Iterator[Any]:
-        """A pipeline with the text encoders alone, on the network's device; freed afterwards."""
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str]) -> None:
+        """By a pipeline that has the text encoders alone, on the network's device."""
         cls: Any = self.config.pipeline_class()
         folder = self.config.locate()
-        others = dict.fromkeys([*self._network_components(cls), "vae"])
-        try:
-            pipeline = cls.from_pretrained(folder, **others, torch_dtype=self._dtype, local_files_only=True)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"cannot load the text encoders of {folder}: {first}") from error
-        missing = [name for name in self.config.text_components if getattr(pipeline, name, None) is None]
+        missing = [name for name in self.config.text_components if not (folder / name).is_dir()]
         if missing:
             raise ValueError(
                 f"a prompt must be encoded, but {folder} has no {' and no '.join(missing)}; give the whole model's "
                 "folder, or data with stored embeddings (for the negative prompt too)"
             )
-        try:
-            yield pipeline.to(self.device)
-        finally:
-            del pipeline
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-    @staticmethod
-    def _network_components(pipeline_class: Any) -> list[str]:
-        return [name for name in inspect.signature(pipeline_class).parameters if name.startswith("transformer")]
+        pipeline = _from_pretrained(
+            cls, folder, f"pretrained {self.config.pretrained}: cannot load its text encoders",
+            **dict.fromkeys([*_transformers(cls), "vae", "scheduler"]),
+            torch_dtype=self._dtype, variant=self.config.variant,
+        )  # fmt: skip
+        pipeline.to(self.device)
+        for prompt in prompts:
+            encoded = self.encode_with(pipeline, [prompt])
+            self._encoded[prompt] = {name: value[0].cpu() for name, value in encoded.items()}
 
     def _synthetic(self, prompt: str) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(torch_seed(0, "prompt", prompt))
@@ -556,7 +569,8 @@ class RoutedTransformer(nn.Module):
         self.student = mixture.student
         self._pipeline, self._mixture, self._scheduler, self._weights = pipeline, mixture, scheduler, weights
         self._pass = ""
-        self._conditional: Any = None
+        self._doubled = False
+        self._conditional: Tensor | None = None
 
     @property
     def _network(self) -> Any:
@@ -579,33 +593,41 @@ class RoutedTransformer(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        """Pipelines name their passes in this way: `cond`, `uncond`, or both in one batch, `cond_uncond`."""
+        """Pipelines name their passes in this way: `cond`, then `uncond`; or both in one batch, `cond_uncond`."""
         self._pass = name
         try:
             yield
         finally:
             self._pass = ""
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, **arguments: Any) -> Any:
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
         """The network's forward, by the expert of the current step, at the exact native time."""
         student, step = self.student, self._scheduler.step_index
-        sigma = self._scheduler.sigmas[step].item()
-        expert = self._mixture.router.expert_at(sigma) if self._mixture.router else TEACHER
-        expert = student.teacher_at(sigma) if expert == TEACHER else expert
+        if step == 0:  # some pipelines change the scale later on, but not the batch
+            self._doubled = self._pass == "cond_uncond" and self._pipeline.guidance_scale > 1.0
+        expert = _expert_at(self._mixture, self._scheduler.sigmas[step].item())
         distilled = expert not in student.teachers
         if distilled and self._pass == "uncond":
-            return self._conditional
-        arguments["hidden_states"] = hidden_states
-        halved = distilled and self._pass == "cond_uncond" and self._pipeline.guidance_scale > 1.0
-        if halved:  # the unconditional half comes first
+            assert self._conditional is not None, "the pipeline asks for its unconditional pass first"
+            return (self._conditional,)
+        arguments = {"hidden_states": hidden_states, **arguments, "return_dict": False}
+        if distilled and self._doubled:  # the unconditional half comes first
             arguments = _second_half(arguments, len(hidden_states))
-        if distilled and student.student_scale is not None:
-            arguments["guidance"] = torch.full_like(arguments["guidance"], 1000.0 * student.student_scale)
+        if distilled and arguments.get("guidance") is not None:
+            # What the expert was told in training; the pipeline's is the caller's, and rounded: 6016 for 6000 in bf16.
+            scale = student.student_scale or self._mixture.guidance.embedded_scale(student.bases[0])
+            arguments["guidance"] = torch.full_like(arguments["guidance"], 1000.0 * scale, dtype=torch.float32)
         time = self._scheduler.timesteps[step].to(hidden_states.device).expand(len(arguments["hidden_states"]))
         with self._mixture.running(expert, self._weights), student.autocast(hidden_states.device):
-            output = student.experts[expert].shared.network(timestep=time, **{**arguments, "return_dict": False})[0]
-        self._conditional = (torch.cat([output, output]) if halved else output,)
-        return self._conditional
+            output: Tensor = student.experts[expert].shared.network(timestep=time, **arguments)[0]
+        self._conditional = torch.cat([output, output]) if distilled and self._doubled else output
+        return (self._conditional,)
+
+
+def _expert_at(mixture: Mixture, sigma: float) -> str:
+    """The expert that serves `sigma`; of a teacher of several networks, the one that does."""
+    expert = mixture.router.expert_at(sigma) if mixture.router else TEACHER
+    return mixture.student.teacher_at(sigma) if expert == TEACHER else expert
 
 
 def _second_half(arguments: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -619,17 +641,14 @@ def _second_half(arguments: Mapping[str, Any], size: int) -> dict[str, Any]:
 class Applied:
     """Experts inside a pipeline. `undo` gives the pipeline back as it was; so does leaving a `with` block."""
 
-    def __init__(self, pipeline: Any, replaced: Mapping[str, Any]) -> None:
-        self._pipeline, self._replaced = pipeline, dict(replaced)
-        self._finally: list[Callable[[], None]] = []
+    def __init__(self, pipeline: Any, names: Sequence[str]) -> None:
+        self._undo = ExitStack()
+        for name in names:
+            self._undo.callback(setattr, pipeline, name, getattr(pipeline, name))
 
     def undo(self) -> None:
         """Puts the pipeline's own transformer and scheduler back; nothing more if that was done."""
-        for name, component in self._replaced.items():
-            setattr(self._pipeline, name, component)
-        for action in self._finally:
-            action()
-        self._replaced, self._finally = {}, []
+        self._undo.close()
 
     def __enter__(self) -> "Applied":
         return self
@@ -653,12 +672,12 @@ def attach(
         num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
         prediction_type=backbone.prediction_type,
     )
-    replaced = {name: getattr(pipeline, name) for name in (*backbone.networks, "scheduler")}
+    applied = Applied(pipeline, [*backbone.networks, "scheduler"])
     routed = RoutedTransformer(pipeline, mixture, scheduler, weights)
     for name in backbone.networks:
         setattr(pipeline, name, routed)
     pipeline.scheduler = scheduler
-    return Applied(pipeline, replaced)
+    return applied
 
 
 def apply(
@@ -668,11 +687,13 @@ def apply(
     steps: int | None = None,
     sigmas: Sequence[float] | None = None,
     weights: Literal["trained", "ema"] = "trained",
+    plugins: Plugins | None = None,
 ) -> Applied:
     """Puts the experts of a run or export into a pipeline that is already there, with their few sampling steps.
 
     Afterwards `pipeline(prompt)` samples with the experts, whatever number of steps or guidance scale it is called
-    with. The pipeline's own transformer serves as the base.
+    with. The pipeline's own transformer serves as the base, on its device and in its dtype. Offloading, such as
+    `pipeline.enable_model_cpu_offload()`, comes afterwards.
 
     Args:
         pipeline: of the class, and with the weights, that the experts were distilled from.
@@ -684,34 +705,71 @@ def apply(
         A handle; its `undo()` gives the pipeline back as it was.
 
     Raises:
-        UserError: the source is incomplete, or made for another model.
+        UserError: the source is incomplete, or made for another model. The pipeline is as it was.
+
+    Example:
+        pipeline = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch_dtype=torch.bfloat16)
+        moedistill.apply(pipeline, "runs/dcm_wan_1_3b/20260101-120000")
     """
-    recipe, experts, averages = read_trained(source)
+    recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
     config = recipe.backbone
     if not isinstance(config, DiffusersBackboneConfig):
         raise UserError(f"{source} was made for backbone {config.kind!r}, which has no diffusers pipeline")
-    if not isinstance(pipeline, config.pipeline_class()):
-        raise UserError(f"{source} was made for a {config.pipeline_class().__name__}, not a {type(pipeline).__name__}")
-    networks = {base: getattr(pipeline, base) for base in config.bases()}
-    if any(isinstance(network, RoutedTransformer) for network in networks.values()):
-        raise UserError("the pipeline carries experts already; call undo() on the handle that `apply` gave first")
-    trainable = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
-    device = next(next(iter(networks.values())).parameters()).device
-    mixture = Mixture.build(recipe, device, config.wrap(networks), inference=True)
-
-    def release() -> None:
-        mixture.student.detach()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-    try:
+    networks = _networks_of(pipeline, config, source)
+    first: Any = next(iter(networks.values()))
+    config = config.replace(dtype=str(first.dtype).removeprefix("torch."))
+    with ExitStack() as undo:
+        for network in networks.values():
+            undo.callback(_remember(network))
+        backbone = config.wrap(networks)
+        for hook in backbone.hooks:
+            undo.callback(hook.remove)
+        mixture = Mixture.build(replace(recipe, backbone=config), first.device, backbone, inference=True)
         mixture.load(experts, averages, str(source))
         applied = attach(pipeline, mixture, sampling_steps(recipe, mixture, steps, sigmas), weights=weights)
-    except UserError:
-        release()
-        raise
-    applied._finally.append(release)
+        applied._undo.callback(undo.pop_all().close)
     return applied
+
+
+def _networks_of(pipeline: Any, config: DiffusersBackboneConfig, source: object) -> dict[str, nn.Module]:
+    """The networks of a pipeline, by name, that experts made with `config` can run on.
+
+    Raises:
+        UserError: it is another pipeline, has other networks, or carries something already.
+    """
+    cls = config.pipeline_class()
+    if not isinstance(pipeline, cls):
+        raise UserError(f"{source} was made for a {cls.__name__}, not a {type(pipeline).__name__}")
+    components = {name: getattr(pipeline, name) for name in _transformers(cls)}
+    networks = {name: network for name, network in components.items() if network is not None}
+    if any(isinstance(network, RoutedTransformer) for network in networks.values()):
+        raise UserError("the pipeline carries experts already; call undo() on the handle that `apply` gave first")
+    if set(networks) != set(config.bases()):
+        raise UserError(
+            f"{source} was made for a model with {' and '.join(config.bases())}; this pipeline has "
+            f"{' and '.join(networks) or 'no transformer'}"
+        )
+    if any(hasattr(module, "_hf_hook") for network in networks.values() for module in network.modules()):
+        raise UserError("the pipeline's networks are offloaded already; apply the experts first, then offload")
+    return {base: networks[base] for base in config.bases()}
+
+
+def _remember(network: nn.Module) -> Callable[[], None]:
+    """What makes a network again what it is now, whatever was attached to it in between."""
+    modules = dict(network.named_modules())
+    trainable = {parameter for parameter in network.parameters() if parameter.requires_grad}
+
+    def restore() -> None:
+        for path, module in modules.items():
+            parent, _, name = path.rpartition(".")
+            if path and getattr(modules[parent], name) is not module:
+                setattr(modules[parent], name, module)
+        for parameter in network.parameters():
+            parameter.requires_grad_(parameter in trainable)
+        if hasattr(network, "peft_config"):
+            del network.peft_config
+
+    return restore
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------
@@ -726,9 +784,30 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _transformers(pipeline_class: Any) -> list[str]:
+    """The names by which a pipeline's class calls its networks."""
+    return [name for name in inspect.signature(pipeline_class).parameters if name.startswith("transformer")]
+
+
+def _from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
+    """What a class of diffusers loads from a folder: never pickles, never from the network.
+
+    Raises:
+        ValueError: it cannot; begins with `what`.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # older releases know no other
+        try:
+            return cls.from_pretrained(folder, **arguments, use_safetensors=True, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+
+
 def _floats_to(cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Conditioning with its floating tensors in `dtype`."""
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
+    """Conditioning with its floating tensors in `dtype`; numbers `[B]`, such as a guidance scale, stay exact."""
+    return {
+        name: value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value for name, value in cond.items()
+    }
 
 
 def _islands(network: nn.Module) -> list[str]:
@@ -759,12 +838,12 @@ class _Island:
         self._open.pop().__exit__(None, None, None)
 
 
-def _keep_float32_islands(network: nn.Module) -> None:
-    """Once for each network; the hooks are copied with it."""
-    names = set(_islands(network))
+def _keep_float32_islands(network: nn.Module) -> list[RemovableHandle]:
+    """Hooks, which are copied with the network."""
+    names, handles = set(_islands(network)), []
     for path, module in network.named_modules():
-        marked = any(isinstance(getattr(hook, "__self__", None), _Island) for hook in module._forward_hooks.values())
-        if path.rpartition(".")[2] in names and not marked:
+        if path.rpartition(".")[2] in names:
             island = _Island()
-            module.register_forward_pre_hook(island.enter)
-            module.register_forward_hook(island.leave, always_call=True)
+            handles.append(module.register_forward_pre_hook(island.enter))
+            handles.append(module.register_forward_hook(island.leave, always_call=True))
+    return handles

@@ -42,7 +42,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.timesteps = torch.tensor(timesteps, dtype=torch.float32)
         self._is_v_prediction = prediction_type == "v_prediction"
         self._num_train_timesteps = num_train_timesteps
-        self.init_noise_sigma = 1.0
+        # Noise is noise in flow coordinates, whatever the first noise level is.
+        self.init_noise_sigma = to_vp(torch.ones(()), sigmas[0]).item() if self._is_v_prediction else 1.0
         self.step_index = 0
 
     def set_timesteps(

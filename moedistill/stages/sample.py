@@ -15,6 +15,9 @@ from moedistill.fields import NonEmptyStr, NonNegativeInt, PositiveInt
 from moedistill.media import contact_sheet, side_by_side, write_mp4
 from moedistill.stages.base import Stage, StageConfig
 
+SHOWN = 8
+"""How many videos the pictures show."""
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -86,20 +89,23 @@ def write_samples(
     weights: Literal["trained", "ema"] = "trained",
     fps: float | None = None,
     made_from: str,
-) -> Tensor:
-    """Samples each prompt, and writes one mp4 for each, all of them in `samples.png` and `samples.webp`, and
-    `samples.json`, which says how they were made. Gives the videos `[N, C, T, H, W]` in [0, 1].
+    keep: bool = False,
+) -> list[Tensor]:
+    """Samples each prompt, and writes one mp4 for each, the first few in `samples.png` and `samples.webp`, and
+    `samples.json`, which says how they were made. Gives the videos `[C, T, H, W]` in [0, 1] if they are to be kept.
     """
     backbone = mixture.student.backbone
     fps = fps or backbone.fps
-    videos, files = [], []
-    for k, one in enumerate(backbone.generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights)):
-        files.append(f"{k:03d}.mp4")
-        write_mp4(folder / files[-1], one, fps=fps)
-        videos.append(one)
-    together = torch.stack(videos)
-    contact_sheet(folder / "samples.png", {"sample": together}, [prompt or "(no prompt)" for prompt in prompts])
-    side_by_side(folder / "samples.webp", {"sample": together}, fps=fps)
+    files = [f"{k:03d}.mp4" for k in range(len(prompts))]
+    videos: list[Tensor] = []
+    generated = backbone.generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights)
+    for file, one in zip(files, generated, strict=True):
+        write_mp4(folder / file, one, fps=fps)
+        if keep or len(videos) < SHOWN:
+            videos.append(one)
+    shown = torch.stack(videos[:SHOWN])
+    contact_sheet(folder / "samples.png", {"sample": shown}, [prompt or "(no prompt)" for prompt in prompts[:SHOWN]])
+    side_by_side(folder / "samples.webp", {"sample": shown}, fps=fps)
     sidecar: dict[str, Any] = {
         "made_from": made_from,
         "recipe": recipe.name,
@@ -111,10 +117,10 @@ def write_samples(
         "experts": [mixture.router.expert_at(sigma) if mixture.router else TEACHER for sigma in sigmas[:-1]],
         "weights": weights,
         "fps": fps,
-        "num_frames": together.shape[2],
-        "height": together.shape[3],
-        "width": together.shape[4],
+        "num_frames": shown.shape[2],
+        "height": shown.shape[3],
+        "width": shown.shape[4],
         "torch": torch.__version__,
     }
     (folder / "samples.json").write_text(json.dumps(sidecar, indent=1))
-    return together
+    return videos if keep else []

@@ -3,6 +3,7 @@
 Wan 2.2 A14B is two networks, of which `transformer` serves the high noise and `transformer_2` the low.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,27 +22,34 @@ TEXT_LENGTH = 512
 
 
 class WanBackbone(DiffusersBackbone):
-    """Conditioning: `prompt_embeds` `[B, 512, 4096]`; for image-to-video also `image_latents` `[B, 20, T, H, W]`, mask
-    and image latents as WanImageToVideoPipeline makes them, and, in Wan 2.1, `image_embeds` `[B, 257, 1280]`.
+    """Conditioning: `prompt_embeds` `[B, 512, 4096]`.
+
+    For image-to-video, which can be trained but not sampled by the text-to-video pipeline, also `image_latents`
+    `[B, 20, T, H, W]`, mask and image latents as WanImageToVideoPipeline makes them, and, in Wan 2.1, `image_embeds`
+    `[B, 257, 1280]`.
     """
 
     fps = 16.0
-    lora_targets = {
+    lora_targets: Mapping[str, str] = {
         "attention": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         "feed_forward": r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
     }
     # The final modulation is `scale_shift_table`, a parameter of the root, which no module holds: all experts share it,
     # as in the published training.
     time_dependent = ("condition_embedder", "norm_out", "proj_out")
+    scale_arguments = ("guidance_scale", "guidance_scale_2")
 
     def __init__(self, config: "WanConfig", networks: Any) -> None:
         super().__init__(config, networks)
         network: Any = self.network
         self.blocks = [f"blocks.{number}" for number in range(len(network.blocks))]
         self.hidden_size = network.config.num_attention_heads * network.config.attention_head_dim
+        self.from_images = network.config.in_channels != network.config.out_channels
 
     def predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        if "image_latents" in cond:
+        if self.from_images:
+            if "image_latents" not in cond:
+                raise ValueError("this network makes videos from images; store image_latents with the samples")
             x = torch.cat([x, cond["image_latents"]], 1)
         prediction: Tensor = network(
             hidden_states=x,
@@ -69,6 +77,21 @@ class WanBackbone(DiffusersBackbone):
             prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH, device=self.device
         )
         return {"prompt_embeds": embeds}
+
+    def pipeline(self) -> Any:
+        """See `DiffusersBackbone.pipeline`; with plain Euler steps where the model has a multistep scheduler."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if self.from_images:
+            raise ValueError("this network makes videos from images, which cannot be sampled here")
+        pipeline = super().pipeline()
+        own = pipeline.scheduler.config
+        if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            pipeline.scheduler = FlowMatchEulerDiscreteScheduler(own.num_train_timesteps, shift=own.flow_shift)
+        return pipeline
+
+    def native_trajectory(self, noise: Tensor, cond: Conditioning, num_steps: int) -> list[tuple[float, Tensor]] | None:
+        return None if self.from_images else super().native_trajectory(noise, cond, num_steps)
 
     def normalise(self, latents: Tensor) -> Tensor:
         return (latents - self._scaling("latents_mean", latents)) / self._scaling("latents_std", latents)
@@ -135,7 +158,8 @@ class WanConfig(DiffusersBackboneConfig):
     def tiny_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLWan
 
-        vae: nn.Module = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        cls: Any = AutoencoderKLWan
+        vae: nn.Module = cls(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
         return vae
 
     def real_network(self) -> dict[str, Any]:
@@ -155,7 +179,8 @@ class WanConfig(DiffusersBackboneConfig):
             return  # the transformer alone
         own = read_json(file).get("boundary_ratio")
         if own != self.boundary_ratio:
+            wanted = "null: it is one network" if own is None else str(own)
             raise ValueError(
-                f"boundary_ratio {self.boundary_ratio} is not that of {self.pretrained}, which is "
-                f"{'one network' if own is None else own}; set backbone.boundary_ratio to {'null' if own is None else own}"
+                f"boundary_ratio {self.boundary_ratio} is not that of {self.pretrained}; "
+                f"set backbone.boundary_ratio to {wanted}"
             )

@@ -1,0 +1,1 @@
+"""CogVideoX as a backbone."""

@@ -1,0 +1,1 @@
+"""HunyuanVideo as a backbone."""
