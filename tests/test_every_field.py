@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import moedistill.recipe
 from moedistill import cli, hookimpl
-from moedistill.backbone import Guidance
+from moedistill.backbone import Guidance, VideoSize
 from moedistill.checkpoint import load_tree
 from moedistill.context import Job, Run
 from moedistill.data.base import Sample
@@ -38,6 +38,7 @@ from moedistill.plugins import load_plugins
 from moedistill.recipe import Recipe, load_recipe
 from moedistill.routers import Boundary, TimestepRouterConfig
 from moedistill.steps import SampleConfig
+from moedistill.student import Student
 from moedistill.train import run
 from moedistill.trajectory import FlowMatching, Native, Points, Trajectory
 from moedistill_cogvideox.backbone import CogVideoXConfig
@@ -48,6 +49,7 @@ from moedistill_digits.data import DigitsConfig
 from moedistill_digits.network import Block
 from moedistill_hunyuan_video.backbone import HunyuanVideoConfig
 from moedistill_ltx.backbone import LTXConfig
+from moedistill_wan.backbone import WanConfig
 
 GRID = Trajectory.flow_matching(8, 5.0)
 """The trajectory of the tiny recipe: p_3 = 0.75, p_4 = 5/6."""
@@ -1007,3 +1009,95 @@ def test_cogvideox(tmp_path):
     assert not torch.equal(guided["blurry"], guided["static"])
     with pytest.raises(ValueError, match="CogVideoX has no input for the scale"):
         config.replace(guidance=Guidance(mode="embedded", scale=3.0))
+
+
+# -- Wan, the size of videos, networks of a teacher, samples ----------------------------------------------------------
+
+WAN = ("pretrained", "variant", "dtype", "video", "guidance", "boundary_ratio")
+
+
+@observes(*(f"backbone.wan.{name}" for name in WAN))
+def test_wan(tmp_path):
+    config = WanConfig(pretrained=None, video=WanConfig.tiny_video)
+    network = config.build().network
+    network.save_pretrained(tmp_path / "transformer", variant="fp16")
+    there = config.replace(pretrained=str(tmp_path), variant="fp16", dtype="bfloat16")
+    found = there.build(seed=1).network
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.proj_out.weight, network.proj_out.weight.bfloat16())
+    with pytest.raises(ValueError, match="cannot load its transformer"):
+        there.replace(variant=None).build()
+    video = dataclasses.replace(config.video, num_frames=25)
+    assert (config.build().latent_shape()[1], config.replace(video=video).build().latent_shape()[1]) == (5, 7)
+    assert (config.bases(), config.replace(boundary_ratio=0.9).bases()) == (
+        ("transformer",), ("transformer", "transformer_2"),
+    )  # fmt: skip
+    assert config.teacher_router(GRID) is None
+    assert config.replace(boundary_ratio=0.9).teacher_router(GRID).boundaries == (0.9,)
+    with pytest.raises(ValueError, match="Wan has no input for the scale"):
+        config.replace(guidance=Guidance(mode="embedded", scale=3.0))
+
+
+@observes("backbone.wan.revision")
+def test_revision_of_wan(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--someone--model"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "v2").write_text("1" * 40)
+    config = WanConfig(pretrained="someone/model", video=WanConfig.tiny_video)
+    network = config.tiny().build().network
+    network.save_pretrained(place / "snapshots" / ("1" * 40) / "transformer")
+    assert torch.equal(config.replace(revision="v2").build().network.proj_out.weight, network.proj_out.weight)
+    with pytest.raises(ValueError, match="hf download someone/model --revision v3\n"):
+        config.replace(revision="v3").build()
+
+
+@observes("VideoSize.num_frames", "VideoSize.height", "VideoSize.width")
+def test_size_of_videos():
+    backbone = WanConfig(pretrained=None).tiny().build()
+    for changes, shape in (
+        ({}, (16, 5, 4, 6)),
+        ({"num_frames": 9}, (16, 3, 4, 6)),
+        ({"height": 64}, (16, 5, 8, 6)),
+        ({"width": 64}, (16, 5, 4, 8)),
+    ):
+        video = VideoSize(**{"num_frames": 17, "height": 32, "width": 48, **changes})
+        assert backbone.latent_shape(video) == shape
+        noise = torch.zeros(1, *shape)
+        assert backbone.decode(noise).shape == (1, 3, video.num_frames, video.height, video.width)
+
+
+@observes("expert.*.base")
+@pytest.mark.parametrize("kind", kinds("expert"))
+def test_base_of_an_expert(kind):
+    backbone = WanConfig(pretrained=None, boundary_ratio=0.9).tiny().build()
+    for base, teacher in (("transformer", "teacher"), ("transformer_2", "teacher.transformer_2")):
+        config = load_plugins().components.get("expert", kind)(base=base)
+        student = Student(backbone, {"one": config})
+        student.initialise(0)
+        inputs = torch.ones(1, *backbone.latent_shape()), torch.ones(1), backbone.encode(["rain"])
+        assert torch.equal(velocity_of(student, "one", inputs), velocity_of(student, teacher, inputs))
+        backbone = WanConfig(pretrained=None, boundary_ratio=0.9).tiny().build()
+
+
+@observes(*(f"stage.sample.{name}" for name in ("name", "prompts", "num", "seed", "weights")))
+def test_samples(tmp_path):
+    (tmp_path / "prompts.txt").write_text("# two\n3 right\n\n7 up\n")
+    stage = {"name": "samples", "kind": "sample", "prompts": ["3 right"], "num": 1}
+    changes = {"two": {"num": 2}, "seed": {"seed": 1}, "file": {"prompts": str(tmp_path / "prompts.txt")}}
+    changes |= {"usual": {}, "ema": {"weights": "ema"}}
+    stages = [distil(optimizer={"lr": 0.02}, ema_decay=0.5)]
+    stages += [{**stage, "name": name, **change} for name, change in changes.items()]
+    run(tiny_recipe(stages), output=tmp_path / "run", device="cpu")
+
+    def made(name, file="000.mp4"):
+        return (tmp_path / "run" / name / file).read_bytes()
+
+    prompts = {name: json.loads(made(name, "samples.json"))["prompts"] for name in changes}
+    assert prompts.pop("two") == ["3 right", "3 right"]
+    assert prompts.pop("file") == ["3 right", "7 up"]
+    assert set(map(tuple, prompts.values())) == {("3 right",)}
+    assert made("two") == made("usual") == made("file")
+    assert made("two", "001.mp4") != made("two")
+    assert made("seed") != made("usual")
+    assert made("ema") != made("usual")

@@ -1,11 +1,12 @@
 """Contact sheets and animations: the right frames at the right places, in files that open."""
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from moedistill.media import contact_sheet, side_by_side
+from moedistill.media import contact_sheet, side_by_side, write_mp4
 
 
 def videos(count=2, channels=1, frames=8, size=24, first=0.21):
@@ -89,3 +90,27 @@ def test_an_animation_has_all_frames_of_all_models(tmp_path):
                 centres = [line.shape[0] - (2 - sample) * 102 + 48 for sample in range(2)]
                 shown = [line[x][0] for x in centres]
                 assert shown == pytest.approx([grey(sample, frame) for sample in video], abs=4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 32), (23, 31)])
+def test_an_mp4_holds_the_video(tmp_path, height, width):
+    """Sides are made even; colours are right within what the format loses."""
+    video = torch.zeros(3, 5, height, width)
+    video[0, :, :, : width // 2] = 0.8  # red on the left
+    video[2, 3:] = 0.6  # blue from the fourth frame on
+    write_mp4(tmp_path / "video.mp4", video, fps=12.5)
+    with av.open(tmp_path / "video.mp4") as container:
+        stream = container.streams.video[0]
+        assert (stream.codec.name, stream.pix_fmt, float(stream.average_rate)) == ("h264", "yuv420p", 12.5)
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert np.stack(frames).shape == (5, 24, 32, 3)
+    found = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[:, :, :height, :width] / 255
+    inside = [*range(2, width // 2 - 2), *range(width // 2 + 2, width - 2)]
+    assert (found - video)[..., inside].abs().max() < 0.06
+
+
+def test_one_channel_is_grey(tmp_path):
+    write_mp4(tmp_path / "video.mp4", torch.full((1, 2, 16, 16), 0.5), fps=8)
+    with av.open(tmp_path / "video.mp4") as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert abs(frame.astype(int) - 128).max() <= 3

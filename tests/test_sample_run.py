@@ -2,6 +2,8 @@
 
 import json
 
+import av
+import numpy as np
 import pytest
 import torch
 from helpers import distil, tiny_recipe
@@ -68,7 +70,7 @@ def test_a_sample_depends_on_its_prompt_and_place_alone(videos):
 
 
 def test_files(folder, tmp_path):
-    result = sample_run(folder, prompts=["3 right", ""], num=2, seed=4, output=tmp_path / "deep" / "out")
+    result = sample_run(folder, prompts=["3 right", ""], num=2, seed=4, fps=5.0, output=tmp_path / "deep" / "out")
     assert result.output == tmp_path / "deep" / "out"
     with Image.open(result.output / "samples.png") as sheet:
         sheet.load()
@@ -76,15 +78,34 @@ def test_files(folder, tmp_path):
         assert animation.n_frames == 8
     sidecar = json.loads((result.output / "samples.json").read_text())
     assert sidecar.pop("sigmas") == pytest.approx([1.0, 5 / 6, 0.0])
+    assert sidecar.pop("timesteps") == pytest.approx([1000.0, 5000 / 6])
     assert sidecar == {
-        "source": str(folder),
+        "made_from": str(folder),
+        "recipe": "tiny",
+        "files": ["000.mp4", "001.mp4", "002.mp4", "003.mp4"],
         "prompts": ["3 right", "3 right", "", ""],
         "seed": 4,
         "experts": ["semantic", "detail"],
         "weights": "trained",
-        "recipe": "tiny",
+        "fps": 5.0,
+        "num_frames": 8,
+        "height": 24,
+        "width": 24,
         "torch": torch.__version__,
     }
+    for file, video in zip(sidecar["files"], result.videos, strict=True):
+        with av.open(result.output / file) as container:
+            assert float(container.streams.video[0].average_rate) == 5.0
+            frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+        assert abs(torch.from_numpy(np.stack(frames)) / 255 - video[0]).mean() < 0.03
+
+
+def test_of_many_videos_the_pictures_show_the_first_and_none_is_kept_in_memory(folder, tmp_path):
+    result = sample_run(folder, prompts=["3 right"], num=10, output=tmp_path, keep=False)
+    assert result.videos is None
+    assert len(list(tmp_path.glob("*.mp4"))) == 10
+    with Image.open(tmp_path / "samples.webp") as animation:
+        assert animation.width < 9 * 198
 
 
 def test_without_an_output_samples_lie_in_the_source(folder):
@@ -108,7 +129,8 @@ def test_steps_and_sigmas(videos):
         ({"sigmas": [0.5, 0.9]}, "--sigmas: values must descend strictly"),
         ({"sigmas": [1.5, 0.5]}, r"--sigmas: sigma 1.5 is outside \[0, 1\]"),
         ({"sigmas": [0.0]}, "--sigmas: no step can start at sigma 0"),
-        ({"prompts": ["3 sideways"]}, '--prompt: prompt "3 sideways": give a digit'),
+        ({"prompts": ["3 sideways"]}, 'sample: prompt "3 sideways": give a digit'),
+        ({"video": {"height": 48}}, "videos have one size; leave --height, --width and --frames away"),
     ],
 )
 def test_mistakes_are_the_user_s(videos, options, message):

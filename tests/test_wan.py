@@ -13,7 +13,7 @@ from moedistill.experts import LoRAConfig
 from moedistill.mixture import Mixture
 from moedistill.recipe import load_recipe
 from moedistill.sampling import sample
-from moedistill.stages.base import TrainingStage
+from moedistill.stages.consistency import ConsistencyStage
 from moedistill.student import Student
 from moedistill.testing import BackboneContract
 from moedistill.train import run
@@ -168,7 +168,7 @@ def test_time_is_embedded_in_float32(recipe, expert, inference):
 
 def test_the_teacher_of_a_stage_is_the_network_of_its_segment(recipe, tmp_path, monkeypatch):
     seen, stage_of = [], {}
-    guided, setup = Student.guided, TrainingStage.setup
+    guided, setup = Student.guided, ConsistencyStage.setup
 
     def spy(self, x, sigma, cond, guidance):
         seen.append((stage_of["now"], self.active, sigma.item() >= 0.875))
@@ -179,7 +179,7 @@ def test_the_teacher_of_a_stage_is_the_network_of_its_segment(recipe, tmp_path, 
         return setup(self, run_, *args)
 
     monkeypatch.setattr(Student, "guided", spy)
-    monkeypatch.setattr("moedistill.stages.consistency.ConsistencyStage.setup", note)
+    monkeypatch.setattr(ConsistencyStage, "setup", note)
     stages = [distil_fast("semantic", steps=6), distil_fast("detail", steps=6)]
     run(recipe(stages=stages), output=tmp_path, device="cpu")
     assert set(seen) == {("semantic", "teacher", True), ("detail", "teacher.transformer_2", False)}
@@ -236,7 +236,10 @@ LORA = {"kind": "lora", "rank": 2, "alpha": 4}
             {"experts__detail": {**LORA, "from": "semantic", "base": "transformer_2"}},
             "'transformer_2' is not the network of 'semantic', which 'detail' starts from",
         ),
-        ({"backbone__guidance": {"mode": "classifier_free", "scale": {"transformer": 4.0}}}, "names transformer; the teacher has transformer, transformer_2"),
+        (
+            {"backbone__guidance": {"mode": "classifier_free", "scale": {"transformer": 4.0}}},
+            "names transformer; the teacher has transformer, transformer_2",
+        ),
         (
             {"backbone__guidance": {"mode": "classifier_free", "scale": {"high": 4.0, "low": 3.0}}},
             "names high, low; the teacher has transformer, transformer_2",
