@@ -677,6 +677,11 @@ def bfloat16(subject: Subject) -> str:
     assert found.dtype == torch.float32, f"the student's velocity is {found.dtype}"
     error = ((found - wanted).norm() / wanted.norm()).item()
     assert error <= 5e-2, f"the velocity differs by {error:.1e} (root mean square), more than 0.05"
+    # Probes hand tapped states over in float32, whatever the network computes in.
+    with torch.no_grad():
+        last = student.hidden_states(*subject.inputs, backbone.blocks[-1:])[0]
+        latents = student.unembed(last, *subject.inputs)
+    assert latents.shape == found.shape, f"unembed gives {list(latents.shape)}, the network {list(found.shape)}"
     return f"{error:.1e}"
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,7 +226,8 @@ class _Runner:
         if checkpoint is not None:
             run.load_state(load_tree(checkpoint, "training"))
         hook.on_stage_start(run=run)
-        with self.interruption.deferred(), run.student.using(config.expert):
+        # Closed whatever happens: a worker left waiting would keep the process from ending.
+        with closing(batches), self.interruption.deferred(), run.student.using(config.expert):
             for batch in batches:
                 with run.micro_batch():
                     stage.step(run, run.begin(batch))

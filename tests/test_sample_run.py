@@ -55,7 +55,7 @@ def test_samples_are_what_the_mixture_generates(folder, videos, weights):
     cond = conditioning.to(backbone.encode(["3 right"] * 2), "cpu")
     latents = mixture.generate(noise, cond, torch.tensor([points[8], points[4], 0.0]), weights=weights)
     sampled = videos(prompts=["3 right"], num=2, seed=5, weights=weights)
-    assert torch.equal(sampled, backbone.decode(latents))
+    assert torch.allclose(sampled, backbone.decode(latents), atol=1e-5)
     assert not torch.equal(sampled[0], sampled[1])
     assert not torch.equal(sampled, videos(prompts=["3 right"], num=2, seed=6, weights=weights))
     other = {"trained": "ema", "ema": "trained"}[weights]

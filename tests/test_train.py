@@ -2,7 +2,10 @@
 
 import io
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -172,3 +175,17 @@ def test_an_exact_target_needs_a_posterior_mean(tmp_path, monkeypatch):
     recipe = tiny_recipe([{**stage, "losses": [{"kind": "mse"}]}])
     with pytest.raises(UserError, match="stage fit: target: exact needs a posterior mean, which DigitsDataset lacks"):
         run(recipe, output=tmp_path / "run", device="cpu")
+
+
+def test_an_error_in_a_step_ends_the_process_though_workers_wait(tmp_path):
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from helpers import distil, tiny_recipe\n"
+        "from moedistill.stages.consistency import ConsistencyStage\n"
+        "from moedistill.train import run\n"
+        "def fail(*_): raise RuntimeError('a bug')\n"
+        "ConsistencyStage.step = fail\n"
+        f"run(tiny_recipe([distil(steps=50)], {{'training.num_workers': 1}}), output={str(tmp_path)!r}, device='cpu')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "RuntimeError: a bug")

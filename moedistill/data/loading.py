@@ -1,7 +1,7 @@
 """Which samples make which batch: a pure function of (seed, stage, step), bucketed by latent shape."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ def load_batches(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's micro-batches of optimiser steps `steps`.
 
     The global batch of a step is cut into `accumulation` micro-batches, each of those into `world_size` shares.
@@ -145,7 +145,7 @@ def load_batches(
 
 def _load(
     dataset: Dataset, sampler: BucketSampler, schedule: list[list[int]], steps: range, num_workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One batch for each of `steps` and each entry of `schedule`: the positions of a micro-batch's samples."""
     indices = ([sampler.batch(step)[p] for p in positions] for step in steps for positions in schedule)
     loader: DataLoader[Any] = DataLoader(

@@ -52,6 +52,8 @@ class SampleStageConfig(StageConfig):
             yield "", "there is no sample list to sample with; add sample: {steps: 4}"
         if not self.prompts:
             yield "prompts", "is empty; give at least one"
+        if self.weights == "ema" and not any(getattr(stage, "ema_decay", None) is not None for stage in recipe.stages):
+            yield "weights", "ema: no stage keeps an average; give one ema_decay"
 
 
 class SampleStage(Stage):
