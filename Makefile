@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Touched after a complete installation only, so that an interrupted one, or a .venv made by hand, is completed.
 STAMP := .venv/.installed
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread in each of two processes; a file's tests share what they build, so they stay together.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help env demo smoke teacher test torture coverage lint format
 
@@ -39,7 +40,7 @@ test: $(STAMP)
 	$(TESTS)
 
 torture: $(STAMP)
-	$(TESTS) -m torture
+	$(TESTS) -n 0 -m torture
 
 coverage: $(STAMP)
 	$(TESTS) --cov --cov-report=term-missing:skip-covered

@@ -237,8 +237,7 @@ def test_two_prompts_at_once(trained, loaded):
         both = pipeline(prompt=[PROMPT, "a cat"], latents=torch.cat([one, one]), guidance_scale=scale, **options).frames
         assert torch.allclose(both, torch.cat(alone), atol=1e-5)
     assert not torch.allclose(*alone, atol=1e-3)
-    # A scale that is 1 after the first step, of a pipeline that goes on with both halves.
-    options |= {"guidance_scale": 6.0, "use_dynamic_cfg": True, "num_inference_steps": 1000}
+    options |= {"guidance_scale": 6.0, "use_dynamic_cfg": True}
     assert torch.allclose(pipeline(prompt=PROMPT, latents=one, **options).frames, alone[0], atol=1e-5)
 
 
@@ -371,7 +370,7 @@ def test_sources_and_pipelines_that_do_not_fit(trained, loaded, digits, tmp_path
 
 
 def test_a_failure_leaves_the_pipeline_clean(trained, loaded, monkeypatch):
-    pipeline = loaded("wan")
+    pipeline, source = loaded("wan22"), trained("wan22")  # both networks carry adapters
     teacher, before = frames(pipeline, 3, num_inference_steps=2), state(pipeline)
     other = make_pipeline("wan")
     other.transformer = type(other.transformer).from_config({**other.transformer.config, "num_layers": 1})
@@ -386,7 +385,7 @@ def test_a_failure_leaves_the_pipeline_clean(trained, loaded, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(place, broken)
             with pytest.raises(ZeroDivisionError):
-                apply(pipeline, trained("wan"))
+                apply(pipeline, source)
         assert state(pipeline) == before
     assert torch.equal(frames(pipeline, 3, num_inference_steps=2), teacher)
 

@@ -573,7 +573,6 @@ class RoutedTransformer(nn.Module):
         self.student = mixture.student
         self._pipeline, self._mixture, self._scheduler, self._weights = pipeline, mixture, scheduler, weights
         self._pass = ""
-        self._doubled = False
         self._conditional: Tensor | None = None
 
     @property
@@ -607,15 +606,14 @@ class RoutedTransformer(nn.Module):
     def forward(self, hidden_states: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
         """The network's forward, by the expert of the current step, at the exact native time."""
         student, step = self.student, self._scheduler.step_index
-        if step == 0:  # some pipelines change the scale later on, but not the batch
-            self._doubled = self._pass == "cond_uncond" and self._pipeline.guidance_scale > 1.0
         expert = _expert_at(self._mixture, self._scheduler.sigmas[step].item())
         distilled = expert not in student.teachers
         if distilled and self._pass == "uncond":
             assert self._conditional is not None, "the pipeline asks for its unconditional pass first"
             return (self._conditional,)
         arguments = {"hidden_states": hidden_states, **arguments, "return_dict": False}
-        if distilled and self._doubled:  # the unconditional half comes first
+        doubled = distilled and self._pass == "cond_uncond" and self._pipeline.guidance_scale > 1.0
+        if doubled:  # the unconditional half comes first
             arguments = _second_half(arguments, len(hidden_states))
         if distilled and arguments.get("guidance") is not None:
             # What the expert was told in training; the pipeline's is the caller's, and rounded: 6016 for 6000 in bf16.
@@ -624,7 +622,7 @@ class RoutedTransformer(nn.Module):
         time = self._scheduler.timesteps[step].to(hidden_states.device).expand(len(arguments["hidden_states"]))
         with self._mixture.running(expert, self._weights), student.autocast(hidden_states.device):
             output: Tensor = student.experts[expert].shared.network(timestep=time, **arguments)[0]
-        self._conditional = torch.cat([output, output]) if distilled and self._doubled else output
+        self._conditional = torch.cat([output, output]) if doubled else output
         return (self._conditional,)
 
 
