@@ -28,7 +28,8 @@ class Guidance:
         mode: `none`; `classifier_free`: v = v_c + (scale - 1)·(v_c - v_u), both in one batched forward; `embedded`: the
             network takes the scale as an input.
         scale: the guidance scale; 1 means no guidance. A teacher of several networks may have one for each, by name.
-        negative_prompt: what the unconditional half of classifier-free guidance, and dropped text, is told instead.
+        negative_prompt: what the unconditional half of classifier-free guidance, and dropped text, is told instead. A
+            negative that is stored with the training data takes its place.
         student_scale: the embedded scale that the experts are told; null for the teacher's.
     """
 

@@ -251,15 +251,18 @@ class Run:
     def begin(self, batch: "Batch") -> "Batch":
         """Addresses the draws to this batch's samples, moves it to the device, prepares it, and drops text as asked."""
         self.draw = Draws(self.recipe.seed, self.config.name, self.step, batch.positions, self.device)
-        latents, cond = self.student.backbone.prepare(
-            batch.latents[:, :, : self.config.latent_frames].to(self.device),
-            conditioning.to(batch.conditioning, self.device),
-        )
+        latents, cond = batch.latents.to(self.device), conditioning.to(batch.conditioning, self.device)
+        frames, limit = latents.shape[2], self.config.latent_frames
+        # Conditioning that is itself a video, such as image latents, is cut with it.
+        videos = {name for name, value in cond.items() if value.ndim == 5 and value.shape[2] == frames}
+        cond = {name: value[:, :, :limit] if name in videos else value for name, value in cond.items()}
+        latents, prepared = self.student.backbone.prepare(latents[:, :, :limit], cond)
+        cond = dict(prepared)
         dropout = self.recipe.data.text_dropout if self.recipe.data else 0.0
         if dropout:
             drop = (self.draw.uniform("conditioning_dropout") < dropout).to(self.device)
             cond = conditioning.where(drop, self.student.backbone.null_conditioning(cond), cond)
-        batch.latents, batch.conditioning = latents, dict(cond)
+        batch.latents, batch.conditioning = latents, cond
         return batch
 
     def micro_batch(self) -> Any:

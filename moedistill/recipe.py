@@ -423,7 +423,13 @@ class _Checks:
         for segment in segments if teachers is not None else ():
             points = trajectory.points_in(segment)
             served = {teachers.expert_at(trajectory.sigma(point)) for point in points}
-            if segment.expert in trained and len(served) > 1:
+            base = self.base_of(segment.expert)
+            if segment.expert in trained and len(served) == 1 and base is not None and base not in served:
+                message = (
+                    f"{base!r} is not what serves the segment of {segment.expert!r}: that is {' and '.join(served)}"
+                )
+                yield ("experts", segment.expert, "base"), message, f"base: {sorted(served)[0]}"
+            elif segment.expert in trained and len(served) > 1:
                 edges = ", ".join(f"{boundary:.6g}" for boundary in teachers.boundaries)
                 message = (
                     f"the segment of {segment.expert!r}, points {points[0]} to {points[-1]}, lies across the teacher's "

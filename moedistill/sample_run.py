@@ -36,7 +36,7 @@ class SampleResult:
 def read_trained(
     source: str | Path, *, weights: Literal["trained", "ema"] = "trained", plugins: Plugins | None = None
 ) -> tuple[Recipe, Weights, Weights]:
-    """Recipe, experts' weights and their averages of a run's folder, a checkpoint, or an export's folder.
+    """Recipe, experts' weights and, for ema, their averages, of a run's folder, a checkpoint, or an export's folder.
 
     Raises:
         UserError: there is nothing of the kind, it is not complete, or `weights` is ema and there are no averages.
@@ -44,7 +44,7 @@ def read_trained(
     recipe, experts, averages = _read_trained(Path(source), plugins)
     if weights == "ema" and not averages:
         raise UserError(f"{source} holds no averaged weights; sample the trained ones")
-    return recipe, experts, averages
+    return recipe, experts, averages if weights == "ema" else {}
 
 
 def _read_trained(folder: Path, plugins: Plugins | None) -> tuple[Recipe, Weights, Weights]:
@@ -96,7 +96,7 @@ def sample_run(
 
     Args:
         source: a run's folder, a checkpoint, or an export's folder.
-        prompts: as the backbone understands them; an empty one is the null condition.
+        prompts: as the backbone understands them.
         seed: of the noise, which also depends on a video's place in the list.
         steps, sigmas: instead of the recipe's own sampling steps, as in its `sample`.
         weights: the experts' `trained` weights or their `ema`.
@@ -108,6 +108,8 @@ def sample_run(
     Raises:
         UserError: as `read_trained`; or a prompt, a size or the steps don't fit the model.
     """
+    if not prompts:
+        raise UserError("there is no prompt to sample; give at least one")
     recipe, mixture = load_mixture(source, device=device, weights=weights, plugins=plugins)
     path = sampling_steps(recipe, mixture, steps, sigmas)
     asked = [prompt for prompt in prompts for _ in range(num)]

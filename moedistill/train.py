@@ -99,6 +99,21 @@ def run(
         return _Runner(recipe, folder, accelerator, plugins, smoke).run(checkpoint)
 
 
+def _check_layout(recipe: Recipe, dataset: Dataset | None) -> None:
+    """ValueError where latents of a shape do not fit the model; the data's files are not read for it."""
+    layout = recipe.backbone.layout()
+    if dataset is None or layout is None:
+        return
+    for shape, index in {dataset.shape(index): index for index in reversed(range(len(dataset)))}.items():
+        channels, *size = shape
+        if channels != layout.channels:
+            raise ValueError(f"sample {index} has latents {list(shape)}; the model's have {layout.channels} channels")
+        if any(length % multiple for length, multiple in zip(size, layout.multiple, strict=True)):
+            raise ValueError(
+                f"sample {index} has latents {list(shape)}: (T, H, W) must be multiples of {layout.multiple}"
+            )
+
+
 def _prepare_null(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:
     """Takes over the negative prompt's conditioning stored with the data, or has it encoded, where it will be needed.
 
@@ -124,8 +139,12 @@ class _Runner:
         mixture = Mixture.build(recipe, accelerator.device)
         with user_errors("data"):
             dataset = recipe.data.build(mixture.student.backbone) if recipe.data else None
+            _check_layout(recipe, dataset)
         with user_errors("backbone.guidance"):
             _prepare_null(recipe, mixture, dataset)
+        for stage in recipe.stages:
+            with user_errors(f"stage {stage.name}"):
+                stage.look_ahead()
         self.job = Job(recipe, folder, accelerator, mixture, dataset, smoke=smoke)
         self.last_checkpoint: Path | None = None
         self.under_way = ""
@@ -229,7 +248,7 @@ class _Runner:
         # Closed whatever happens: a worker left waiting would keep the process from ending.
         with closing(batches), self.interruption.deferred(), run.student.using(config.expert):
             for batch in batches:
-                with run.micro_batch():
+                with run.micro_batch(), user_errors(f"stage {config.name}"):
                     stage.step(run, run.begin(batch))
                 if batch.boundary:
                     run.step += 1

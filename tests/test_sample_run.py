@@ -49,7 +49,7 @@ def test_a_run_its_checkpoint_and_its_export_give_the_same(folder, videos):
 
 @pytest.mark.parametrize("weights", ["trained", "ema"])
 def test_samples_are_what_the_mixture_generates(folder, videos, weights):
-    _, mixture = load_mixture(folder)
+    _, mixture = load_mixture(folder, weights=weights)
     backbone, points = mixture.student.backbone, mixture.trajectory.points
     noise = Draws(5, "sample", 0, range(2)).normal("noise", backbone.latent_shape())
     cond = conditioning.to(backbone.encode(["3 right"] * 2), "cpu")

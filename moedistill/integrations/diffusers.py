@@ -10,6 +10,7 @@ diffusers itself is imported when a model is built, not before: a recipe is chec
 import gc
 import inspect
 import json
+import math
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -283,9 +284,13 @@ class DiffusersBackbone(Backbone):
         guidance = self.config.guidance
         if guidance.mode != "classifier_free":
             return {}
-        scales = zip(self.scale_arguments, self.config.bases(), strict=False)
-        null = {f"negative_{name}": value for name, value in self.null_conditioning(cond).items()}
-        return {**null, **{name: guidance.scale_of(base) for name, base in scales}}
+        bases = self.config.bases()
+        scales = {name: guidance.scale_of(base) for name, base in zip(self.scale_arguments, bases, strict=False)}
+        if min(scales.values()) < 1:
+            raise ValueError(f"a pipeline guides with scales of 1 and more, not {min(scales.values())}")
+        # At exactly 1 it would leave the second pass out, for all of its networks.
+        scales = {name: max(scale, math.nextafter(1, 2)) for name, scale in scales.items()}
+        return {**{f"negative_{name}": value for name, value in self.null_conditioning(cond).items()}, **scales}
 
     def decoder_arguments(self) -> dict[str, Any]:
         """Further arguments of the VAE's `decode`, for one video."""
@@ -319,11 +324,22 @@ class DiffusersBackbone(Backbone):
         return self.predict(network, x.to(dtype), timestep, _floats_to(cond, dtype))
 
     def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
-        return self.normalise(latents.float()), self.unpack(cond)
+        return self.normalise(latents.float()), self._unpacked(cond)
 
     def set_null(self, cond: Conditioning) -> None:
-        batch = {name: value[None] for name, value in cond.items()}
-        self._null = dict(self.unpack(batch))
+        self._null = self._unpacked({name: value[None] for name, value in cond.items()})
+
+    def _unpacked(self, cond: Conditioning) -> dict[str, Tensor]:
+        """Stored conditioning in the pipeline's terms; ValueError where something is missing."""
+        wanted = self.config.text_shapes()
+        try:
+            unpacked = dict(self.unpack(cond))
+        except KeyError:
+            unpacked = dict(cond)
+        missing = [name for name in wanted if name not in unpacked]
+        if missing:
+            raise ValueError(f"stored text has {', '.join(cond)}, but no {' and no '.join(missing)}; encode it again")
+        return unpacked
 
     def null_conditioning(self, cond: Conditioning) -> dict[str, Tensor]:
         """The negative prompt's text in place of each sample's; what is not text stays.
@@ -695,7 +711,7 @@ def apply(
 
     Afterwards `pipeline(prompt)` samples with the experts, whatever number of steps or guidance scale it is called
     with. The pipeline's own transformer serves as the base, on its device and in its dtype. Offloading, such as
-    `pipeline.enable_model_cpu_offload()`, comes afterwards.
+    `pipeline.enable_model_cpu_offload()`, comes afterwards. To save the pipeline, `undo` first.
 
     Args:
         pipeline: of the class, and with the weights, that the experts were distilled from.
@@ -751,6 +767,8 @@ def _networks_of(pipeline: Any, config: DiffusersBackboneConfig, source: object)
             f"{source} was made for a model with {' and '.join(config.bases())}; this pipeline has "
             f"{' and '.join(networks) or 'no transformer'}"
         )
+    if any(hasattr(network, "peft_config") for network in networks.values()):
+        raise UserError("the pipeline carries a LoRA already; take it out first, with pipeline.unload_lora_weights()")
     if any(hasattr(module, "_hf_hook") for network in networks.values() for module in network.modules()):
         raise UserError("the pipeline's networks are offloaded already; apply the experts first, then offload")
     return {base: networks[base] for base in config.bases()}

@@ -76,6 +76,10 @@ class EvaluateConfig(StageConfig):
     def build(self) -> "EvaluateStage":
         return EvaluateStage(self)
 
+    def look_ahead(self) -> None:
+        if isinstance(self.prompts, str):
+            read_prompts(self.prompts)
+
     def check(self, recipe: "Recipe") -> Iterable[Finding]:
         names = [candidate.name for candidate in self.candidates]
         if len(set(names)) != len(names):

@@ -47,6 +47,10 @@ class SampleStageConfig(StageConfig):
     def build(self) -> "SampleStage":
         return SampleStage(self)
 
+    def look_ahead(self) -> None:
+        if isinstance(self.prompts, str):
+            read_prompts(self.prompts)
+
     def check(self, recipe: "Recipe") -> "Iterable[Finding]":
         if recipe.sample is None:
             yield "", "there is no sample list to sample with; add sample: {steps: 4}"

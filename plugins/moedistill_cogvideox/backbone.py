@@ -135,6 +135,8 @@ class CogVideoXBackbone(DiffusersBackbone):
     def predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         grid = self.token_grid(x.shape)
         if self.from_images:
+            if "image_latents" not in cond:
+                raise ValueError("this network makes videos from images; store image_latents with the samples")
             x = torch.cat([x, cond["image_latents"]], 1)
         prediction: Tensor = network(
             hidden_states=x.transpose(1, 2),

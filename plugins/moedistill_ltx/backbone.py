@@ -55,6 +55,7 @@ class LTXBackbone(DiffusersBackbone):
 
     def unembed(self, network: Any, hidden: Tensor, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         _, timestep = self.to_native(x, sigma)
+        hidden = hidden.to(network.dtype)
         _, embedding = network.time_embed(timestep, batch_size=len(x), hidden_dtype=hidden.dtype)
         shift, scale = (network.scale_shift_table + embedding[:, None]).unsqueeze(2).unbind(1)  # each [B, 1, hidden]
         return _unpack(network.proj_out(network.norm_out(hidden) * (1 + scale) + shift), x.shape)

@@ -177,7 +177,10 @@ class WanConfig(DiffusersBackboneConfig):
         file = folder / "model_index.json"
         if not file.is_file():
             return  # the transformer alone
-        own = read_json(file).get("boundary_ratio")
+        index = read_json(file)
+        if index.get("expand_timesteps"):
+            raise ValueError(f"{self.pretrained} has another VAE and a time for each token (Wan 2.2 5B): not supported")
+        own = index.get("boundary_ratio")
         if own != self.boundary_ratio:
             wanted = "null: it is one network" if own is None else str(own)
             raise ValueError(
