@@ -74,9 +74,9 @@ def save_tree(folder: Path, name: str, tree: Any) -> None:
     packed = _pack(tree, tensors, "")
     if tensors:
         save_tensors(folder / f"{name}.safetensors", tensors)
-        _sync(folder / f"{name}.safetensors")
+        sync(folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(packed, indent=1))
-    _sync(folder / f"{name}.json")
+    sync(folder / f"{name}.json")
 
 
 def load_tree(folder: Path, name: str) -> Any:
@@ -100,11 +100,11 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file by one with this content, all at once."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     temporary.write_text(text)
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -131,9 +131,9 @@ class Checkpoints:
         temporary.mkdir()
         for tree_name, tree in trees.items():
             save_tree(temporary, tree_name, tree)
-        _sync(temporary)
+        sync(temporary)
         temporary.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         for old in self.all()[: -self._keep]:
             self._remove(old)
         return final

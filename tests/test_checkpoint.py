@@ -98,7 +98,7 @@ def crash_at(monkeypatch, number):
         return call
 
     for owner, name in [
-        (checkpoint, "save_file"), (checkpoint, "_sync"), (shutil, "rmtree"),
+        (checkpoint, "save_file"), (checkpoint, "sync"), (shutil, "rmtree"),
         (Path, "mkdir"), (Path, "write_text"), (Path, "rename"), (Path, "replace"),
     ]:  # fmt: skip
         monkeypatch.setattr(owner, name, breaking(getattr(owner, name)))

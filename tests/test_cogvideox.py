@@ -256,7 +256,7 @@ def test_decoding(model):
     video = backbone.decode(latents)
     assert video.shape == (1, 3, 9, 64, 32)
     assert torch.equal(backbone.decode(latents), video)
-    vae = backbone._vae()
+    vae = backbone.load_vae()
     vae.disable_tiling()
     kept = latents[:, :, 1:] if model == "1.5-5b" else latents
     with torch.no_grad():

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moedistill import conditioning
-from moedistill.checkpoint import _sync, save_tensors, write_text
+from moedistill.checkpoint import save_tensors, sync, write_text
 from moedistill.data.base import Dataset, DatasetConfig, Sample
 from moedistill.errors import shorten
 from moedistill.fields import NonEmptyStr
@@ -370,7 +370,7 @@ def write_latents(
     if negative is not None:
         name = "negative.safetensors"
         _write_safetensors(folder / name, negative)
-    _sync(folder)
+    sync(folder)
     index = {"format": FORMAT, "version": VERSION, "samples": entries, "negative": name}
     write_text(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False))
 
@@ -378,7 +378,7 @@ def write_latents(
 def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     # Clones: what is a view of something larger, or of the same tensor as another, cannot be saved.
     save_tensors(file, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
-    _sync(file)
+    sync(file)
 
 
 # -- datasets ---------------------------------------------------------------------------------------------------------

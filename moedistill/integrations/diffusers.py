@@ -418,7 +418,7 @@ class DiffusersBackbone(Backbone):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """One by one, by the VAE, which is loaded for it and freed again."""
-        vae: Any = self._vae().to(self.device)
+        vae: Any = self.load_vae().to(self.device)
         dtype = next(vae.parameters()).dtype
         own = [self.denormalise(one[None].float()).to(dtype) for one in latents]
         videos = [vae.decode(one, **self.decoder_arguments(), return_dict=False)[0] for one in own]
@@ -514,15 +514,22 @@ class DiffusersBackbone(Backbone):
         if self.config.pretrained is None:
             networks = dict.fromkeys(_transformers(cls)) | self._networks
             pipeline = cls(
-                **networks, **without, vae=self._vae(), scheduler=self.config.scheduler(),
+                **networks, **without, vae=self.load_vae(), scheduler=self.config.scheduler(),
                 **self.config.pipeline_options(),
             )  # fmt: skip
         else:
             what = f"pretrained {self.config.pretrained}: cannot make its pipeline"
-            pipeline = _from_pretrained(cls, self.config.locate(), what, **self._networks, **without, vae=self._vae())
+            pipeline = _from_pretrained(
+                cls, self.config.locate(), what, **self._networks, **without, vae=self.load_vae()
+            )
         return pipeline.to(self.device)
 
-    def _vae(self) -> nn.Module:
+    def load_vae(self) -> nn.Module:
+        """The VAE, frozen, on the CPU; loaded anew at each call.
+
+        Raises:
+            ValueError: the model's folder has none.
+        """
         dtype = self.config.vae_dtype or self._dtype
         if self.config.pretrained is None:
             with torch.random.fork_rng(devices=[]):

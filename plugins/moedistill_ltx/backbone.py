@@ -94,7 +94,7 @@ class LTXBackbone(DiffusersBackbone):
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `[C, 1, 1, 1]`: weights of the VAE here, which its config says nothing of."""
-        vae: Any = self._vae()
+        vae: Any = self.load_vae()
         mean, std = (moment.float().view(-1, 1, 1, 1) for moment in (vae.latents_mean, vae.latents_std))
         return mean, std / vae.config.scaling_factor
 
