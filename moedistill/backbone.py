@@ -5,7 +5,7 @@ Everything a backbone gives and takes is in flow coordinates (see `moedistill.fl
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -99,6 +99,10 @@ class BackboneConfig(Config, ABC):
     def tiny(self) -> "BackboneConfig":
         """The same architecture as a random miniature, for smoke runs on a CPU."""
         return self
+
+    def check(self) -> Iterable[tuple[str, str]]:
+        """What in the keys does not go together and can be seen without weights: the key, and the message."""
+        return ()
 
     def native_sigmas(self) -> "Tensor | None":
         """The model's own sigma table, ascending float32, entry k for native time k; None if it has none."""

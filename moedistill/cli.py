@@ -243,7 +243,9 @@ class _Sigmas(click.ParamType):
 @click.option("--width", type=click.IntRange(min=1), metavar="N", help="In pixels; the recipe's if not given.")
 @click.option("--frames", type=click.IntRange(min=1), metavar="N", help="How many; the recipe's if not given.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Frames per second of the files.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder; RUN/samples if not given.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder; a new one, RUN/samples, if not given."
+)
 @click.option("--ema", is_flag=True, help="With the averaged weights, not the last ones.")
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to compute: cpu, cuda …")
 @plugin_option

@@ -308,7 +308,13 @@ class LoRAExpert(Expert):
                     f"expert {self.name}: the backbone has no group of linears {group!r}; "
                     f"it has {', '.join(backbone.lora_targets)}"
                 )
-            linears += self.shared.linears(backbone.lora_targets[group])
+            matching = self.shared.linears(backbone.lora_targets[group])
+            if not matching:
+                raise ValueError(
+                    f"expert {self.name}: the group {group!r} matches no linear of the network; its pattern is "
+                    f"{backbone.lora_targets[group]}, which must match a whole dotted path"
+                )
+            linears += matching
         return list(dict.fromkeys(linears))
 
     def _copied_paths(self, config: LoRAConfig, backbone: Backbone) -> list[str]:

@@ -387,6 +387,8 @@ class _Checks:
         backbone = self.recipe.backbone
         if failed(backbone):
             return
+        for key, message in backbone.check():
+            yield ("backbone", *key.split(".")), message, ""
         bases = list(backbone.bases())
         scale = backbone.guidance.scale
         if isinstance(scale, dict) and set(scale) != set(bases):

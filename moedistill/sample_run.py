@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
@@ -102,7 +103,7 @@ def sample_run(
         weights: the experts' `trained` weights or their `ema`.
         video: height, width and num_frames, those that shall differ from the backbone's own.
         fps: frames per second of the files; the backbone's own, if not given.
-        output: a folder; `samples` inside `source` if not given.
+        output: a folder; if not given, `samples` inside `source`, or `samples-2` and so on where that is there.
         keep: also give the videos, all of which must then have room in memory.
 
     Raises:
@@ -113,7 +114,7 @@ def sample_run(
     recipe, mixture = load_mixture(source, device=device, weights=weights, plugins=plugins)
     path = sampling_steps(recipe, mixture, steps, sigmas)
     asked = [prompt for prompt in prompts for _ in range(num)]
-    folder = Path(output) if output is not None else Path(source) / "samples"
+    folder = Path(output) if output is not None else _free(Path(source) / "samples")
     with cpu_threads(recipe.training.num_threads), user_errors("sample"):
         size = _video_size(mixture, {key: value for key, value in (video or {}).items() if value is not None})
         make_folder(folder)
@@ -122,6 +123,12 @@ def sample_run(
             seed=seed, video=size, weights=weights, fps=fps, made_from=str(source), keep=keep,
         )  # fmt: skip
     return SampleResult(folder, torch.stack(videos) if keep else None)
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or the first of its numbered neighbours that is not there yet."""
+    candidates = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(candidate for candidate in chain([folder], candidates) if not candidate.exists())
 
 
 def sampling_steps(
@@ -134,6 +141,8 @@ def sampling_steps(
     """
     if steps is not None and sigmas is not None:
         raise UserError("give --steps or --sigmas, not both")
+    if (steps is not None and steps < 1) or (sigmas is not None and not len(sigmas)):
+        raise UserError(f"steps {steps}, sigmas {sigmas}: there must be at least one step")
     name, config = "sample", recipe.sample
     if steps is not None:
         name, config = "--steps", SampleConfig(steps=steps)

@@ -257,6 +257,10 @@ def decode(subject: Subject) -> str:
     low, high = video.min().item(), video.max().item()
     assert 0 <= low <= high <= 1, f"pixels from {low:.3g} to {high:.3g}"
     assert high - low > 1e-4, f"all pixels are {low:.3g}"
+    size = subject.teacher.backbone.video
+    if size is not None:
+        found, wanted = list(video.shape[2:]), [size.num_frames, size.height, size.width]
+        assert found == wanted, f"latent_shape() decodes to (T, H, W) = {found}, but the video has {wanted}"
     return f"{list(video.shape)}, {low:.2f} to {high:.2f}"
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,14 +95,20 @@ def run(
     folder = _output_folder(recipe, output, checkpoint, smoke)
     accelerator.wait_for_everyone()  # nobody writes there before all have looked
     make_folder(folder)
-    with cpu_threads(recipe.training.num_threads):
-        return _Runner(recipe, folder, accelerator, plugins, smoke).run(checkpoint)
+    try:
+        with cpu_threads(recipe.training.num_threads):
+            return _Runner(recipe, folder, accelerator, plugins, smoke).run(checkpoint)
+    except UserError:
+        with suppress(OSError):  # a run that could not begin leaves nothing; what holds a file stays
+            folder.rmdir()
+        raise
 
 
-def _check_layout(recipe: Recipe, dataset: Dataset | None) -> None:
-    """ValueError where latents of a shape do not fit the model; the data's files are not read for it."""
+def _check_layout(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:
+    """ValueError where latents of a shape, or the first sample's text, do not fit the model."""
+    backbone = mixture.student.backbone
     layout = recipe.backbone.layout()
-    if dataset is None or layout is None:
+    if dataset is None or layout is None or not len(dataset):
         return
     for shape, index in {dataset.shape(index): index for index in reversed(range(len(dataset)))}.items():
         channels, *size = shape
@@ -112,6 +118,12 @@ def _check_layout(recipe: Recipe, dataset: Dataset | None) -> None:
             raise ValueError(
                 f"sample {index} has latents {list(shape)}: (T, H, W) must be multiples of {layout.multiple}"
             )
+    _, text = backbone.prepare(*collate([dataset[0]]))
+    for name, wanted in layout.conditioning.items():
+        found = tuple(text[name].shape[1:])
+        if len(found) != len(wanted) or any(w not in (None, f) for w, f in zip(wanted, found, strict=True)):
+            expected = ["any" if size is None else size for size in wanted]
+            raise ValueError(f"sample 0 has {name} {list(found)}; the model takes {expected}")
 
 
 def _prepare_null(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:
@@ -139,7 +151,7 @@ class _Runner:
         mixture = Mixture.build(recipe, accelerator.device)
         with user_errors("data"):
             dataset = recipe.data.build(mixture.student.backbone) if recipe.data else None
-            _check_layout(recipe, dataset)
+            _check_layout(recipe, mixture, dataset)
         with user_errors("backbone.guidance"):
             _prepare_null(recipe, mixture, dataset)
         for stage in recipe.stages:

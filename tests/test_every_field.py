@@ -1087,7 +1087,7 @@ def test_samples(tmp_path, error_of):
     stage = {"name": "samples", "kind": "sample", "prompts": ["3 right"], "num": 1}
     changes = {"two": {"num": 2}, "seed": {"seed": 1}, "file": {"prompts": str(tmp_path / "prompts.txt")}}
     changes |= {"usual": {}, "ema": {"weights": "ema"}}
-    stages = [distil(optimizer={"lr": 0.02}, ema_decay=0.5)]
+    stages = [distil(optimizer={"lr": 0.2}, ema_decay=0.9)]
     stages += [{**stage, "name": name, **change} for name, change in changes.items()]
     run(tiny_recipe(stages), output=tmp_path / "run", device="cpu")
 
@@ -1103,7 +1103,9 @@ def test_samples(tmp_path, error_of):
     assert prompts.pop("file") == ["3 right", "7 up"]
     assert set(map(tuple, prompts.values())) == {("3 right",)}
     usual = made("usual")
-    assert max((made(name) - usual).abs().mean() for name in ("two", "file")) < 0.1
+    # Equal but for the last bits, which compression may make a grey level of.
+    equal = max((made(name) - usual).abs().mean() for name in ("two", "file"))
     others = [made("two", "001.mp4"), made("seed"), made("ema")]
-    assert min((other - usual).abs().mean() for other in others) > 0.5
+    different = min((other - usual).abs().mean() for other in others)
+    assert equal < 1 < 2 < different
     assert "ema: no stage keeps an average" in error_of(distil(), {**stage, "weights": "ema"})

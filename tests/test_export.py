@@ -111,7 +111,7 @@ def test_provenance(finished):
 
 def test_averaged_weights(finished):
     assert index_of(finished, "average")["provenance"]["weights"] == "ema"
-    _, original = load_mixture(finished.output)
+    _, original = load_mixture(finished.output, weights="ema")
     _, average = load_mixture(finished.output / "average")
     trained = velocity_of(original.student, "detail", digits_inputs())
     with original.running("detail", "ema"):

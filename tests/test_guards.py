@@ -149,3 +149,58 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     index.write_text(index.read_text().replace('"expand_timesteps": false', '"expand_timesteps": true'))
     with pytest.raises(ValueError, match="not supported"):
         WanConfig(pretrained=str(model)).build()
+
+
+def test_a_folder_of_another_model_is_one_line(tmp_path):
+    model = save_pipeline(tmp_path / "model", "hunyuan_video")
+    with pytest.raises(
+        ValueError, match="transformer is a HunyuanVideoTransformer3DModel, not a WanTransformer3DModel"
+    ):
+        WanConfig(pretrained=str(model)).build()
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", model / "transformer"):
+        with pytest.raises(ValueError, match=r"there is no .*config\.json; give the folder of the whole model"):
+            WanConfig(pretrained=str(folder)).build()
+
+
+def test_sizes_are_checked_without_weights():
+    for setting, message in (("num_frames=100", r"97\s+or\s+101"), ("height=500", r"496\s+or 512")):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe("dcm_hunyuan", [f"backbone.video.{setting}"])
+    with pytest.raises(RecipeError, match=r"1\s+more\s+than\s+a\s+multiple\s+of\s+8"):
+        load_recipe("dcm_cogvideox_2b", ["backbone.video.num_frames=53"])
+
+
+def test_text_of_another_width_stops_a_run_that_leaves_no_folder(tmp_path):
+    backbone = smoke("dcm_wan_1_3b").backbone.tiny().build()
+    samples = [Sample(torch.randn(backbone.latent_shape()), {"prompt_embeds": torch.randn(12, 4096)}) for _ in range(2)]
+    write_latents(tmp_path / "data", samples)
+    with pytest.raises(UserError, match=r"sample 0 has prompt_embeds \[12, 4096\]; the model takes \['any', 24\]"):
+        run(smoke("dcm_wan_1_3b", f"data.path={tmp_path / 'data'}"), output=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_targets_that_match_nothing_are_named():
+    backbone = smoke("dcm_wan_1_3b").backbone.tiny().build()
+    backbone.lora_targets = {"attention": "to_q"}
+    with pytest.raises(UserError, match="'attention' matches no linear of the network; its pattern is to_q"):
+        Mixture.build(smoke("dcm_wan_1_3b"), backbone=backbone)
+
+
+def test_samples_never_replace_others(tmp_path):
+    recipe = smoke("dcm_digits").resolved()
+    recipe["stages"] = [
+        dict(recipe["stages"][0], steps=1),
+        {"name": "samples", "kind": "sample", "prompts": ["3 up"] * 2},
+    ]
+    recipe["backbone"] = {"kind": "digits", "pretrained": None, "width": 16, "num_layers": 2, "num_heads": 2}
+    recipe["data"]["styles_per_digit"] = 1
+    done = run(recipe, output=tmp_path / "run", device="cpu").output
+    first = (done / "samples/000.mp4").read_bytes()
+    assert sample_run(done, prompts=["4 up"]).output == done / "samples-2"
+    assert (done / "samples/000.mp4").read_bytes() == first
+    sample_run(done, prompts=["4 up"], output=done / "samples")
+    assert [file.name for file in sorted((done / "samples").glob("*.mp4"))] == ["000.mp4"]
+    for options in ({"steps": 0}, {"sigmas": []}):
+        with pytest.raises(UserError, match="at least one step"):
+            sample_run(done, prompts=["4 up"], **options)

@@ -14,7 +14,7 @@ import math
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -145,6 +145,36 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
         file = found / self.bases()[0] / "config.json" if found else None
         return read_json(file) if file is not None and file.is_file() else self.real_network()
 
+    def check(self) -> Iterable[tuple[str, str]]:
+        try:
+            self.latent_shape()
+        except ValueError as error:
+            yield "video", str(error)
+
+    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
+        """See `Backbone.latent_shape`: frames are one and a multiple of the temporal compression."""
+        video = video or self.video
+        channels, patch = self.architecture()["out_channels"], self.patch_size()
+        frames, rest = divmod(video.num_frames - 1, self.temporal_compression)
+        if rest:
+            lower = frames * self.temporal_compression + 1
+            raise ValueError(
+                f"num_frames {video.num_frames} must be 1 more than a multiple of {self.temporal_compression}: "
+                f"{lower} or {lower + self.temporal_compression}"
+            )
+        if (frames + 1) % patch[0]:
+            raise ValueError(
+                f"num_frames {video.num_frames} makes {frames + 1} latent frames, which must be a multiple of "
+                f"{patch[0]}: use {video.num_frames + self.temporal_compression}"
+            )
+        for name, value, step in (("height", video.height, patch[1]), ("width", video.width, patch[2])):
+            if value % (multiple := step * self.spatial_compression):
+                lower = value // multiple * multiple
+                near = f"{lower} or {lower + multiple}" if lower else f"{multiple}"
+                raise ValueError(f"{name} {value} must be a multiple of {multiple}: {near}")
+        height, width = video.height // self.spatial_compression, video.width // self.spatial_compression
+        return channels, frames + 1, height, width
+
     def layout(self) -> SampleLayout:
         """See `BackboneConfig.layout`: any length of text fits."""
         shapes: dict[str, tuple[int | None, ...]] = {
@@ -202,6 +232,11 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
 
     def _load(self, base: str) -> nn.Module:
         folder = self.locate()
+        wanted, file = self.network_class().__name__, folder / base / "config.json"
+        if not file.is_file():
+            raise ValueError(f"pretrained {self.pretrained}: there is no {file}; give the folder of the whole model")
+        if (found := read_json(file).get("_class_name", wanted)) != wanted:
+            raise ValueError(f"pretrained {self.pretrained}: {base} is a {found}, not a {wanted}; it is another model")
         self.check_folder(folder)
         what = f"pretrained {self.pretrained}: cannot load its {base}"
         network: nn.Module = _from_pretrained(
@@ -337,7 +372,7 @@ class DiffusersBackbone(Backbone):
         except KeyError:
             unpacked = dict(cond)
         missing = [name for name in wanted if name not in unpacked]
-        if missing:
+        if cond and missing:
             raise ValueError(f"stored text has {', '.join(cond)}, but no {' and no '.join(missing)}; encode it again")
         return unpacked
 
@@ -386,27 +421,7 @@ class DiffusersBackbone(Backbone):
         return next(known, f"sample {number}")
 
     def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
-        """See `Backbone.latent_shape`: frames are one and a multiple of the temporal compression."""
-        config, video = self.config, video or self.config.video
-        channels, patch = config.architecture()["out_channels"], config.patch_size()
-        frames, rest = divmod(video.num_frames - 1, config.temporal_compression)
-        if rest:
-            lower = frames * config.temporal_compression + 1
-            raise ValueError(
-                f"num_frames {video.num_frames} must be 1 more than a multiple of {config.temporal_compression}: "
-                f"{lower} or {lower + config.temporal_compression}"
-            )
-        if (frames + 1) % patch[0]:
-            raise ValueError(
-                f"num_frames {video.num_frames} makes {frames + 1} latent frames, which must be a multiple of "
-                f"{patch[0]}: use {video.num_frames + config.temporal_compression}"
-            )
-        for name, value, step in (("height", video.height, patch[1]), ("width", video.width, patch[2])):
-            if value % (multiple := step * config.spatial_compression):
-                near = max(1, round(value / multiple)) * multiple
-                raise ValueError(f"{name} {value} must be a multiple of {multiple}: {near}")
-        height, width = video.height // config.spatial_compression, video.width // config.spatial_compression
-        return channels, frames + 1, height, width
+        return self.config.latent_shape(video)
 
     def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
         patch = self.config.patch_size()
@@ -721,7 +736,7 @@ def apply(
     `pipeline.enable_model_cpu_offload()`, comes afterwards. To save the pipeline, `undo` first.
 
     Args:
-        pipeline: of the class, and with the weights, that the experts were distilled from.
+        pipeline: of the class that the experts were distilled from, with the same weights, which is not checked.
         source: a run's folder, a checkpoint, or an export's folder.
         steps, sigmas: instead of the recipe's own sampling steps.
         weights: the experts' `trained` weights or their `ema`.

@@ -83,6 +83,16 @@ class SampleStage(Stage):
         job.say(f"  {folder}")
 
 
+def _remove_earlier(folder: Path) -> None:
+    """The videos that an earlier `samples.json` names: more than are written now would lie beside them."""
+    try:
+        files = json.loads((folder / "samples.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for file in files:
+        (folder / Path(file).name).unlink(missing_ok=True)
+
+
 def write_samples(
     folder: Path,
     recipe: "Recipe",
@@ -103,6 +113,7 @@ def write_samples(
     backbone = mixture.student.backbone
     fps = fps or backbone.fps
     files = [f"{k:03d}.mp4" for k in range(len(prompts))]
+    _remove_earlier(folder)
     videos: list[Tensor] = []
     generated = backbone.generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights)
     for file, one in zip(files, generated, strict=True):

@@ -193,17 +193,6 @@ class CogVideoXBackbone(DiffusersBackbone):
         left_over = latents.shape[2] % self.config.patch_size()[0]
         return torch.cat([latents[:, :, :left_over], latents], 2)
 
-    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
-        """See `Backbone.latent_shape`: frames are one and a multiple of 8; in 1.5 with one latent frame of padding."""
-        video = video or self.config.video
-        lower = (video.num_frames - 1) // 8 * 8 + 1
-        if lower != video.num_frames:  # the VAE decodes latent frames in pairs, and makes more of an even number
-            raise ValueError(
-                f"num_frames {video.num_frames} must be 1 more than a multiple of 8: {lower} or {lower + 8}"
-            )
-        padding = self.config.temporal_compression * (self.config.patch_size()[0] - 1)
-        return super().latent_shape(VideoSize(**{**vars(video), "num_frames": video.num_frames + padding}))
-
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents[:, :, self.config.patch_size()[0] - 1 :])
 
@@ -329,6 +318,18 @@ class CogVideoXConfig(DiffusersBackboneConfig):
         """See `BackboneConfig.layout`: any number of frames fits, because `prepare` pads it, but text of one length."""
         usual = super().layout()
         return SampleLayout(usual.channels, (1, *usual.multiple[1:]), self.text_shapes())
+
+    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
+        """See `Backbone.latent_shape`: frames are one and a multiple of 8; in 1.5 with one latent frame of padding."""
+        video = video or self.video
+        assert video is not None  # set when the config was made
+        lower = (video.num_frames - 1) // 8 * 8 + 1
+        if lower != video.num_frames:  # the VAE decodes latent frames in pairs, and makes more of an even number
+            raise ValueError(
+                f"num_frames {video.num_frames} must be 1 more than a multiple of 8: {lower} or {lower + 8}"
+            )
+        padding = self.temporal_compression * (self.patch_size()[0] - 1)
+        return super().latent_shape(VideoSize(**{**vars(video), "num_frames": video.num_frames + padding}))
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         architecture = self.architecture()
