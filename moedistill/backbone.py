@@ -84,6 +84,15 @@ class SampleLayout:
     multiple: tuple[int, int, int]
     conditioning: Mapping[str, tuple[int | None, ...]]
 
+    def fits(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a conditioning tensor of `shape`, without its batch dimension, is what the model takes."""
+        wanted = self.conditioning[name]
+        return len(shape) == len(wanted) and all(w in (None, s) for w, s in zip(wanted, shape, strict=True))
+
+    def pattern(self, name: str) -> str:
+        """The shape of a conditioning tensor for people: `[any, 4096]`."""
+        return f"[{', '.join('any' if size is None else str(size) for size in self.conditioning[name])}]"
+
 
 @dataclass(kw_only=True)
 class BackboneConfig(Config, ABC):

@@ -111,19 +111,20 @@ def _check_layout(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> 
     if dataset is None or layout is None or not len(dataset):
         return
     for shape, index in {dataset.shape(index): index for index in reversed(range(len(dataset)))}.items():
-        channels, *size = shape
+        channels, _, *size = shape  # a stage may take some of the frames only
         if channels != layout.channels:
             raise ValueError(f"sample {index} has latents {list(shape)}; the model's have {layout.channels} channels")
-        if any(length % multiple for length, multiple in zip(size, layout.multiple, strict=True)):
+        if any(length % multiple for length, multiple in zip(size, layout.multiple[1:], strict=True)):
             raise ValueError(
                 f"sample {index} has latents {list(shape)}: (T, H, W) must be multiples of {layout.multiple}"
             )
     _, text = backbone.prepare(*collate([dataset[0]]))
-    for name, wanted in layout.conditioning.items():
-        found = tuple(text[name].shape[1:])
-        if len(found) != len(wanted) or any(w not in (None, f) for w, f in zip(wanted, found, strict=True)):
-            expected = ["any" if size is None else size for size in wanted]
-            raise ValueError(f"sample 0 has {name} {list(found)}; the model takes {expected}")
+    for name in layout.conditioning:
+        if name not in text:
+            raise ValueError(f"sample 0 has no {name}, which the model takes; encode its text and store it")
+        found = text[name].shape[1:]
+        if not layout.fits(name, found):
+            raise ValueError(f"sample 0 has {name} {list(found)}; the model takes {layout.pattern(name)}")
 
 
 def _prepare_null(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:

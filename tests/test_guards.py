@@ -1,17 +1,19 @@
 """Mistakes around the large models that would otherwise cost hours: found before training, or said in one line."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pipelines import PROMPT, VIDEO, pipeline_recipe, save_pipeline
 
-from moedistill.backbone import Guidance
-from moedistill.data.base import Sample
+from moedistill.backbone import Guidance, SampleLayout
+from moedistill.data.base import Dataset, Sample
 from moedistill.data.latents import write_latents
 from moedistill.errors import RecipeError, UserError
 from moedistill.mixture import Mixture
 from moedistill.recipe import load_recipe
 from moedistill.sample_run import sample_run
-from moedistill.train import run
+from moedistill.train import _check_layout, run
 from moedistill_ltx.backbone import LTXConfig
 from moedistill_wan.backbone import WanConfig
 
@@ -175,7 +177,7 @@ def test_text_of_another_width_stops_a_run_that_leaves_no_folder(tmp_path):
     backbone = smoke("dcm_wan_1_3b").backbone.tiny().build()
     samples = [Sample(torch.randn(backbone.latent_shape()), {"prompt_embeds": torch.randn(12, 4096)}) for _ in range(2)]
     write_latents(tmp_path / "data", samples)
-    with pytest.raises(UserError, match=r"sample 0 has prompt_embeds \[12, 4096\]; the model takes \['any', 24\]"):
+    with pytest.raises(UserError, match=r"sample 0 has prompt_embeds \[12, 4096\]; the model takes \[any, 24\]"):
         run(smoke("dcm_wan_1_3b", f"data.path={tmp_path / 'data'}"), output=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
@@ -204,3 +206,27 @@ def test_samples_never_replace_others(tmp_path):
     for options in ({"steps": 0}, {"sigmas": []}):
         with pytest.raises(UserError, match="at least one step"):
             sample_run(done, prompts=["4 up"], **options)
+
+
+def test_a_backbone_of_any_kind_misses_the_text_that_its_layout_names():
+    sample = Sample(torch.zeros(16, 4, 4, 6), {"label": torch.zeros(3)})
+    backbone = SimpleNamespace(prepare=lambda latents, cond: (latents, cond))
+    layout = SampleLayout(16, (2, 2, 2), {"words": (None, 3)})
+    recipe = SimpleNamespace(backbone=SimpleNamespace(layout=lambda: layout))
+    mixture = SimpleNamespace(student=SimpleNamespace(backbone=backbone))
+
+    class One(Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return sample
+
+    with pytest.raises(ValueError, match="sample 0 has no words, which the model takes"):
+        _check_layout(recipe, mixture, One())
+    sample.conditioning["words"] = torch.zeros(5, 3)
+    sample.latents = torch.zeros(16, 5, 4, 6)  # an odd frame, which a stage may cut off
+    _check_layout(recipe, mixture, One())
+    sample.latents = torch.zeros(16, 4, 5, 6)
+    with pytest.raises(ValueError, match="must be multiples"):
+        _check_layout(recipe, mixture, One())

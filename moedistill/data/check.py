@@ -265,10 +265,10 @@ def _layout_problems(
         yield Problem(f"{len(odd)} latents do not fit {kind}: {rule}", odd)
     texts = [*(sample for sample in seen if sample.conditioning), *([negative] if negative else [])]
     unfit = [
-        f"{text.file}: {name} {list(have)}, not {_pattern(need)}"
+        f"{text.file}: {name} {list(have)}, not {layout.pattern(name)}"
         for text in texts
-        for name, need in layout.conditioning.items()
-        if (have := text.conditioning.get(name)) is not None and not _fits(have, need)
+        for name in layout.conditioning
+        if (have := text.conditioning.get(name)) is not None and not layout.fits(name, have)
     ]
     if unfit:
         yield Problem(f"{len(unfit)} conditioning tensors have not the shape that {kind} takes", unfit)
@@ -278,14 +278,6 @@ def _layout_problems(
         ]
         if lacking:
             yield Problem(f"{len(lacking)} conditioning tensors that {kind} takes are not stored", lacking)
-
-
-def _fits(have: Shape, need: Sequence[int | None]) -> bool:
-    return len(have) == len(need) and all(n is None or n == h for h, n in zip(have, need, strict=True))
-
-
-def _pattern(need: Sequence[int | None]) -> str:
-    return f"[{', '.join('any' if size is None else str(size) for size in need)}]"
 
 
 def _latent_frames(recipe: "Recipe") -> list[int | None]:
