@@ -8,13 +8,13 @@ the generative model sees), `classifier` and `reference` (real videos for the Fr
 """
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MinLen
 from torch import Tensor
 
 from moedistill.backbone import Backbone
@@ -22,6 +22,9 @@ from moedistill.data.base import Dataset, DatasetConfig, Sample
 from moedistill_digits.codec import Codec
 
 Split = Literal["train", "classifier", "reference"]
+
+Condition = Literal["full", "digit", "direction", "none"]
+"""What a sample's conditioning tells of its video; the rest is null."""
 
 DIGITS = 10
 DIRECTIONS = ("right", "left", "down", "up")
@@ -128,25 +131,33 @@ def render(styles: Tensor, direction: int, start: int) -> Tensor:
 class DigitsDataset(Dataset):
     """All videos of the training styles as latents: every style in every direction from every start.
 
-    Samples are ordered by digit, direction, style, start. Latents are encoded once, on first use, and kept in memory
-    (29 MB for all 4,800).
+    Samples are ordered by condition, digit, direction, style, start. Latents are encoded once, on first use, and kept
+    in memory (29 MB for all 4,800).
     """
 
-    def __init__(self, styles_per_digit: int = TRAIN_STYLES_PER_DIGIT) -> None:
+    def __init__(
+        self, styles_per_digit: int = TRAIN_STYLES_PER_DIGIT, conditions: Sequence[Condition] = ("full",)
+    ) -> None:
         if not 1 <= styles_per_digit <= TRAIN_STYLES_PER_DIGIT:
             raise ValueError(f"styles_per_digit {styles_per_digit} is not in 1..{TRAIN_STYLES_PER_DIGIT}")
         self.styles_per_digit = styles_per_digit
+        self.conditions = tuple(conditions)
         self.class_size = styles_per_digit * STARTS
 
     def __len__(self) -> int:
-        return DIGITS * len(DIRECTIONS) * self.class_size
+        return len(self.conditions) * DIGITS * len(DIRECTIONS) * self.class_size
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is not in 0..{len(self) - 1}")
         group, member = divmod(index, self.class_size)
-        digit, direction = divmod(group, len(DIRECTIONS))
-        conditioning = {"digit": torch.tensor(digit), "direction": torch.tensor(direction)}
+        rest, direction = divmod(group, len(DIRECTIONS))
+        which, digit = divmod(rest, DIGITS)
+        condition = self.conditions[which]
+        conditioning = {
+            "digit": torch.tensor(digit if condition in ("full", "digit") else NULL_DIGIT),
+            "direction": torch.tensor(direction if condition in ("full", "direction") else NULL_DIRECTION),
+        }
         return Sample(self.latents[digit, direction, member], conditioning)
 
     def shape(self, index: int) -> tuple[int, ...]:
@@ -205,12 +216,19 @@ class DigitsConfig(DatasetConfig):
 
     Args:
         styles_per_digit: how many of the 40 handwritten training styles of each digit are used.
+        conditions: what the network is told of a video: `full`, its digit and direction; only its `digit`; only its
+            `direction`; or `none` of both. Every video is there once with each of these.
     """
 
     styles_per_digit: Annotated[int, Ge(1), Le(TRAIN_STYLES_PER_DIGIT)] = TRAIN_STYLES_PER_DIGIT
+    conditions: Annotated[list[Condition], MinLen(1)] = field(default_factory=lambda: ["full"])
+
+    def __post_init__(self) -> None:
+        if len(set(self.conditions)) != len(self.conditions):
+            raise ValueError(f"conditions {', '.join(self.conditions)}: name each once")
 
     def build(self, backbone: Backbone) -> DigitsDataset:
-        return DigitsDataset(self.styles_per_digit)
+        return DigitsDataset(self.styles_per_digit, self.conditions)
 
     def tiny(self) -> "DigitsConfig":
         return dataclasses.replace(self, styles_per_digit=min(2, self.styles_per_digit))

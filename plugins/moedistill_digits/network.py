@@ -116,6 +116,26 @@ class Block(nn.Module):
         return torch.addcmul(hidden, gate_mlp, self.mlp(modulate(hidden, shift_mlp, scale_mlp)))
 
 
+class Overview(nn.Module):
+    """A perceptron that reads the whole latent at once, and steers every block through the embedding it is added to.
+
+    At high noise the layout hides in sums over all tokens, each weighted by its place. Attention over 64 noisy tokens
+    learns those slowly; for a linear layer over the latent they are the natural thing.
+    """
+
+    def __init__(self, size: int, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.read = nn.Linear(size, hidden_width)
+        self.condition = nn.Linear(width, hidden_width)
+        self.combine = nn.Linear(hidden_width, hidden_width)
+        self.steer = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """What to add to the embedding `temb` `[B, width]`, of a latent `x` of unit variance `[B, 12, 8, 4, 4]`."""
+        hidden = F.silu(self.read(x.flatten(1)) + self.condition(temb))
+        return self.steer(F.silu(self.combine(hidden)))
+
+
 class NormOut(nn.Module):
     """The final layer norm, scaled and shifted by the time and condition embedding."""
 
@@ -136,12 +156,15 @@ class DigitsTransformer(nn.Module):
         num_layers: number of blocks.
         num_heads: attention heads; must divide `width`.
         mlp_ratio: width of the perceptrons' hidden layer over `width`.
+        overview_ratio: the same of the perceptron that reads the whole latent.
     """
 
     grid = (Codec.latent_shape[1] // TIME_PATCH, *Codec.latent_shape[2:])
     """Tokens in time, height and width."""
 
-    def __init__(self, width: int = 64, num_layers: int = 4, num_heads: int = 4, mlp_ratio: int = 4) -> None:
+    def __init__(
+        self, width: int = 64, num_layers: int = 4, num_heads: int = 4, mlp_ratio: int = 4, overview_ratio: int = 3
+    ) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
@@ -149,6 +172,7 @@ class DigitsTransformer(nn.Module):
         self.time_embed = TimeEmbedding(width)
         self.condition_embed = ConditionEmbedding(width)
         self.patch_embed = nn.Linear(channels, width)
+        self.overview = Overview(math.prod(Codec.latent_shape), width, overview_ratio * width)
         self.positions = nn.Parameter(torch.empty(math.prod(self.grid), width))
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(num_layers))
         self.norm_out = NormOut(width)
@@ -196,10 +220,12 @@ class DigitsTransformer(nn.Module):
         """Velocity `[B, 12, 8, 4, 4]` at x of that shape, sigma `[B]` in [0, 1], digit and direction `[B]`."""
         temb = self.embed(sigma, digit, direction)
         _, scale = preconditioning(sigma)
-        hidden = self.patch_embed(patchify(scale * x).to(temb.dtype)) + self.positions
+        scaled = (scale * x).to(temb.dtype)
+        steer = temb + self.overview(scaled, temb)
+        hidden = self.patch_embed(patchify(scaled)) + self.positions
         for block in self.blocks:
             if self._checkpoint is not None and torch.is_grad_enabled():
-                hidden = self._checkpoint(block, hidden, temb)
+                hidden = self._checkpoint(block, hidden, steer)
             else:
-                hidden = block(hidden, temb)
+                hidden = block(hidden, steer)
         return self.unembed(hidden, temb, x, sigma)
