@@ -1,19 +1,25 @@
 # Every target is self-sufficient on a fresh machine: it makes the environment in .venv first, if need be.
 #   make demo PYTHON=python3.12      another interpreter for the environment
+#   make evidence JOBS=2             runs at a time, one core each
 
 PYTHON ?= python3
+JOBS ?= 1
 BIN := .venv/bin
 # Touched after a complete installation only, so that an interrupted one, or a .venv made by hand, is completed.
 STAMP := .venv/.installed
+EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py --jobs $(JOBS)
 # One thread in each of two processes; a file's tests share what they build, so they stay together.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help env demo smoke teacher test torture coverage lint format
+.PHONY: help env demo smoke teacher evidence evidence-quick ablations ablations-quick test torture coverage lint format
 
 help:
 	@echo "make demo      environment, then distil the digits teacher into two experts"
 	@echo "make smoke     the same code path with tiny numbers, in seconds"
-	@echo "make teacher   train the digits teacher"
+	@echo "make teacher   train the digits teacher: about an hour of one core"
+	@echo "make evidence  DCM against its baselines, with tuned rates and three seeds: hours; goes on where it was"
+	@echo "make ablations DCM with one thing changed, at the rate that make evidence has found"
+	@echo "               (evidence-quick and ablations-quick: a quarter of the steps, two seeds)"
 	@echo "make test      environment, then the tests"
 	@echo "make torture   repeated kills and resumes"
 	@echo "make coverage  the tests, with line coverage of the core"
@@ -35,6 +41,18 @@ smoke: $(STAMP)
 
 teacher: $(STAMP)
 	$(BIN)/moedistill run recipes/digits_teacher.yaml
+
+evidence: $(STAMP)
+	$(EVIDENCE)
+
+evidence-quick: $(STAMP)
+	$(EVIDENCE) --quick
+
+ablations: $(STAMP)
+	$(EVIDENCE) --ablations
+
+ablations-quick: $(STAMP)
+	$(EVIDENCE) --ablations --quick
 
 test: $(STAMP)
 	$(TESTS)

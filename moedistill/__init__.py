@@ -6,15 +6,17 @@ Names are imported on first use, so that `import moedistill.routers` brings torc
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moedistill.analysis import analyze
     from moedistill.integrations.diffusers import apply
     from moedistill.plugins import hookimpl
     from moedistill.recipe import load_recipe
     from moedistill.train import run
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "apply", "hookimpl", "load_recipe", "run"]
+__all__ = ["__version__", "analyze", "apply", "hookimpl", "load_recipe", "run"]
 
 _HOMES = {
+    "analyze": "moedistill.analysis",
     "apply": "moedistill.integrations.diffusers",
     "hookimpl": "moedistill.plugins",
     "load_recipe": "moedistill.recipe",

@@ -7,7 +7,7 @@ Everything a backbone gives and takes is in flow coordinates (see `moedistill.fl
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moedistill.fields import Config, PositiveFloat, PositiveInt
 
@@ -100,6 +100,8 @@ class BackboneConfig(Config, ABC):
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     guidance: Guidance = field(default_factory=Guidance)
+    has_pipeline: ClassVar[bool] = False
+    """Whether `Backbone.generate` runs a pipeline of the model's own, which draws no fresh noise between steps."""
 
     @abstractmethod
     def build(self, seed: int = 0) -> "Backbone":
@@ -205,11 +207,12 @@ class Backbone(ABC):
         seed: int,
         video: VideoSize | None = None,
         weights: Literal["trained", "ema"] = "trained",
+        eta: float = 0.0,
     ) -> "Iterator[Tensor]":
         """Videos of prompts by the experts along `sigmas`, one by one: `[C, T, H, W]` in [0, 1], float32, on the CPU.
 
         By default with the mixture's own sampler and `decode`; a model that has a pipeline runs that. A video is
-        determined by its prompt, its place in the list, and the seed.
+        determined by its prompt, its place in the list, and the seed; so is the fresh noise that `eta` asks for.
         """
         from moedistill import conditioning
         from moedistill.randomness import Draws
@@ -219,7 +222,13 @@ class Backbone(ABC):
         for k in range(len(prompts)):
             noise = Draws(seed, "sample", 0, [k], device).normal("noise", shape)
             one = conditioning.select(cond, slice(k, k + 1))
-            latents = mixture.generate(noise, one, sigmas, guidance=mixture.guidance, weights=weights)
+
+            def fresh_noise(step: int, _rows: range, k: int = k) -> "Tensor":
+                return Draws(seed, "sample", step, [k], device).normal("fresh_noise", shape)
+
+            latents = mixture.generate(
+                noise, one, sigmas, guidance=mixture.guidance, weights=weights, eta=eta, fresh_noise=fresh_noise
+            )
             yield self.decode(latents)[0].cpu()
 
     @abstractmethod

@@ -34,3 +34,7 @@ def register_components(components: Components) -> None:
     add("stage", "export", "moedistill.stages.export:ExportConfig", "files that others can load")
 
     add("metric", "paired_distance", "moedistill.metrics:PairedDistanceConfig", "distance to the reference's samples")
+    add("metric", "relative_sharpness", "moedistill.metrics:RelativeSharpnessConfig", "edges relative to the reference")
+    add("metric", "relative_flicker", "moedistill.metrics:RelativeFlickerConfig", "unrest relative to the reference")
+    add("metric", "fvd", "moedistill.metrics.fvd:FVDConfig", "Fréchet video distance, with a network you bring")
+    add("metric", "vbench", "moedistill.metrics.vbench:VBenchConfig", "VBench's dimensions, by a VBench you install")

@@ -239,6 +239,9 @@ class _Sigmas(click.ParamType):
 @click.option(
     "--sigmas", type=_Sigmas(), metavar="LIST", help='Noise levels, not the recipe\'s, e.g. "1,0.9,0.77,0.4".'
 )
+@click.option(
+    "--eta", type=click.FloatRange(0, 1), metavar="X", help="Share of noise drawn anew after each step; the recipe's."
+)
 @click.option("--height", type=click.IntRange(min=1), metavar="N", help="In pixels; the recipe's if not given.")
 @click.option("--width", type=click.IntRange(min=1), metavar="N", help="In pixels; the recipe's if not given.")
 @click.option("--frames", type=click.IntRange(min=1), metavar="N", help="How many; the recipe's if not given.")
@@ -257,6 +260,7 @@ def sample(
     seed: int,
     steps: int | None,
     sigmas: list[float] | None,
+    eta: float | None,
     height: int | None,
     width: int | None,
     frames: int | None,
@@ -285,11 +289,93 @@ def sample(
     with user_errors("--prompts"):
         asked = [*prompts, *(prompt for file in prompt_files for prompt in read_prompts(file))]
     result = sample_run(
-        run, prompts=asked or ("",), num=num, seed=seed, steps=steps, sigmas=sigmas, output=output, device=device,
-        weights="ema" if ema else "trained", video={"height": height, "width": width, "num_frames": frames}, fps=fps,
-        keep=False, plugins=_plugins(plugin_files),
+        run, prompts=asked or ("",), num=num, seed=seed, steps=steps, sigmas=sigmas, eta=eta, output=output,
+        device=device, weights="ema" if ema else "trained", fps=fps, keep=False, plugins=_plugins(plugin_files),
+        video={"height": height, "width": width, "num_frames": frames},
     )  # fmt: skip
     click.echo(str(result.output))
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, metavar="RUN…")
+@click.option("--table", is_flag=True, help="A table of all metrics with 95 % intervals, as Markdown.")
+@click.option("--against", metavar="METHOD", help="With --table: paired differences to this method, too.")
+@click.option("--resamples", type=click.IntRange(min=10), default=200, show_default=True, help="Bootstrap draws.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the table as JSON.")
+@plugin_option
+def report(
+    folders: tuple[str, ...],
+    table: bool,
+    against: str | None,
+    resamples: int,
+    json_file: Path | None,
+    plugin_files: tuple[str, ...],
+) -> None:
+    """Compare finished runs; each RUN is a run's folder, or one that holds runs.
+
+    Runs of one recipe that differ in their seed only are one method. Without --table the runs are listed with their
+    cost.
+
+    \b
+    Example:
+      moedistill report runs/dcm_digits
+      moedistill report runs/evidence --table --against evidence_dcm --json table.json
+    """
+    import json
+
+    from moedistill.report import methods, read_records, tabulate
+
+    records = read_records(folders, _plugins(plugin_files))
+    if not table and json_file is None:
+        for method, alike in methods(records).items():
+            for record in alike:
+                cost = ", ".join(f"{record.total(what):.0f} {what}" for what in ("steps", "forwards", "seconds"))
+                click.echo(f"{method}  seed {record.recipe.seed}  {cost}  {record.folder}")
+        return
+    result = tabulate(records, against=against, resamples=resamples)
+    if table:
+        click.echo(result.markdown())
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(result.plain(), indent=1))
+        click.echo(str(json_file), err=table)
+
+
+@cli.command()
+@click.argument("recipe")
+@set_option
+@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="How many.")
+@click.option(
+    "--steps", type=click.IntRange(min=0), default=50, show_default=True, metavar="N",
+    help="Training steps of the student, and of each of two experts; 0 trains nothing.",
+)  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Paths at once; the recipe's micro-batch.")
+@click.option(
+    "--ranges", type=click.IntRange(min=1), default=8, show_default=True, metavar="N",
+    help="Noise ranges whose gradients are compared: two copies of the weights in main memory for each.",
+)  # fmt: skip
+@click.option("--experts", type=click.IntRange(min=2), metavar="N", help="How many to part; the recipe's number, or 2.")
+@click.option("--student-steps", type=click.IntRange(min=1), metavar="N", help="Sampling steps; the recipe's, or 4.")
+@click.option("--smoke", is_flag=True, help="On a random miniature, with a few samples and steps: seconds, on a CPU.")
+@click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
+@click.option("--output", metavar="DIR", help="Where results go; runs/NAME-analysis/TIME if not given.")
+@device_option
+@plugin_option
+def analyze(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...], **options: Any) -> None:
+    """Look into RECIPE's model: where to part the experts, where to sample, which layers to adapt, and why.
+
+    Follows the teacher from noise to data, measures losses and gradients of a student, trains two experts briefly, and
+    writes the numbers (analysis.json), plots, and a recipe that follows from them (suggestion.yaml).
+
+    \b
+    Example:
+      moedistill analyze dcm_digits
+      moedistill analyze recipes/dcm_wan_1_3b.yaml --smoke
+      moedistill analyze my_recipe.yaml --samples 16 --steps 0 --experts 3
+    """
+    from moedistill.analysis import analyze as run_analysis
+
+    run_analysis(recipe, overrides=overrides, plugins=_plugins(plugin_files), **options)
 
 
 @cli.group()

@@ -15,7 +15,7 @@ from moedistill.conditioning import Conditioning
 from moedistill.ema import EMA
 from moedistill.errors import UserError
 from moedistill.features import Probe
-from moedistill.flow import renoise
+from moedistill.flow import add_noise, renoise
 from moedistill.losses import AdversarialLoss, Loss, LossConfig, ProbeLayout, StepTensors
 from moedistill.mixture import Mixture
 from moedistill.optim import OptimizerConfig
@@ -39,6 +39,7 @@ class Job:
         recipe: as resolved.
         output: the run's folder.
         metrics: what the stages reported, by stage.
+        cost: what the training stages have cost, by stage.
         smoke: whether this is a miniature of the real run.
     """
 
@@ -48,6 +49,7 @@ class Job:
     mixture: Mixture
     dataset: "Dataset | None"
     metrics: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
     smoke: bool = False
 
     @property
@@ -169,8 +171,18 @@ class Run:
         with self.ema.swapped():
             return self.student(x, sigma, cond)
 
-    def probe(self, prediction: Tensor, target: Tensor, end: Tensor, cond: Conditioning, stride: int) -> Probe:
+    def probe(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        end: Tensor,
+        cond: Conditioning,
+        stride: int,
+        data: Tensor | None = None,
+    ) -> Probe:
         """Teacher features of prediction and target, both re-noised from their landing `end` `[B]` with equal draws.
+
+        Of `data`, if given, too: noised to `end`, and from there as the others.
 
         The noise level is a trajectory point drawn uniformly from the landing up to the last starting point but one
         of the segment (DCM, section 3.3).
@@ -186,12 +198,17 @@ class Run:
             hidden_fake = self.student.hidden_states(fake, sigma, cond, blocks)
             with torch.no_grad():
                 hidden_real = self.student.hidden_states(real, sigma, cond, blocks)
+                hidden_data = []
+                if data is not None:
+                    landed = add_noise(data, self.draw.normal("probe_data_noise", data.shape[1:]), end)
+                    hidden_data = self.student.hidden_states(renoise(landed, noise, end, sigma), sigma, cond, blocks)
 
         def unembed(hidden: Tensor, x: Tensor) -> Tensor:
             with self.student.using(self.teacher_name):
                 return self.student.unembed(hidden, x, sigma, cond)
 
-        return Probe(hidden_fake, hidden_real, fake, real, self.student.backbone.token_grid(target.shape), unembed)
+        grid = self.student.backbone.token_grid(target.shape)
+        return Probe(hidden_fake, hidden_real, fake, real, grid, unembed, hidden_data)
 
     def objective(self, tensors: StepTensors) -> Tensor:
         """The weighted sum of the stage's losses; each term is recorded under its name."""
@@ -207,6 +224,11 @@ class Run:
     def probe_wanted(self) -> bool:
         """Whether a loss that counts at this step reads the probe."""
         return any(term.config.needs_probe for term, _ in self._active_terms())
+
+    @property
+    def data_probe_wanted(self) -> bool:
+        """Whether a loss that counts at this step reads the probe of the data."""
+        return any(term.config.needs_data_probe for term, _ in self._active_terms())
 
     def update_critics(self, tensors: StepTensors) -> None:
         """`critic_updates` optimiser steps of every critic, on the same features without gradients."""
@@ -251,19 +273,23 @@ class Run:
     def begin(self, batch: "Batch") -> "Batch":
         """Addresses the draws to this batch's samples, moves it to the device, prepares it, and drops text as asked."""
         self.draw = Draws(self.recipe.seed, self.config.name, self.step, batch.positions, self.device)
-        latents, cond = batch.latents.to(self.device), conditioning.to(batch.conditioning, self.device)
-        frames, limit = latents.shape[2], self.config.latent_frames
-        # Conditioning that is itself a video, such as image latents, is cut with it.
-        videos = {name for name, value in cond.items() if value.ndim == 5 and value.shape[2] == frames}
-        cond = {name: value[:, :, :limit] if name in videos else value for name, value in cond.items()}
-        latents, prepared = self.student.backbone.prepare(latents[:, :, :limit], cond)
-        cond = dict(prepared)
+        latents, cond = self.prepare(batch.latents, batch.conditioning)
         dropout = self.recipe.data.text_dropout if self.recipe.data else 0.0
         if dropout:
             drop = (self.draw.uniform("conditioning_dropout") < dropout).to(self.device)
             cond = conditioning.where(drop, self.student.backbone.null_conditioning(cond), cond)
         batch.latents, batch.conditioning = latents, cond
         return batch
+
+    def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the dataset gave, on the device, cut to the stage's `latent_frames` and prepared by the backbone."""
+        latents, cond = latents.to(self.device), conditioning.to(cond, self.device)
+        frames, limit = latents.shape[2], self.config.latent_frames
+        # Conditioning that is itself a video, such as image latents, is cut with it.
+        videos = {name for name, value in cond.items() if value.ndim == 5 and value.shape[2] == frames}
+        cond = {name: value[:, :, :limit] if name in videos else value for name, value in cond.items()}
+        latents, prepared = self.student.backbone.prepare(latents[:, :, :limit], cond)
+        return latents, dict(prepared)
 
     def micro_batch(self) -> Any:
         """The context of one micro-batch: gradients are exchanged only in the last one of a step."""

@@ -37,6 +37,7 @@ class Probe:
     Attributes:
         hidden_fake, hidden_real: tapped states, one `[B, T'·H'·W', hidden_size]` per tap; only the fake ones carry
             gradients.
+        hidden_data: the same of the data, where a loss asks for them; else empty.
         fake, real: the re-noised samples that the states are of, `[B, C, T, H, W]`.
         grid: the (T', H', W') of the tokens.
         unembed: latents `[B, C, T, H, W]` of a tapped state and the sample that it is of.
@@ -48,6 +49,7 @@ class Probe:
     real: Tensor
     grid: tuple[int, int, int]
     unembed: Callable[[Tensor, Tensor], Tensor]
+    hidden_data: list[Tensor] = field(default_factory=list)
     _latents: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
     @property

@@ -49,16 +49,29 @@ def renoise(x: Tensor, noise: Tensor, sigma_from: float | Tensor, sigma_to: floa
     dtype = _check_tensors(x=x, noise=noise)
     sigma_from = _broadcast("sigma_from", sigma_from, x, dtype)
     sigma_to = _broadcast("sigma_to", sigma_to, x, dtype)
-    # Written so that NaN fails too.
-    if not bool((sigma_from < 1).all()):
-        raise ValueError(f"cannot re-noise from sigma {sigma_from.max().item():g}: sigma_from must be below 1")
-    if not bool((sigma_to >= sigma_from).all()):
-        raise ValueError(
-            f"cannot re-noise from sigma {sigma_from.flatten().tolist()} down to {sigma_to.flatten().tolist()}: "
-            "sigma_to must be at least sigma_from (use jump to go down)"
-        )
+    _check_upward(sigma_from, sigma_to)
     # The two coefficients are formed first, so that re-noising to where one is changes nothing at all.
     keep, add = (1 - sigma_to) / (1 - sigma_from), (sigma_to - sigma_from) / (1 - sigma_from)
+    return (keep * x.to(dtype) + add * noise.to(dtype)).to(x.dtype)
+
+
+def diffuse(x: Tensor, noise: Tensor, sigma_from: float | Tensor, sigma_to: float | Tensor) -> Tensor:
+    """Fresh noise on top, up from `sigma_from` to `sigma_to`, so that the law of the result is right; shaped as `x`:
+
+        a·x + sqrt(sigma_to² - a²·sigma_from²)·noise,   a = (1 - sigma_to) / (1 - sigma_from)
+
+    If x is a sample at `sigma_from`, the result is one at `sigma_to`: noises add up in variance.
+
+    Raises:
+        ValueError: a shape doesn't fit, `sigma_to` is below `sigma_from`, or `sigma_from` is 1 or more.
+    """
+    dtype = _check_tensors(x=x, noise=noise)
+    sigma_from = _broadcast("sigma_from", sigma_from, x, dtype)
+    sigma_to = _broadcast("sigma_to", sigma_to, x, dtype)
+    _check_upward(sigma_from, sigma_to)
+    keep = (1 - sigma_to) / (1 - sigma_from)
+    # sigma_to - a·sigma_from, written so that nothing is lost where both are close.
+    add = torch.sqrt((sigma_to - sigma_from) / (1 - sigma_from) * (sigma_to + keep * sigma_from))
     return (keep * x.to(dtype) + add * noise.to(dtype)).to(x.dtype)
 
 
@@ -113,6 +126,17 @@ def _check_tensors(**tensors: Tensor) -> torch.dtype:
     if not first.is_floating_point():
         raise ValueError(f"{first_name} is {first.dtype}: it must be floating point")
     return torch.promote_types(first.dtype, torch.float32)
+
+
+def _check_upward(sigma_from: Tensor, sigma_to: Tensor) -> None:
+    """ValueError unless noise can be added; written so that NaN fails too."""
+    if not bool((sigma_from < 1).all()):
+        raise ValueError(f"cannot re-noise from sigma {sigma_from.max().item():g}: sigma_from must be below 1")
+    if not bool((sigma_to >= sigma_from).all()):
+        raise ValueError(
+            f"cannot re-noise from sigma {sigma_from.flatten().tolist()} down to {sigma_to.flatten().tolist()}: "
+            "sigma_to must be at least sigma_from (use jump to go down)"
+        )
 
 
 def _broadcast(name: str, sigma: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

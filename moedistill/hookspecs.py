@@ -27,7 +27,11 @@ def on_stage_start(run: Any) -> None:
 
 @hookspec
 def on_step_end(run: Any, metrics: dict[str, float]) -> None:
-    """A logged optimiser step is done (every `training.log_every`-th, and the last); `metrics`: its numbers by name."""
+    """A logged optimiser step is done; `metrics`: its numbers by name.
+
+    Logged are every `training.log_every`-th, the last, and those with a held-out loss. That is measured before the
+    first step too: `run.step` is 0 then, and `metrics` hold nothing else.
+    """
 
 
 @hookspec

@@ -65,6 +65,7 @@ class ProbeFeatures(Protocol):
 
     Attributes:
         hidden_fake, hidden_real: block outputs, each `[B, T'·H'·W', hidden_size]`.
+        hidden_data: the same of the re-noised data, for losses with `needs_data_probe`.
         latent_fake, latent_real: the same through the teacher's final layers, each `[B, C, T, H, W]`.
         grid: the (T', H', W') of the tokens.
     """
@@ -73,6 +74,8 @@ class ProbeFeatures(Protocol):
     def hidden_fake(self) -> Sequence[Tensor]: ...
     @property
     def hidden_real(self) -> Sequence[Tensor]: ...
+    @property
+    def hidden_data(self) -> Sequence[Tensor]: ...
     @property
     def latent_fake(self) -> Sequence[Tensor]: ...
     @property
@@ -157,6 +160,11 @@ class LossConfig(Config, ABC):
 
     needs_probe: ClassVar[bool] = False
     """Whether the loss reads `StepTensors.probe`: the stage must then have one."""
+
+    @property
+    def needs_data_probe(self) -> bool:
+        """Whether the loss reads `ProbeFeatures.hidden_data`, which costs another forward pass of the teacher."""
+        return False
 
     weight: NonNegativeFloat = 1.0
     start: NonNegativeInt = 0

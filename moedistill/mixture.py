@@ -3,20 +3,18 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from moedistill import conditioning
 from moedistill.backbone import Backbone, Guidance
 from moedistill.conditioning import Conditioning
 from moedistill.ema import EMA
 from moedistill.errors import UserError, user_errors
 from moedistill.experts import TEACHER
 from moedistill.routers import TimestepRouter
-from moedistill.sampling import sample
+from moedistill.sampling import FreshNoise, sample_in_batches
 from moedistill.student import Student
 from moedistill.trajectory import Trajectory
 
@@ -129,6 +127,8 @@ class Mixture:
         stand_ins: Mapping[str, str] | None = None,
         guidance: Guidance | None = None,
         weights: Literal["trained", "ema"] = "trained",
+        eta: float = 0.0,
+        fresh_noise: FreshNoise | None = None,
         batch_size: int = 64,
     ) -> Tensor:
         """Samples from `noise` `[N, C, T, H, W]` along `sigmas`, each step by the expert that the router names.
@@ -137,6 +137,7 @@ class Mixture:
             stand_ins: expert to run in place of another, such as {"detail": "teacher"}.
             guidance: of the teacher's steps; experts are distilled with theirs and take none.
             weights: each expert's trained weights or, of those that have one, its average.
+            eta, fresh_noise: noise drawn anew between the steps, as in `moedistill.sampling.sample_in_batches`.
             batch_size: how many samples run at once.
         """
         stand_ins = stand_ins or {}
@@ -150,9 +151,6 @@ class Mixture:
                     return self.student.guided(x, sigma, cond, guidance)
                 return self.student(x, sigma, cond)
 
-        parts = []
-        for start in range(0, len(noise), batch_size):
-            rows = slice(start, start + batch_size)
-            velocity_of_rows = partial(velocity, cond=conditioning.select(cond, rows))
-            parts.append(sample(velocity_of_rows, noise[rows], sigmas, router))
-        return torch.cat(parts)
+        return sample_in_batches(
+            velocity, noise, cond, sigmas, router, eta=eta, fresh_noise=fresh_noise, batch_size=batch_size
+        )

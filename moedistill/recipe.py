@@ -39,6 +39,21 @@ TEACHER = "teacher"
 
 
 @dataclass(kw_only=True)
+class HeldOutConfig:
+    """The held-out consistency loss: prediction - target on fixed samples, noise and levels; see `moedistill.heldout`.
+
+    Args:
+        every: optimiser steps between measurements; the first one is before the first step.
+        samples: the last ones of the dataset. They are trained on as well.
+        levels: starting points, spread evenly over the expert's segment.
+    """
+
+    every: PositiveInt = 100
+    samples: PositiveInt = 4
+    levels: PositiveInt = 4
+
+
+@dataclass(kw_only=True)
 class TrainingConfig:
     """What all training stages share.
 
@@ -52,6 +67,7 @@ class TrainingConfig:
         keep_checkpoints: how many of the last checkpoints stay.
         log_every: optimiser steps between lines of metrics.
         trackers: names of accelerate's trackers, such as tensorboard.
+        heldout: measure consistency stages on fixed samples as they go, for 1 to 3 % of their time; null for never.
     """
 
     batch_size: PositiveInt = 8
@@ -63,6 +79,7 @@ class TrainingConfig:
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
     trackers: list[NonEmptyStr] = field(default_factory=list)
+    heldout: HeldOutConfig | None = field(default_factory=HeldOutConfig)
 
 
 def _default_trajectory() -> Any:
@@ -198,7 +215,7 @@ def _extended(node: Node, folder: Path, seen: list[Path], problems: list[Problem
         ]
         return node
     problems += missing
-    return merge(_extended(base, path.parent, [*seen, _identity(path)], problems), node)
+    return merge(_extended(base, path.parent, [*seen, _identity(path)], problems), node, problems)
 
 
 def _identity(path: Path) -> Path:
@@ -265,6 +282,24 @@ _Dumper.add_representer(list, _represent_list)
 def dump_yaml(data: Mapping[str, Any]) -> str:
     """Plain data as YAML in the order given."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def flat(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe as one value per dotted key; items of lists go by their number."""
+    values: dict[str, Any] = {}
+
+    def walk(tree: Any, path: str) -> None:
+        if isinstance(tree, dict) and tree:
+            for key, value in tree.items():
+                walk(value, f"{path}.{key}" if path else str(key))
+        elif isinstance(tree, (list, tuple)) and tree:
+            for index, value in enumerate(tree):
+                walk(value, f"{path}.{index}")
+        else:
+            values[path] = tree
+
+    walk(resolved, "")
+    return values
 
 
 # -- rules between fields ---------------------------------------------------------------------------------------------

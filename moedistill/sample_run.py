@@ -1,7 +1,7 @@
 """Samples from a finished run, one of its checkpoints, or an export."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Literal
@@ -85,6 +85,7 @@ def sample_run(
     seed: int = 0,
     steps: int | None = None,
     sigmas: Sequence[float] | None = None,
+    eta: float | None = None,
     weights: Literal["trained", "ema"] = "trained",
     video: Mapping[str, int | None] | None = None,
     fps: float | None = None,
@@ -99,7 +100,8 @@ def sample_run(
         source: a run's folder, a checkpoint, or an export's folder.
         prompts: as the backbone understands them.
         seed: of the noise, which also depends on a video's place in the list.
-        steps, sigmas: instead of the recipe's own sampling steps, as in its `sample`.
+        steps, sigmas: instead of the recipe's own sampling steps, as in its `sample`; with eta 0.
+        eta: instead of that eta.
         weights: the experts' `trained` weights or their `ema`.
         video: height, width and num_frames, those that shall differ from the backbone's own.
         fps: frames per second of the files; the backbone's own, if not given.
@@ -112,7 +114,7 @@ def sample_run(
     if not prompts:
         raise UserError("there is no prompt to sample; give at least one")
     recipe, mixture = load_mixture(source, device=device, weights=weights, plugins=plugins)
-    path = sampling_steps(recipe, mixture, steps, sigmas)
+    path, eta = sampling_steps(recipe, mixture, steps, sigmas), sampling_config(recipe, steps, sigmas, eta).eta
     asked = [prompt for prompt in prompts for _ in range(num)]
     folder = Path(output) if output is not None else _free(Path(source) / "samples")
     with cpu_threads(recipe.training.num_threads), user_errors("sample"):
@@ -120,7 +122,7 @@ def sample_run(
         make_folder(folder)
         videos = write_samples(
             folder, recipe, mixture, asked, path,
-            seed=seed, video=size, weights=weights, fps=fps, made_from=str(source), keep=keep,
+            seed=seed, video=size, weights=weights, eta=eta, fps=fps, made_from=str(source), keep=keep,
         )  # fmt: skip
     return SampleResult(folder, torch.stack(videos) if keep else None)
 
@@ -131,6 +133,29 @@ def _free(folder: Path) -> Path:
     return next(candidate for candidate in chain([folder], candidates) if not candidate.exists())
 
 
+def sampling_config(
+    recipe: Recipe, steps: int | None = None, sigmas: Sequence[float] | None = None, eta: float | None = None
+) -> SampleConfig:
+    """How to sample: in so many steps, along the sigmas given, or as the recipe does; each with another eta, if given.
+
+    Raises:
+        UserError: there is no list, or both are given.
+    """
+    if steps is not None and sigmas is not None:
+        raise UserError("give --steps or --sigmas, not both")
+    if (steps is not None and steps < 1) or (sigmas is not None and not len(sigmas)):
+        raise UserError(f"steps {steps}, sigmas {sigmas}: there must be at least one step")
+    if steps is not None:
+        config = SampleConfig(steps=steps)
+    elif sigmas is not None:
+        config = SampleConfig(sigmas=list(sigmas))
+    elif recipe.sample is not None:
+        config = recipe.sample
+    else:
+        raise UserError("the recipe has no sample list; give --steps or --sigmas")
+    return config if eta is None else replace(config, eta=eta)
+
+
 def sampling_steps(
     recipe: Recipe, mixture: Mixture, steps: int | None = None, sigmas: Sequence[float] | None = None
 ) -> Tensor:
@@ -139,18 +164,8 @@ def sampling_steps(
     Raises:
         UserError: there is no list, or it does not fit the trajectory, or both are given.
     """
-    if steps is not None and sigmas is not None:
-        raise UserError("give --steps or --sigmas, not both")
-    if (steps is not None and steps < 1) or (sigmas is not None and not len(sigmas)):
-        raise UserError(f"steps {steps}, sigmas {sigmas}: there must be at least one step")
-    name, config = "sample", recipe.sample
-    if steps is not None:
-        name, config = "--steps", SampleConfig(steps=steps)
-    elif sigmas is not None:
-        name, config = "--sigmas", SampleConfig(sigmas=list(sigmas))
-    if config is None:
-        raise UserError("the recipe has no sample list; give --steps or --sigmas")
-    with user_errors(name):
+    config = sampling_config(recipe, steps, sigmas)
+    with user_errors("--steps" if steps is not None else "--sigmas" if sigmas is not None else "sample"):
         return config.resolve(mixture.trajectory)
 
 

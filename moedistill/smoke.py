@@ -16,12 +16,13 @@ def miniature(recipe: Recipe) -> Recipe:
 
     training = recipe.training
     samples = min(training.batch_size, SAMPLES_PER_MICRO_BATCH * training.gradient_accumulation_steps)
+    heldout = training.heldout and replace(training.heldout, samples=1, levels=2)
     return replace(
         recipe,
         backbone=_tiny(recipe.backbone),
         data=recipe.data and _tiny(recipe.data),
         stages=[_tiny(stage) for stage in recipe.stages],
-        training=replace(training, batch_size=samples, log_every=1),
+        training=replace(training, batch_size=samples, log_every=1, heldout=heldout),
     )
 
 

@@ -23,15 +23,17 @@ class SampleConfig:
         sigmas: noise levels, descending.
         timesteps: the model's native times, descending.
         steps: n points spaced evenly over the trajectory: p_{N - floor(k·N/n)}, k = 0 … n - 1.
+        eta: how much of each level's noise is drawn anew (see `moedistill.sampling.sample`): 0 for none, 1 for all.
     """
 
     points: Annotated[list[PositiveInt], MinLen(1)] | None = None
     sigmas: Annotated[list[Fraction], MinLen(1)] | None = None
     timesteps: Annotated[list[NonNegativeFloat], MinLen(1)] | None = None
     steps: PositiveInt | None = None
+    eta: Fraction = 0.0
 
     def __post_init__(self) -> None:
-        given = [name for name, value in vars(self).items() if value is not None]
+        given = [name for name, value in vars(self).items() if value is not None and name != "eta"]
         if len(given) != 1:
             raise ValueError(
                 f"give exactly one of points, sigmas, timesteps and steps, not {' and '.join(given) or 'none'}"

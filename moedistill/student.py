@@ -29,6 +29,10 @@ class Student(nn.Module):
         teacher_router: where the backbone has several pretrained networks, which of them serves which sigma.
         inference: nothing will be trained: full experts are kept in the dtype of the base, not in float32.
 
+    Attributes:
+        active: the expert that `forward` runs.
+        forwards: samples that a network has evaluated so far, on this process; a guided teacher evaluates each twice.
+
     Raises:
         ValueError: an expert does not fit the backbone.
     """
@@ -65,6 +69,7 @@ class Student(nn.Module):
         # Registered, so that wrappers and `.to(device)` find every weight.
         self.networks = nn.ModuleList({expert.shared.network: None for expert in self.experts.values()})
         self.active = TEACHER
+        self.forwards = 0
         self.autocast_dtype: torch.dtype | None = None
         self.student_scale: float | None = None
         self.requires_grad_(False)
@@ -134,6 +139,7 @@ class Student(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Velocity `[B, C, T, H, W]`, float32, of the active expert at `sigma` `[B]`."""
+        self.forwards += len(x)
         if self.student_scale is not None and self.active not in self.teachers:
             cond = {**cond, "guidance": torch.full_like(sigma, self.student_scale)}
         with self.autocast(x.device):

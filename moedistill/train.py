@@ -18,23 +18,29 @@ from moedistill.data.base import Dataset
 from moedistill.data.loading import collate, load_batches
 from moedistill.devices import cpu_threads, find_device, make_folder
 from moedistill.errors import Interrupted, UserError, user_errors
+from moedistill.heldout import HeldOut
 from moedistill.mixture import Mixture
 from moedistill.plugins import Plugins, load_plugins
 from moedistill.randomness import torch_seed
-from moedistill.recipe import Recipe, load_recipe
+from moedistill.recipe import Recipe, flat, load_recipe
 from moedistill.signals import Interruption
 from moedistill.smoke import miniature
 from moedistill.stages.base import Stage, TrainingStage, TrainingStageConfig
+from moedistill.stages.consistency import ConsistencyStage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads")
+    from moedistill.backbone import Backbone
+
+OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads", "heldout")
 """Keys of `training` that may differ when a run is resumed: they do not change what is learned."""
 
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 """What the stages reported, by name; written anew after every stage that trains nothing."""
+COST = "cost.json"
+"""What the training stages cost, by name: see `RunResult.cost`."""
 
 
 @dataclass
@@ -44,12 +50,15 @@ class RunResult:
     Attributes:
         output: the run's folder: recipe.yaml, metrics.jsonl, checkpoints, and what its stages made.
         metrics: what each stage reported, by stage name.
+        cost: of each training stage, interruptions not counted: `steps`; `forwards`, the samples that a network
+            evaluated, on all processes together; `seconds` spent in steps.
         checkpoint: the newest one; None if the recipe trains nothing.
         smoke: whether it was a miniature.
     """
 
     output: Path
     metrics: dict[str, Any]
+    cost: dict[str, dict[str, float]]
     checkpoint: Path | None
     smoke: bool = False
 
@@ -91,7 +100,7 @@ def run(
     checkpoint = _checkpoint_to_resume(recipe, output, resume, resume_from, smoke)
     if checkpoint is not None:
         _check_same_recipe(recipe, checkpoint)
-    accelerator = _accelerator(recipe, device)
+    accelerator = make_accelerator(recipe, device)
     folder = _output_folder(recipe, output, checkpoint, smoke)
     accelerator.wait_for_everyone()  # nobody writes there before all have looked
     make_folder(folder)
@@ -145,20 +154,32 @@ def _prepare_null(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> 
         backbone.null_conditioning(cond)
 
 
+def make_job(
+    recipe: Recipe,
+    folder: Path,
+    accelerator: "Accelerator",
+    *,
+    smoke: bool = False,
+    backbone: "Backbone | None" = None,
+) -> Job:
+    """Loads the models, or takes a `backbone` that is there, and opens the data; UserError where they do not fit."""
+    mixture = Mixture.build(recipe, accelerator.device, backbone)
+    with user_errors("data"):
+        dataset = recipe.data.build(mixture.student.backbone) if recipe.data else None
+        _check_layout(recipe, mixture, dataset)
+    with user_errors("backbone.guidance"):
+        _prepare_null(recipe, mixture, dataset)
+    return Job(recipe, folder, accelerator, mixture, dataset, smoke=smoke)
+
+
 class _Runner:
     def __init__(self, recipe: Recipe, folder: Path, accelerator: "Accelerator", plugins: Plugins, smoke: bool) -> None:
         self.recipe, self.folder, self.accelerator, self.plugins = recipe, folder, accelerator, plugins
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.training.keep_checkpoints)
-        mixture = Mixture.build(recipe, accelerator.device)
-        with user_errors("data"):
-            dataset = recipe.data.build(mixture.student.backbone) if recipe.data else None
-            _check_layout(recipe, mixture, dataset)
-        with user_errors("backbone.guidance"):
-            _prepare_null(recipe, mixture, dataset)
+        self.job = make_job(recipe, folder, accelerator, smoke=smoke)
         for stage in recipe.stages:
             with user_errors(f"stage {stage.name}"):
                 stage.look_ahead()
-        self.job = Job(recipe, folder, accelerator, mixture, dataset, smoke=smoke)
         self.last_checkpoint: Path | None = None
         self.under_way = ""
         self.interruption = Interruption(self._where_to_go_on)
@@ -188,13 +209,14 @@ class _Runner:
             for observer in self.observers:
                 self.plugins.manager.unregister(observer)
         self.job.say(f"done{smoke}: {self.folder}")
-        return RunResult(self.folder, self.job.metrics, self.last_checkpoint, self.job.smoke)
+        return RunResult(self.folder, self.job.metrics, self.job.cost, self.last_checkpoint, self.job.smoke)
 
     def _restore(self, checkpoint: Path) -> tuple[int, int]:
         """Takes over everything but the state of a training stage under way; gives that stage's number and its step."""
         state = load_tree(checkpoint, "state")
         self.job.mixture.load(load_tree(checkpoint, "experts"), load_tree(checkpoint, "ema"), str(checkpoint))
         self.job.metrics.update(state["metrics"])
+        self.job.cost.update(state["cost"])
         self.last_checkpoint = checkpoint
         history = checkpoint.parent.parent / METRICS
         if self.job.main and not (self.folder / METRICS).exists() and history.is_file():
@@ -257,29 +279,48 @@ class _Runner:
             )
         if checkpoint is not None:
             run.load_state(load_tree(checkpoint, "training"))
+        with user_errors(f"stage {config.name}"):
+            heldout = self._held_out(run, stage)
+        cost = self.job.cost.setdefault(config.name, {"steps": 0, "forwards": 0, "seconds": 0.0})
         hook.on_stage_start(run=run)
         # Closed whatever happens: a worker left waiting would keep the process from ending.
         with closing(batches), self.interruption.deferred(), run.student.using(config.expert):
+            if heldout is not None and step == 0:
+                hook.on_step_end(run=run, metrics=heldout.measure())
             for batch in batches:
+                begun, forwards = time.perf_counter(), run.student.forwards
                 with run.micro_batch(), user_errors(f"stage {config.name}"):
                     stage.step(run, run.begin(batch))
+                cost["forwards"] += (run.student.forwards - forwards) * self.accelerator.num_processes
+                cost["seconds"] += time.perf_counter() - begun
                 if batch.boundary:
                     run.step += 1
-                    self._end_step(number, run)
+                    cost["steps"] += 1
+                    self._end_step(number, run, heldout)
+        if self.job.main:
+            write_text(self.folder / COST, json.dumps(self.job.cost, indent=1))
         hook.on_stage_end(run=run)
         run.release()
         # What is not trained yet starts as its parent is now; an evaluation may come before its turn.
         self.job.mixture.student.initialise(self.recipe.seed, but=self._trained(number + 1))
 
-    def _end_step(self, number: int, run: Run) -> None:
+    def _held_out(self, run: Run, stage: TrainingStage) -> HeldOut | None:
+        """The held-out loss of a consistency stage, where it is wanted."""
+        config = self.recipe.training.heldout
+        return HeldOut(config, run, stage) if config is not None and isinstance(stage, ConsistencyStage) else None
+
+    def _end_step(self, number: int, run: Run, heldout: HeldOut | None) -> None:
         """After an optimiser step: numbers, a checkpoint, a stop, where they are due."""
         training = self.recipe.training
         last = run.step == run.steps
         signum = self._any_rank(self.interruption.signum)
         saving = last or signum or (training.checkpoint_every and run.step % training.checkpoint_every == 0)
-        logging = last or run.step % training.log_every == 0
+        measuring = heldout is not None and heldout.due()
+        logging = last or measuring or run.step % training.log_every == 0
         if saving or logging:
             metrics = run.take_metrics()  # raises if one is not finite: such weights are never saved
+            if heldout is not None and measuring:
+                metrics |= heldout.measure()
             if logging:
                 self.plugins.hook.on_step_end(run=run, metrics=metrics)
         run.forget_metrics()
@@ -314,6 +355,7 @@ class _Runner:
                 "stage_name": run.config.name,
                 "step": run.step,
                 "metrics": self.job.metrics,
+                "cost": self.job.cost,
                 "recipe": self.recipe.resolved(),
             }
             trees = {
@@ -391,24 +433,11 @@ def _check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
 
 def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
     """A resolved recipe as dotted keys, without what may differ."""
-    flat: dict[str, Any] = {}
-
-    def walk(tree: Any, path: str) -> None:
-        if isinstance(tree, dict) and tree:
-            for key, value in tree.items():
-                walk(value, f"{path}.{key}" if path else str(key))
-        elif isinstance(tree, (list, tuple)) and tree:
-            for index, value in enumerate(tree):
-                walk(value, f"{path}.{index}")
-        else:
-            flat[path] = tree
-
-    walk(resolved, "")
     operational = tuple(f"training.{key}." for key in OPERATIONAL)
-    return {path: value for path, value in flat.items() if not f"{path}.".startswith(operational)}
+    return {path: value for path, value in flat(resolved).items() if not f"{path}.".startswith(operational)}
 
 
-def _accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
+def make_accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
     """One process, or this one's part of what a launcher started."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState

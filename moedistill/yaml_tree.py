@@ -7,6 +7,7 @@ follow YAML 1.2 (`1e-5` is a number; `on`, `off`, `yes` and `no` are words), whi
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,11 +249,17 @@ def from_data(data: Any, problems: list[Problem]) -> Node:
     return convert(data, ())
 
 
-def merge(base: Node, child: Node) -> Node:
-    """`child` over `base`: mappings are merged key by key, all else (lists too) is replaced.
+def merge(base: Node, child: Node, problems: list[Problem], path: tuple[str, ...] = ()) -> Node:
+    """`child` over `base`: mappings are merged key by key, all else is replaced.
 
-    Where both name a different `kind` the mapping is replaced whole: keys of one component mean nothing to another.
+    - Where both name a different `kind` the mapping is replaced whole: keys of one component mean nothing to another.
+    - `null` in place of a component (a mapping with a `kind`) takes it out. Elsewhere null is a value like any other.
+    - A mapping over a list changes the list's items, which are named as in `--set`; the others stay as they are. `null`
+      takes an item out. A list in an item's place puts the item there several times, each with the changes of its own.
+    - A list over a list replaces it.
     """
+    if isinstance(base.value, list) and isinstance(child.value, dict):
+        return _change_items(base, child, problems, path)
     if not (isinstance(base.value, dict) and isinstance(child.value, dict)):
         return child
     kinds = [node.value["kind"].value for node in (base, child) if "kind" in node.value]
@@ -260,8 +267,31 @@ def merge(base: Node, child: Node) -> Node:
         return child
     merged = dict(base.value)
     for key, node in child.value.items():
-        merged[key] = merge(merged[key], node) if key in merged else node
+        if key not in merged:
+            merged[key] = node
+        elif node.value is None and isinstance(merged[key].value, dict) and "kind" in merged[key].value:
+            del merged[key]
+        else:
+            merged[key] = merge(merged[key], node, problems, (*path, key))
     return Node(merged, child.where)
+
+
+def _change_items(base: Node, child: Node, problems: list[Problem], path: tuple[str, ...]) -> Node:
+    """A list with the changes that a mapping names; see `merge`."""
+    changed: dict[int, list[Node]] = {}
+    for name, change in child.value.items():
+        here = (*path, name)
+        number = _item(base.value, name, here, change.where, problems)
+        if number is None:
+            continue
+        if number in changed:
+            problems.append(Problem(dotted(here), "the same item is named twice", change.where, "join both"))
+        several = isinstance(change.value, list) and not isinstance(base.value[number].value, list)
+        changes = change.value if several else [] if change.value is None else [change]
+        # Copies, so that --set can change one of several.
+        changed[number] = [merge(deepcopy(base.value[number]), one, problems, here) for one in changes]
+    items = [node for number, item in enumerate(base.value) for node in changed.get(number, [item])]
+    return Node(items, child.where)
 
 
 def apply_override(root: Node, override: str, problems: list[Problem]) -> None:
@@ -307,17 +337,23 @@ def _child(node: Node, step: str, path: tuple[str, ...], where: str, problems: l
         message = f"{dotted(path[:-1])} is {describe(node.plain())} and has no keys"
         problems.append(Problem(dotted(path), message, where))
         return None
-    items: list[Node] = node.value
+    number = _item(node.value, step, path, where, problems)
+    item: Node | None = None if number is None else node.value[number]
+    return item
+
+
+def _item(items: list[Node], step: str, path: tuple[str, ...], where: str, problems: list[Problem]) -> int | None:
+    """The place of the item that is named by its name, kind or number; None, and a problem, if there is not one."""
     labels = [{key: _text(item, key) for key in ("name", "kind")} for item in items]
     for key in ("name", "kind"):
-        found = [item for item, label in zip(items, labels, strict=True) if label[key] == step]
+        found = [number for number, label in enumerate(labels) if label[key] == step]
         if len(found) == 1:
             return found[0]
         if found:
             problems.append(Problem(dotted(path), f"{len(found)} items have the {key} {step!r}", where, "use a number"))
             return None
     if step.isascii() and step.isdigit() and len(step) < 6 and int(step) < len(items):
-        return items[int(step)]
+        return int(step)
     names = [label["name"] or label["kind"] or str(k) for k, label in enumerate(labels)]
     message = f"no item {shorten(step, 40)!r}; {suggest(step, names)} (or 0 to {len(items) - 1})"
     problems.append(Problem(dotted(path), message, where))

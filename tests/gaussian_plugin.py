@@ -5,6 +5,7 @@ velocity is linear in x, and so is the exact flow map: x(σ') = m(σ') + s(σ')/
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -162,6 +163,7 @@ class GaussianDataset(Dataset):
 @dataclass(kw_only=True)
 class GaussianDataConfig(DatasetConfig):
     size: int = 4096
+    provides: ClassVar[frozenset[str]] = DatasetConfig.provides | {"posterior_mean"}
 
     def build(self, backbone):
         return GaussianDataset(self.size)

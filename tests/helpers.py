@@ -9,7 +9,7 @@ from moedistill.data.loading import Batch
 from moedistill.mixture import Mixture
 from moedistill.recipe import load_recipe
 from moedistill.student import Student
-from moedistill.train import _accelerator as make_accelerator
+from moedistill.train import make_accelerator
 from moedistill_digits.backbone import DigitsBackbone, DigitsBackboneConfig
 
 
@@ -63,7 +63,7 @@ def tiny_recipe(stages, changes=()):
             "detail": {"kind": "lora", "from": "semantic", "rank": 2, "alpha": 4},
         },
         "data": {"kind": "digits", "styles_per_digit": 1},
-        "training": {"batch_size": 4, "log_every": 1},
+        "training": {"batch_size": 4, "log_every": 1, "heldout": None},
         "stages": list(stages),
         "sample": {"points": [8, 4]},
     }

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moedistill.backbone import BackboneConfig, Guidance
 from moedistill.data.base import DatasetConfig
-from moedistill.metrics import MetricConfig, MetricInputs, PairedDistanceConfig
+from moedistill.metrics import MetricConfig, MetricInputs, frechet_distance
+from moedistill.plugins import load_plugins
 from moedistill_digits import backbone as backbone_module
 from moedistill_digits import metrics, plugin
 from moedistill_digits.backbone import TEACHER_FILE, DigitsBackbone, DigitsBackboneConfig
@@ -447,23 +448,13 @@ def test_assets_are_made_again_the_same(tmp_path) -> None:
     assert all(torch.equal(tensor, again[name]) for name, tensor in classifier.items())
 
 
-def test_frechet_distance_of_gaussians() -> None:
-    samples = torch.randn(500, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    samples = (samples - samples.mean(0)) @ torch.diag(torch.arange(1.0, 7.0, dtype=torch.float64))
-    shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 0.0, 3.0], dtype=torch.float64)
-    trace = samples.var(0).sum().item()
-    assert metrics.frechet_distance(samples, samples) == pytest.approx(0.0, abs=1e-8)
-    assert metrics.frechet_distance(samples, samples + shift) == pytest.approx(14.25)
-    assert metrics.frechet_distance(samples, 3 * samples) == pytest.approx(4 * trace)
-    # Fewer samples than dimensions: singular covariances.
-    assert metrics.frechet_distance(samples[:3], samples[:3] + shift) == pytest.approx(14.25, abs=1e-5)
-    with pytest.raises(ValueError, match="at least 2 samples"):
-        metrics.frechet_distance(samples[:1], samples)
-
-
 def metric_inputs(videos: Tensor, reference: Tensor, **cond: Tensor) -> MetricInputs:
     encode = Codec.load().encode
     return MetricInputs(videos, encode(videos), reference, encode(reference), cond)
+
+
+def measure(kind: str, inputs: MetricInputs) -> float:
+    return load_plugins().components.get("metric", kind)().build()(inputs)
 
 
 def test_metrics_of_real_and_of_spoilt_videos() -> None:
@@ -480,15 +471,61 @@ def test_metrics_of_real_and_of_spoilt_videos() -> None:
     noisy = metric_inputs((videos + noise).clamp(0, 1), videos, **cond)
     blurred = metric_inputs(torch.nn.functional.avg_pool3d(videos, (1, 3, 3), 1, (0, 1, 1)), videos, **cond)
 
-    assert metrics.frechet(metric_inputs(real, real)) == pytest.approx(0.0, abs=1e-3)
-    assert 0 < metrics.frechet(good) < 100
-    assert metrics.frechet(noisy) > 1.5 * metrics.frechet(good)
-    assert metrics.digit_accuracy(good) > 0.98
-    assert metrics.direction_accuracy(good) == 1.0
-    assert metrics.sharpness(metric_inputs(real, real)) == 1.0
-    assert metrics.sharpness(blurred) < 0.7 < 0.95 < metrics.sharpness(good) < 1.05 < 1.2 < metrics.sharpness(noisy)
-    assert metrics.flicker(good) == 0.0
-    assert metrics.flicker(noisy) > 0.05
+    assert measure("frechet", metric_inputs(real, real)) == pytest.approx(0.0, abs=1e-3)
+    assert 0 < measure("frechet", good) < 100
+    assert measure("frechet", noisy) > 1.5 * measure("frechet", good)
+    assert measure("digit_accuracy", good) > 0.98
+    assert measure("direction_accuracy", good) == 1.0
+    assert measure("sharpness", metric_inputs(real, real)) == pytest.approx(1.0, rel=1e-12)
+    blunt, sharp, rough = (measure("sharpness", inputs) for inputs in (blurred, good, noisy))
+    assert blunt < 0.7 < 0.95 < sharp < 1.05 < 1.2 < rough
+    assert measure("flicker", good) == 0.0
+    assert measure("flicker", noisy) > 0.05
+    assert measure("speckle", metric_inputs(real, real)) == pytest.approx(1.0, rel=1e-12)
+    blunt, usual, rough = (measure("speckle", inputs) for inputs in (blurred, good, noisy))
+    assert blunt < 0.6 < 0.9 < usual < 1.1 < 3 < rough
+
+
+def test_the_parts_of_the_frechet_distance() -> None:
+    """Videos that run backwards look the same and move otherwise; a blur is seen in the frames."""
+    real = metrics.real_videos()
+    blurred = torch.nn.functional.avg_pool3d(real, (1, 5, 5), 1, (0, 2, 2))
+    appearance, motion = (
+        [measure(kind, metric_inputs(videos, real)) for videos in (real, real.flip(2), blurred)]
+        for kind in ("frechet_appearance", "frechet_motion")
+    )
+    assert max(appearance[0], motion[0]) < 1e-3
+    assert appearance[1] < 1e-3 < 100 < motion[1]
+    assert appearance[2] > 5 * motion[2] > 0
+    for part, kind in ((slice(0, 48), "frechet_appearance"), (slice(48, 64), "frechet_motion")):
+        expected = frechet_distance(metrics.features(blurred)[:, part], metrics.real_features()[:, part])
+        assert measure(kind, metric_inputs(blurred, real)) == expected
+
+
+def test_speckle_is_the_distance_to_the_median_of_nine() -> None:
+    videos = torch.rand(2, 1, 8, 24, 24, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(videos.flatten(0, 2).double()[:, None], (1, 1, 1, 1), mode="replicate")
+    medians = torch.nn.functional.unfold(padded, 3).median(dim=1).values.view(2, 8, 24, 24)
+    expected = (videos[:, 0] - medians).abs().mean((1, 2, 3))
+    torch.testing.assert_close(metrics.speckle(videos), expected, rtol=1e-12, atol=0)
+    dot = torch.zeros(1, 1, 8, 24, 24)
+    dot[..., 5, 7] = 1.0
+    assert metrics.speckle(dot).item() == pytest.approx(1 / 24**2)
+    area = torch.zeros(1, 1, 8, 24, 24)
+    area[..., :12] = 1.0
+    assert metrics.speckle(area).item() == 0.0
+
+
+def test_rows_of_accuracy_say_who_did_not_ask() -> None:
+    styles, digits = load_styles("reference")
+    videos, digits = render(styles[:6], 1, 0), digits[:6].clone()
+    digits[1], digits[2] = 10, (digits[2] + 1) % DIGITS
+    metric = metrics.DigitAccuracyConfig().build()
+    rows = metric.rows(metric_inputs(videos, videos, digit=digits))
+    assert (rows.shape, rows.dtype) == ((6, 1), torch.float64)
+    assert rows.isnan().flatten().tolist() == [False, True, False, False, False, False]
+    assert metric.value(rows) == 4 / 5
+    assert metric.value(rows[[1, 2, 2, 3]]) == 1 / 3
 
 
 def test_accuracy_counts_what_was_asked_for() -> None:
@@ -498,20 +535,14 @@ def test_accuracy_counts_what_was_asked_for() -> None:
     left, up, nowhere = (torch.full_like(digits, direction) for direction in (1, 3, 4))
     half = torch.where(torch.arange(len(digits)) < 5, digits, wrong)
     some = torch.where(torch.arange(len(digits)) < 5, digits, null)
-    assert metrics.digit_accuracy(metric_inputs(videos, videos, digit=half)) == 0.5
-    assert metrics.digit_accuracy(metric_inputs(videos, videos, digit=some)) == 1.0
-    assert metrics.direction_accuracy(metric_inputs(videos, videos, direction=left)) == 1.0
-    assert metrics.direction_accuracy(metric_inputs(videos, videos, direction=up)) == 0.0
+    assert measure("digit_accuracy", metric_inputs(videos, videos, digit=half)) == 0.5
+    assert measure("digit_accuracy", metric_inputs(videos, videos, digit=some)) == 1.0
+    assert measure("direction_accuracy", metric_inputs(videos, videos, direction=left)) == 1.0
+    assert measure("direction_accuracy", metric_inputs(videos, videos, direction=up)) == 0.0
     with pytest.raises(ValueError, match="no sample asked for anything"):
-        metrics.direction_accuracy(metric_inputs(videos, videos, direction=nowhere))
+        measure("direction_accuracy", metric_inputs(videos, videos, direction=nowhere))
     with pytest.raises(ValueError, match=r"\[N, 1, 8, 24, 24\]"):
         metrics.features(videos[:, :, :4])
-
-
-def test_paired_distance() -> None:
-    latents = torch.randn(3, 12, 8, 4, 4, generator=torch.Generator().manual_seed(0))
-    inputs = MetricInputs(latents, latents + 0.1, latents, latents, {})
-    assert PairedDistanceConfig().build()(inputs) == pytest.approx(10.0, rel=1e-4)
 
 
 def test_everything_registered_can_be_built() -> None:
@@ -530,10 +561,13 @@ def test_everything_registered_can_be_built() -> None:
     assert all(issubclass(config, kinds[registry]) for (registry, _), config in registered.items())
     assert {name for registry, name in registered if registry == "metric"} == {
         "frechet",
+        "frechet_appearance",
+        "frechet_motion",
         "digit_accuracy",
         "direction_accuracy",
         "sharpness",
         "flicker",
+        "speckle",
     }
     real = metrics.real_videos()[:4]
     cond = {"digit": torch.tensor([0, 1, 2, 3]), "direction": torch.tensor([0, 1, 2, 3])}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from moedistill.context import Job
 from moedistill.ema import EMA
+from moedistill.errors import UserError
 from moedistill.metrics import MetricInputs
 from moedistill.mixture import Mixture
 from moedistill.plugins import load_plugins
@@ -19,7 +20,9 @@ from moedistill.recipe import RecipeError, load_recipe
 from moedistill.sampling import sample
 from moedistill.train import run
 
-METRICS = [entry.name for entry in load_plugins().components.entries("metric")]
+BRING = {"fvd", "vbench"}
+"""Metrics that need files or programs of the user's."""
+METRICS = [entry.name for entry in load_plugins().components.entries("metric") if entry.name not in BRING]
 STUDENT, TEACHER = {"name": "student"}, {"name": "teacher", "model": "teacher"}
 
 
@@ -201,7 +204,7 @@ def test_pictures_open(trained):
     """A frame is 24 pixels wide, shown at 72 in the sheet (4 of 8 frames) and 96 in the animation."""
     result = trained.evaluate(candidates=[STUDENT, TEACHER], pictures=2)
     assert {path.name for path in result.folder.iterdir()} == {
-        "metrics.json", "latents.safetensors", "contact_sheet.png", "side_by_side.webp",
+        "metrics.json", "rows.safetensors", "latents.safetensors", "contact_sheet.png", "side_by_side.webp",
     }  # fmt: skip
     with Image.open(result.folder / "contact_sheet.png") as sheet:
         sheet.load()
@@ -257,3 +260,45 @@ def test_the_miniature_is_smaller():
     [stage] = load_recipe(tiny_recipe([evaluate(samples=512, pictures=6)])).stages
     assert (stage.tiny().samples, stage.tiny().pictures) == (8, 2)
     assert (stage.replace(samples=5, pictures=0).tiny().samples, stage.replace(pictures=0).tiny().pictures) == (5, 0)
+
+
+# -- the reference's samples from another evaluation ------------------------------------------------------------------
+
+
+def test_stored_samples_take_the_place_of_the_references_own(trained, monkeypatch):
+    asked = {"candidates": [TEACHER, STUDENT], "reference": "teacher", "metrics": [{"kind": "paired_distance"}]}
+    first = trained.evaluate(**asked)
+    file = str(first.folder / "latents.safetensors")
+    sampled = []
+    generate = trained.mixture.generate
+    monkeypatch.setattr(trained.mixture, "generate", lambda *a, **k: sampled.append(1) or generate(*a, **k))
+    again = trained.evaluate(**asked, reference_samples=file)
+    assert len(sampled) == 1  # the student's
+    assert again.table == first.table
+
+    for changes, words in (
+        ({"seed": 1}, "made with seed 0 and 4 samples, not seed 1 and 4"),
+        ({"samples": 3}, "made with seed 0 and 4 samples, not seed 0 and 3"),
+        ({"reference": "student"}, None),
+        ({"prompts": ["3 right"]}, "made for other conditioning"),
+        ({"reference_samples": "nowhere.safetensors"}, "cannot be read"),
+    ):
+        stage = {**asked, "reference_samples": file, **changes}
+        if words is None:
+            trained.evaluate(**stage)
+            continue
+        with pytest.raises(ValueError, match=words):
+            trained.evaluate(**stage)
+
+
+def test_stored_samples_are_looked_for_before_training(tmp_path):
+    stage = evaluate(reference_samples=str(tmp_path / "latents.safetensors"))
+    with pytest.raises(UserError, match=r"stage evaluate: reference_samples .*cannot be read"):
+        run(tiny_recipe([distil(), stage]), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_stored_samples_have_to_hold_the_reference(trained):
+    file = str(trained.evaluate(candidates=[TEACHER], reference="teacher").folder / "latents.safetensors")
+    with pytest.raises(ValueError, match="it has no 'student'; there are teacher"):
+        trained.evaluate(candidates=[STUDENT], reference="student", reference_samples=file)

@@ -33,6 +33,8 @@ from moedistill.data.prompts import PromptsConfig
 from moedistill.errors import UserError
 from moedistill.fields import Config
 from moedistill.losses import HuberConfig, ProbeLayout, StepTensors
+from moedistill.metrics import MetricInputs, vbench
+from moedistill.metrics.fvd import FVDConfig
 from moedistill.mixture import Mixture
 from moedistill.optim import OptimizerConfig
 from moedistill.plugins import load_plugins
@@ -252,7 +254,7 @@ def test_data_is_needed(error_of):
 @observes("Recipe.training", "TrainingConfig.batch_size")
 def test_batch_size(watch):
     assert {call.batch for call in watch()} == {4}
-    assert {call.batch for call in watch(changes={"training": {"batch_size": 6}})} == {6}
+    assert {call.batch for call in watch(changes={"training": {"batch_size": 6, "heldout": None}})} == {6}
 
 
 @observes("Recipe.stages")
@@ -578,6 +580,15 @@ def test_gan():
         GANConfig(width=4, groups=3)
 
 
+@observes("loss.gan.real")
+def test_what_the_critic_takes_for_real(done):
+    """The same start; after a step on other real features the critics differ."""
+    probe = {"block_stride": 2}
+    terms = [{"kind": "gan", "width": 4, "groups": 2, "real": real} for real in ("target", "data")]
+    ours, theirs = (done(distil(losses=[term], probe=probe)).tree("training")["critics"]["gan"] for term in terms)
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @observes("loss.gan.critic_updates", "loss.gan.optimizer")
 def test_the_critic_s_optimizer(done):
     def critic(**config):
@@ -616,7 +627,7 @@ def test_what_is_sampled(done):
     assert asked["conditioning.digit"].tolist() == [3, 10, 7, 3]
     assert asked["conditioning.direction"].tolist() == [0, 4, 3, 0]
     folder = done(evaluate(name="elsewhere", save_latents=False)).folder / "elsewhere"
-    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "rows.safetensors"}
 
 
 @observes("stage.evaluate.pictures")
@@ -637,8 +648,8 @@ def test_the_table(done):
         assert table[reference] == {"paired_distance": 0}
         assert table[other]["paired_distance"] > 0.1
     assert list(done(evaluate()).table()) == ["student"]
-    metrics = [{"kind": kind} for kind in kinds("metric")]
-    assert list(done(evaluate(metrics=metrics)).table()["student"]) == kinds("metric")
+    metrics = [kind for kind in kinds("metric") if kind not in ("fvd", "vbench")]  # which need files or programs
+    assert list(done(evaluate(metrics=[{"kind": kind} for kind in metrics])).table()["student"]) == metrics
 
 
 @observes("Candidate.model", "Candidate.steps", "Candidate.stand_ins")
@@ -715,6 +726,19 @@ def test_backbone(error_of, tmp_path):
     assert distance(weights(usual), load_file(tmp_path / "five")) > 0.1
     assert distance(weights(build(pretrained=str(tmp_path / "five"))), load_file(tmp_path / "five")) == 0
     assert "there is no file nowhere" in error_of(changes={"backbone.pretrained": "nowhere"})
+
+
+@observes("dataset.digits.conditions")
+def test_what_is_told_of_digits():
+    data = DigitsConfig(styles_per_digit=1, conditions=["none", "digit"]).build(None)
+    assert len(data) == 2 * 10 * 4 * 3
+    assert [data[i].conditioning["digit"].item() for i in (0, 119, 120, 239)] == [10, 10, 0, 9]
+    assert all(data[i].conditioning["direction"].item() == 4 for i in range(0, 240, 7))
+    assert torch.equal(data[5].latents, data[125].latents)
+    only = DigitsConfig(styles_per_digit=1, conditions=["direction"]).build(None)[119].conditioning
+    assert (only["digit"].item(), only["direction"].item()) == (10, 3)
+    with pytest.raises(ValueError, match="conditions none, none: name each once"):
+        DigitsConfig(conditions=["none", "none"])
 
 
 @observes("dataset.digits.text_dropout", "dataset.digits.styles_per_digit")
@@ -1109,3 +1133,90 @@ def test_samples(tmp_path, error_of):
     different = min((other - usual).abs().mean() for other in others)
     assert equal < 1 < 2 < different
     assert "ema: no stage keeps an average" in error_of(distil(), {**stage, "weights": "ema"})
+
+
+# evaluate: stored samples
+
+
+@observes("stage.evaluate.reference_samples")
+def test_samples_of_another_evaluation(error_of, tmp_path):
+    assert "cannot be read" in error_of(evaluate(reference_samples=str(tmp_path / "none")))
+
+
+# -- the held-out loss, metrics with something brought ----------------------------------------------------------------
+
+
+@observes("TrainingConfig.heldout", "HeldOutConfig.every", "HeldOutConfig.samples", "HeldOutConfig.levels")
+def test_the_held_out_loss(done):
+    def found(config, steps=3):
+        return done(distil(steps=steps), changes={"training.heldout": config}).lines
+
+    usual = {"every": 2, "samples": 2, "levels": 2}
+    assert not any("heldout" in line for line in found(None))
+    assert [line["step"] for line in found(usual) if "heldout" in line] == [0, 2, 3]
+    assert [line["step"] for line in found({**usual, "every": 9}) if "heldout" in line] == [0, 3]
+    levels = {n: [name for name in found({**usual, "levels": n})[0] if name.startswith("heldout/")] for n in (2, 3)}
+    assert {n: len(names) for n, names in levels.items()} == {2: 2, 3: 3}
+    assert found({**usual, "samples": 3})[0]["heldout"] != found(usual)[0]["heldout"]
+
+
+@observes(*(f"metric.fvd.{name}" for name in ("detector", "real", "frames", "size", "batch_size")))
+def test_fvd(tmp_path):
+    class Shape(torch.nn.Module):
+        def forward(self, videos: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(videos.shape).expand(len(videos), 5) * 1.0
+
+    torch.jit.script(Shape()).save(tmp_path / "shape.pt")
+    for name, scale in (("one", 1.0), ("two", 2.0)):
+        save_file({"features": scale * torch.eye(5)}, tmp_path / f"{name}.safetensors")
+    usual = {"detector": str(tmp_path / "shape.pt"), "real": str(tmp_path / "one.safetensors")}
+    videos = torch.zeros(3, 1, 20, 8, 8)
+    inputs = MetricInputs(videos, videos, videos, videos, {})
+
+    def rows(**changes):
+        return FVDConfig(**{**usual, **changes}).build().rows(inputs).tolist()
+
+    assert rows() == [[3, 3, 16, 224, 224]] * 3
+    assert rows(frames=4, size=8, batch_size=2) == [[2, 3, 4, 8, 8]] * 2 + [[1, 3, 4, 8, 8]]
+    other = {**usual, "real": str(tmp_path / "two.safetensors")}
+    assert FVDConfig(**usual, size=8).build()(inputs) != FVDConfig(**other, size=8).build()(inputs)
+    for key in ("detector", "real"):
+        with pytest.raises(ValueError, match=f"{key} nowhere does not exist"):
+            FVDConfig(**{**usual, key: "nowhere"}).look_ahead()
+
+
+@observes("metric.vbench.dimensions", "metric.vbench.command")
+def test_vbench(monkeypatch):
+    asked = []
+
+    def run_vbench(command, dimension, videos, output):
+        asked.append((command, dimension))
+        return [{"video_path": str(path), "video_results": 0.5} for path in videos.iterdir()]
+
+    monkeypatch.setattr(vbench, "run_vbench", run_vbench)
+    videos = torch.zeros(2, 1, 3, 16, 16)
+    for command, dimensions in (("one", ["dynamic_degree"]), ("two", ["subject_consistency", "motion_smoothness"])):
+        metric = vbench.VBenchConfig(dimensions=dimensions, command=command).build()
+        assert metric.rows(MetricInputs(videos, videos, videos, videos, {})).shape == (2, len(dimensions))
+    assert asked == [("one", "dynamic_degree"), ("two", "subject_consistency"), ("two", "motion_smoothness")]
+
+
+# SampleConfig and Candidate: noise drawn anew, and steps of a candidate's own
+
+
+@observes("SampleConfig.eta", "Candidate.sample")
+def test_steps_of_a_candidate_and_fresh_noise(done, error_of):
+    own = {
+        "plain": {"steps": 2},
+        "other": {"points": [8, 3]},
+        "some": {"steps": 2, "eta": 0.5},
+        "all": {"steps": 2, "eta": 1},
+    }
+    candidates = [{"name": "usual"}, *({"name": name, "sample": sample} for name, sample in own.items())]
+    latents = done(TRAINED, evaluate(candidates=candidates, reference="usual")).latents()
+    assert torch.equal(latents["usual"], latents["plain"])  # points 8 and 4, as in the recipe
+    for one, other in (("plain", "other"), ("plain", "some"), ("some", "all")):
+        assert distance(latents[one], latents[other]) > 1e-3, (one, other)
+    assert "give one of them" in error_of(
+        evaluate(candidates=[{"name": "student", "steps": 2, "sample": {"steps": 2}}])
+    )

@@ -225,6 +225,36 @@ def test_the_critic_learns_from_the_features_that_the_student_saw():
         assert all(ours is states for ours, states in zip(probe.hidden_real, real, strict=True))
 
 
+def test_a_critic_of_data_sees_the_data_noised_to_the_same_level():
+    """Three forwards for the probe; what the critic takes for real does not depend on the student or its target."""
+    seen = {}
+    for real in ("target", "data"):
+        run, stage = detail_run(real=real)
+        inputs, hidden_states, critic = [], run.student.hidden_states, run.terms[1].loss.critic_loss
+        run.student.hidden_states = lambda x, sigma, *rest: inputs.append((x, sigma)) or hidden_states(x, sigma, *rest)  # noqa: B023
+        run.terms[1].loss.critic_loss = lambda module, tensors: seen.update({real: tensors}) or critic(module, tensors)  # noqa: B023
+        batch = digits_batch(run)
+        with run.student.using("detail"):
+            stage.step(run, batch)
+        assert len(inputs) == (3 if real == "data" else 2)
+        assert all(torch.equal(sigma, inputs[0][1]) for _, sigma in inputs)
+    assert seen["target"].probe.hidden_data == []
+    probe = seen["data"].probe
+    x, sigma = inputs[2]
+    # x = (1 - σ)·x0 and noise, of which there is at most σ: far from the re-noised prediction.
+    per_sample = sigma.view(-1, 1, 1, 1, 1)
+    noise = (x - (1 - per_sample) * batch.latents) / per_sample
+    assert 0.7 < float(noise.std()) < 1.05
+    assert abs(float((noise * batch.latents).mean())) < 0.05
+    gan = run.terms[1].loss
+    with torch.no_grad():
+        logits = [gan.critic(hidden, probe.grid) for hidden in (probe.hidden_fake, probe.hidden_data)]
+        expected = torch.stack(
+            [(1 + fake).relu().mean() + (1 - real).relu().mean() for fake, real in zip(*logits, strict=True)]
+        ).mean()
+        assert float(gan.critic_loss(gan.critic, seen["data"])) == pytest.approx(float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize(("updates", "start"), [(1, 0), (3, 0), (2, 1)])
 def test_critic_updates_are_counted_also_in_its_schedule(updates, start):
     optimizer = {"lr": 1e-3, "schedule": "linear"}

@@ -54,10 +54,13 @@ RECIPES = {
     "dcm": recipe([distil("semantic"), distil("detail", lr=6e-3)], {"semantic": FULL, "detail": DETAIL}, phases=2),
     "lcm": recipe([distil("lcm", steps=400)], {"lcm": FULL}),
     "pcm": recipe([distil("pcm", phases=4)], {"pcm": FULL}, phases=4),
+    "two_full": recipe([distil("semantic"), distil("detail")], {"semantic": FULL, "detail": FULL}, phases=2),
+    "average": recipe([distil("pcm", phases=4, target="ema", ema_decay=0.8)], {"pcm": FULL}, phases=4),
     "zero": recipe([distil("one", steps=150)], {"one": FULL}, trajectory={**COARSE, "end": "zero"}),
     "grid_min": recipe([distil("one", steps=150)], {"one": FULL}, trajectory={**COARSE, "end": "grid_min"}),
 }
-"""SemE then DetE; one expert with one phase; one expert with four; and the two ends of a trajectory."""
+"""SemE then DetE; one expert with one phase; one with four; two full experts; a target that is an average; and the two
+ends of a trajectory."""
 
 JUMPS = [
     ("dcm", "semantic", 100, 50),
@@ -67,6 +70,10 @@ JUMPS = [
     ("pcm", "pcm", 75, 50),
     ("pcm", "pcm", 50, 25),
     ("pcm", "pcm", 25, 0),
+    ("two_full", "semantic", 100, 50),
+    ("two_full", "detail", 50, 0),
+    ("average", "pcm", 100, 75),
+    ("average", "pcm", 25, 0),
 ]
 """Recipe, expert, and the points of a segment's or phase's ends."""
 
@@ -186,6 +193,46 @@ def test_few_steps_from_noise_give_the_data(distilled, name, points, landings):
     assert ((mean - mu) / tau).abs().max() <= 0.01
     if landings == [*points[1:], 0]:
         assert (std / tau - 1).abs().max() <= 0.03
+
+
+@pytest.mark.parametrize(
+    ("name", "points"),
+    [
+        ("lcm", [100]),
+        ("dcm", [100, 50]),
+        ("two_full", [100, 50]),
+        ("pcm", [100, 75, 50, 25]),
+        ("average", [100, 75, 50, 25]),
+    ],
+)
+def test_students_are_at_the_exact_map_where_the_teacher_is_far_from_it(distilled, name, points):
+    """From noise down to 0, relative to the data's spread: within 2 %, where as few steps of the teacher miss by 20 %.
+
+    The teacher's own 100 steps, which the student learns, miss by as much as the student may.
+    """
+    mixture, x = distilled(name), noise()
+    sigmas = [*map(mixture.trajectory.sigma, points), 0.0]
+    exact, tau = gaussian.flow_map(x, 1.0, 0.0), gaussian.TAU.flatten()
+    student = mixture.generate(x, {}, torch.tensor(sigmas))
+    floor = rms(euler(x, mixture.trajectory.points.flip(0).tolist()) - exact) / tau
+    assert (rms(student - exact) / tau).max() <= 0.02
+    assert floor.max() <= 0.02
+    assert (rms(euler(x, sigmas) - exact) / tau).min() >= 0.2
+
+
+@pytest.mark.parametrize("points", [[100, 40], [100, 60, 30]])
+def test_fresh_noise_keeps_the_data_s_law(distilled, points):
+    """Multistep sampling of the student with one phase: jump to the data, noise anew, jump again."""
+    mixture, generator = distilled("lcm"), torch.Generator().manual_seed(1)
+    sigmas = torch.tensor([*map(mixture.trajectory.sigma, points), 0.0])
+    x, *fresh = torch.randn(len(points), 40 * SAMPLES, *gaussian.SHAPE, generator=generator)
+    samples = mixture.generate(
+        x, {}, sigmas, eta=1.0, fresh_noise=lambda step, rows: fresh[step][rows.start : rows.stop], batch_size=1024
+    )
+    std, mean = torch.std_mean(samples, dim=(0, 2, 3, 4))
+    tau = gaussian.TAU.flatten()
+    assert ((mean - gaussian.MU.flatten()) / tau).abs().max() <= 0.02
+    assert (std / tau - 1).abs().max() <= 0.03
 
 
 @pytest.mark.parametrize("end", ["zero", "grid_min"])

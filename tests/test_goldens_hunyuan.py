@@ -21,7 +21,7 @@ from moedistill.context import Job, Run
 from moedistill.data.loading import Batch
 from moedistill.mixture import Mixture
 from moedistill.recipe import load_recipe
-from moedistill.train import _accelerator as make_accelerator
+from moedistill.train import make_accelerator
 
 SELECTION = Path(__file__).parent / "data" / "hunyuan"
 RECORD = Path(__file__).parents[2] / "shared" / "goldens"

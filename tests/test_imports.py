@@ -17,7 +17,19 @@ HEAVY = {"diffusers", "peft", "accelerate", "transformers"}
 # A module may import modules of the layers below its own, and of its own.
 LAYERS = [
     {"fields", "errors"},
-    {"flow", "optim", "randomness", "conditioning", "ema", "features", "media", "signals", "checkpoint", "devices"},
+    {
+        "flow",
+        "optim",
+        "randomness",
+        "conditioning",
+        "ema",
+        "features",
+        "media",
+        "signals",
+        "checkpoint",
+        "devices",
+        "plotting",
+    },
     {"trajectory"},
     {"routers"},
     {"sampling", "steps", "losses", "backbone", "data", "metrics"},
@@ -28,7 +40,8 @@ LAYERS = [
     {"registry", "yaml_tree"},
     {"hookspecs", "builtin", "plugins", "validation", "schema"},
     {"recipe", "callbacks"},
-    {"smoke", "train", "sample_run"},
+    {"smoke", "train", "heldout", "sample_run"},
+    {"analysis"},
     {"integrations"},
     {"cli", "__main__", "testing", "new_backbone"},
 ]

@@ -243,6 +243,61 @@ def test_another_kind_replaces_the_mapping(tmp_path, plugins):
     assert recipe.trajectory.sigmas == [0, 0.5, 0.8, 1]
 
 
+EXTENDED = """\
+router: {experts: [student], boundaries: []}
+experts: {student: {kind: full}, semantic: null, detail: null}
+stages: {semantic: null, detail: {expert: student, losses: {mse: null, huber: {c: 0.5}}}}
+"""
+
+
+def extended(tmp_path, plugins, child):
+    write(tmp_path, GOOD, "base.yaml")
+    return load_recipe(write(tmp_path, "extends: base.yaml\n" + child, "child.yaml"), plugins=plugins)
+
+
+def test_null_takes_a_component_out(tmp_path, plugins):
+    """And a mapping over a list changes the items that it names, by their name or kind."""
+    recipe = extended(tmp_path, plugins, EXTENDED)
+    assert list(recipe.experts) == ["student"]
+    [stage] = recipe.stages
+    assert (stage.name, stage.expert, stage.steps) == ("detail", "student", 10)
+    assert [(loss.kind, loss.c) for loss in stage.losses] == [("huber", 0.5)]
+    # Where null is a value it stays one.
+    assert extended(tmp_path, plugins, "training: {checkpoint_every: null}").training.checkpoint_every is None
+    # A list over a list replaces it; items go by number, too.
+    changed = extended(tmp_path, plugins, "router: {boundaries: {0: {point: 30}}}\nsample: {points: [50, 30]}")
+    assert (changed.router.boundaries[0].point, changed.sample.points) == (30, [50, 30])
+
+
+def test_a_list_in_an_item_s_place_repeats_it(tmp_path, plugins):
+    child = "stages: {semantic: [{name: one, steps: 1}, {}, {name: three, losses: {huber: {c: 0.5}}}]}"
+    recipe = extended(tmp_path, plugins, child)
+    stages = [(stage.name, stage.steps, stage.losses[0].c) for stage in recipe.stages]
+    assert stages == [("one", 1, 0.001), ("semantic", 10, 0.001), ("three", 10, 0.5), ("detail", 10, 0.001)]
+    # They are separate: an override changes one of them.
+    file = write(tmp_path, "extends: base.yaml\n" + child, "child.yaml")
+    recipe = load_recipe(file, ["stages.one.optimizer.lr=0.5"], plugins=plugins)
+    assert [stage.optimizer.lr for stage in recipe.stages[:3]] == [0.5, 1e-5, 1e-5]
+
+
+@pytest.mark.parametrize(
+    ("child", "path", "message"),
+    [
+        ("stages: {sematnic: {steps: 3}}", "stages.sematnic", "did you mean 'semantic'"),
+        ("stages: {semantic: {losses: {mse: null}}}", "stages.semantic.losses.mse", "no item 'mse'"),
+        ("stages: {semantic: {steps: 3}, 0: {steps: 4}}", "stages.0", "named twice"),
+        ("experts: {detial: null}", "experts.detial", "null is not a expert"),
+        ("training: null", "training", ""),
+    ],
+)
+def test_changes_that_cannot_be(tmp_path, plugins, child, path, message):
+    with pytest.raises(RecipeError) as caught:
+        extended(tmp_path, plugins, child)
+    [found, *_] = [problem for problem in caught.value.problems if problem.path == path]
+    assert message in found.message
+    assert found.where == f"{tmp_path / 'child.yaml'}:2"
+
+
 def test_extends_in_a_circle_and_missing(tmp_path, plugins):
     write(tmp_path, "extends: b.yaml\n" + GOOD, "a.yaml")
     write(tmp_path, "extends: a.yaml\n", "b.yaml")

@@ -19,7 +19,8 @@ class MetricsFile:
         if not self._path.exists():
             return
         order = {stage.name: number for number, stage in enumerate(run.recipe.stages)}
-        here = (order[run.config.name], run.step)
+        # A stage that begins anew writes its line before the first step again.
+        here = (order[run.config.name], run.step if run.step else -1)
         kept = []
         for text in self._path.read_text().splitlines():
             try:

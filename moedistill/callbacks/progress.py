@@ -59,14 +59,15 @@ class Progress:
     @hookimpl
     def on_step_end(self, run: Any, metrics: dict[str, float]) -> None:
         rate = (run.step - self._first) / max(1e-9, time.monotonic() - self._started)
-        numbers = "  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in metrics.items())
+        shown = {name: value for name, value in metrics.items() if not name.startswith(("heldout/", "heldout_"))}
+        numbers = "  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in shown.items())
         speed = f"{rate:.2f} steps/s  {memory()}"
         if self._bar is not None:
             self._bar.numbers = numbers
             self._bar.update(self._task, completed=run.step, speed=speed)
         else:
-            left = _duration((run.steps - run.step) / rate)
-            self._say(f"  {run.step}/{run.steps}  {numbers}  {speed}  {left} left")
+            left = f"  {speed}  {_duration((run.steps - run.step) / rate)} left" if rate else ""
+            self._say(f"  {run.step}/{run.steps}  {numbers}{left}")
 
     @hookimpl
     def on_stage_end(self, run: Any) -> None:

@@ -48,7 +48,8 @@ class Dataset(ABC):
 
 @dataclass(kw_only=True)
 class DatasetConfig(Config, ABC):
-    """Recipe keys common to all datasets. `provides`: what samples have, of latents and conditioning.
+    """Recipe keys common to all datasets. `provides`: what samples have, of latents and conditioning; and
+    `posterior_mean`, where the dataset offers it.
 
     Args:
         text_dropout: probability that a training sample's text is replaced by the negative prompt's.

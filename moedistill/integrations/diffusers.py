@@ -28,13 +28,13 @@ from torch.utils.hooks import RemovableHandle
 from moedistill import conditioning
 from moedistill.backbone import Backbone, BackboneConfig, SampleLayout, VideoSize
 from moedistill.conditioning import Conditioning
-from moedistill.errors import UserError
+from moedistill.errors import UserError, user_errors
 from moedistill.experts import TEACHER
 from moedistill.fields import NonEmptyStr
 from moedistill.mixture import Mixture
 from moedistill.plugins import Plugins
 from moedistill.randomness import torch_seed
-from moedistill.sample_run import read_trained, sampling_steps
+from moedistill.sample_run import read_trained, sampling_config, sampling_steps
 
 if TYPE_CHECKING:
     from moedistill.integrations.scheduler import FewStepScheduler
@@ -59,6 +59,7 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
     variant: NonEmptyStr | None = None
     video: VideoSize
 
+    has_pipeline: ClassVar[bool] = True
     backbone_class: ClassVar[type["DiffusersBackbone"]]
     download: ClassVar[str]
     """What there is to download, and how big it is, for people."""
@@ -448,11 +449,13 @@ class DiffusersBackbone(Backbone):
         seed: int,
         video: VideoSize | None = None,
         weights: Literal["trained", "ema"] = "trained",
+        eta: float = 0.0,
     ) -> Iterator[Tensor]:
         """By the model's own pipeline. Sample k starts from the noise of `torch.Generator().manual_seed(seed + k)`.
 
         Steps of the untouched teacher, where the router names it, are guided as the recipe says.
         """
+        _refuse_eta(eta)
         video = video or self.config.video
         self.latent_shape(video)  # raises
         self.encode(prompts)
@@ -664,6 +667,12 @@ class RoutedTransformer(nn.Module):
         return (self._conditional,)
 
 
+def _refuse_eta(eta: float) -> None:
+    """ValueError for anything but 0: pipelines pass their generator to no scheduler, so a step can draw no noise."""
+    if eta:
+        raise ValueError(f"eta {eta:g}: a pipeline's steps draw no fresh noise; give steps or sigmas, whose eta is 0")
+
+
 def _expert_at(mixture: Mixture, sigma: float) -> str:
     """The expert that serves `sigma`; of a teacher of several networks, the one that does."""
     expert = mixture.router.expert_at(sigma) if mixture.router else TEACHER
@@ -753,6 +762,8 @@ def apply(
     """
     recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
     config = recipe.backbone
+    with user_errors(str(source)):
+        _refuse_eta(sampling_config(recipe, steps, sigmas).eta)
     if not isinstance(config, DiffusersBackboneConfig):
         raise UserError(f"{source} was made for backbone {config.kind!r}, which has no diffusers pipeline")
     networks = _networks_of(pipeline, config, source)

@@ -3,13 +3,15 @@
 DCM: Dual-Expert Consistency Model for Efficient and High-Quality Video Generation, arXiv 2506.03123.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from moedistill.conditioning import Conditioning
 from moedistill.context import Run
 from moedistill.data.loading import Batch
 from moedistill.fields import NonNegativeInt, PositiveInt
@@ -89,6 +91,69 @@ def landing_points(starts: range, phases: int | list[int]) -> Tensor:
     return torch.tensor([max(edge for edge in edges if edge < start) for start in starts])
 
 
+Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""A network as a step calls it: `x` `[B, C, T, H, W]`, `sigma` `[B]` and conditioning to a velocity shaped as `x`."""
+
+
+@dataclass
+class Jumps:
+    """Where the student and its target land from the same starting points; sigmas are `[B]`.
+
+    Attributes:
+        prediction, target: `[B, C, T, H, W]`, both at `end`; no gradient reaches the target.
+        difference: prediction - target, exact where both are nearly equal.
+        sigma, end: of the starting points and of the landings.
+    """
+
+    prediction: Tensor
+    target: Tensor
+    difference: Tensor
+    sigma: Tensor
+    end: Tensor
+
+
+def jumps(
+    x: Tensor,
+    cond: Conditioning,
+    sigma: Tensor,
+    previous: Tensor,
+    end: Tensor,
+    *,
+    student: Velocity,
+    teacher: Velocity,
+    target: Velocity,
+) -> Jumps:
+    """The student jumps from `sigma` to `end` at once; the teacher steps to `previous`, the target jumps on from there.
+
+    Args:
+        x: noisy latents `[B, C, T, H, W]` at `sigma`.
+        sigma, previous, end: `[B]`, falling; a jump of zero length, `previous` = `end`, asks the target nothing.
+        teacher, target: without gradients.
+    """
+    per_sample = (-1, 1, 1, 1, 1)
+
+    # The student jumps to the end at once.
+    v_student = student(x, sigma, cond)
+    prediction = jump(x, v_student, sigma, end)
+
+    # The teacher takes one step, and the target network jumps on from there.
+    v_teacher = teacher(x, sigma, cond)
+    x_previous = jump(x, v_teacher, sigma, previous)
+    v_target = torch.zeros_like(v_teacher)
+    goes_on = previous > end  # a jump of zero length needs no velocity
+    if bool(goes_on.any()):
+        v_target = torch.where(goes_on.view(per_sample), target(x_previous, previous, cond), v_target)
+    landing = jump(x_previous, v_target, previous, end)
+
+    # Prediction and target are nearly equal: their difference is formed from the velocities.
+    difference = (
+        (end - sigma).view(per_sample) * v_student
+        - (previous - sigma).view(per_sample) * v_teacher
+        - (end - previous).view(per_sample) * v_target
+    )
+    return Jumps(prediction, landing, difference, sigma, end)
+
+
 def _edges(phases: int | PhasePoints) -> int | list[int]:
     return phases if isinstance(phases, int) else phases.points
 
@@ -110,43 +175,35 @@ class ConsistencyStage(TrainingStage):
             layout = ProbeLayout(len(backbone.blocks[:: config.probe.block_stride]), backbone.hidden_size)
         run.add_losses(config.losses, layout)
 
-    def step(self, run: Run, batch: Batch) -> None:
-        x0, cond, points = batch.latents, batch.conditioning, run.trajectory.points
-        per_sample = (-1, 1, 1, 1, 1)
-
-        # A starting point p_i of the segment, the point before it, and the point where the jump lands.
-        i = run.draw.integers("point", self._starts[0], self._starts[-1] + 1)
-        land = self._landings[i - self._starts[0]]
+    def jumps(self, run: Run, x0: Tensor, cond: Conditioning, i: Tensor, noise: Tensor) -> Jumps:
+        """The run's expert and its target from the points `i`, int64 `[B]`, of the segment; see `jumps`."""
+        points, land = run.trajectory.points, self._landings[i - self._starts[0]]
         sigma, previous, end = (points[index].to(run.device) for index in (i, i - 1, land))
-        noise = run.draw.normal("noise", x0.shape[1:])
-        x = add_noise(x0, noise, sigma)
-
-        # The student jumps to the end at once.
-        v_student = run.velocity(x, sigma, cond)
-        prediction = jump(x, v_student, sigma, end)
-
-        # The teacher takes one step, and the target network jumps on from there.
-        v_teacher = run.teacher(x, sigma, cond)
-        x_previous = jump(x, v_teacher, sigma, previous)
-        v_target = torch.zeros_like(v_teacher)
-        goes_on = previous > end  # a jump of zero length needs no velocity
-        if bool(goes_on.any()):
-            v = run.target(x_previous, previous, cond, ema=self.config.target == "ema")
-            v_target = torch.where(goes_on.view(per_sample), v, v_target)
-        target = jump(x_previous, v_target, previous, end)
-
-        # Prediction and target are nearly equal: their difference is formed from the velocities.
-        difference = (
-            (end - sigma).view(per_sample) * v_student
-            - (previous - sigma).view(per_sample) * v_teacher
-            - (end - previous).view(per_sample) * v_target
+        return jumps(
+            add_noise(x0, noise, sigma),
+            cond,
+            sigma,
+            previous,
+            end,
+            student=run.velocity,
+            teacher=run.teacher,
+            target=partial(run.target, ema=self.config.target == "ema"),
         )
+
+    def step(self, run: Run, batch: Batch) -> None:
+        x0, cond = batch.latents, batch.conditioning
+
+        # A starting point p_i of the segment, and what the student and its target make of it.
+        i = run.draw.integers("point", self._starts[0], self._starts[-1] + 1)
+        noise = run.draw.normal("noise", x0.shape[1:])
+        made = self.jumps(run, x0, cond, i, noise)
 
         # Teacher features, once for all losses and the critics.
         probe = None
         if self.config.probe is not None and run.probe_wanted:
-            probe = run.probe(prediction, target, end, cond, self.config.probe.block_stride)
+            data = x0 if run.data_probe_wanted else None
+            probe = run.probe(made.prediction, made.target, made.end, cond, self.config.probe.block_stride, data)
 
-        tensors = StepTensors(prediction, target, difference, sigma, run.segment, probe)
+        tensors = StepTensors(made.prediction, made.target, made.difference, made.sigma, run.segment, probe)
         run.update("student", run.objective(tensors))
         run.update_critics(tensors)

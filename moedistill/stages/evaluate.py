@@ -1,16 +1,20 @@
 """Compares models that share the run's weights: the teacher, the student, and mixtures of both, by named metrics."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from annotated_types import MinLen
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moedistill import conditioning
 from moedistill.checkpoint import save_tensors
+from moedistill.conditioning import Conditioning
 from moedistill.data.loading import collate
 from moedistill.data.prompts import read_prompts
 from moedistill.experts import TEACHER
@@ -18,12 +22,18 @@ from moedistill.fields import Component, NonEmptyStr, NonNegativeInt, PositiveIn
 from moedistill.media import contact_sheet, side_by_side
 from moedistill.metrics import MetricConfig, MetricInputs
 from moedistill.randomness import Draws, generator
+from moedistill.sampling import sample_in_batches
 from moedistill.stages.base import Finding, Stage, StageConfig
 from moedistill.steps import SampleConfig
 
 if TYPE_CHECKING:
     from moedistill.context import Job
+    from moedistill.data.base import Dataset
     from moedistill.recipe import Recipe
+
+
+ROWS = "rows.safetensors"
+"""In the stage's folder: what each metric made of each sample, float64 `[N, D]`, as "kind/candidate"."""
 
 
 @dataclass(kw_only=True)
@@ -32,15 +42,26 @@ class Candidate:
 
     Args:
         name: in the table.
-        model: the `student` (experts by the router) or the `teacher` (guided, everywhere).
-        steps: spread evenly over the trajectory; null for the recipe's `sample` list.
+        model: the `student` (experts by the router), the `teacher` (guided, everywhere), or the `exact` velocity of the
+            data, where the dataset offers their posterior mean (unguided): how far the teacher is from the truth.
+        steps: spread evenly over the trajectory; short for sample: {steps: n}.
+        sample: its own steps, as in the recipe's `sample`, which it takes if it has neither.
         stand_ins: experts to run in place of others, such as {detail: teacher}.
     """
 
     name: NonEmptyStr
-    model: Literal["student", "teacher"] = "student"
+    model: Literal["student", "teacher", "exact"] = "student"
     steps: PositiveInt | None = None
+    sample: SampleConfig | None = None
     stand_ins: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.sample is not None:
+            raise ValueError(f"steps {self.steps} and sample: give one of them, or neither for the recipe's own")
+
+    def own_sample(self) -> SampleConfig | None:
+        """Its own steps; None where it takes the recipe's."""
+        return self.sample if self.steps is None else SampleConfig(steps=self.steps)
 
 
 @dataclass(kw_only=True)
@@ -53,6 +74,9 @@ class EvaluateConfig(StageConfig):
         seed: of noise and conditioning; the same for all runs, so that they can be compared in pairs.
         candidates: what to compare.
         reference: the candidate that paired metrics compare with.
+        reference_samples: the `latents.safetensors` of an evaluation with the same seed, samples and conditioning, to
+            take the reference's samples from; null to sample them. The teacher's many steps are then made once for
+            many runs.
         metrics: what to measure.
         prompts: what to ask for, in turn: a list, or a file as `data: {kind: prompts}` takes it; null for the
             conditioning of samples spread evenly over the data.
@@ -66,6 +90,7 @@ class EvaluateConfig(StageConfig):
     seed: NonNegativeInt = 0
     candidates: list[Candidate]
     reference: NonEmptyStr
+    reference_samples: NonEmptyStr | None = None
     metrics: list[Annotated[MetricConfig, Component("metric")]]
     prompts: Annotated[list[str], MinLen(1)] | NonEmptyStr | None = None
     weights: Literal["trained", "ema"] = "trained"
@@ -77,8 +102,12 @@ class EvaluateConfig(StageConfig):
         return EvaluateStage(self)
 
     def look_ahead(self) -> None:
+        for metric in self.metrics:
+            metric.look_ahead()
         if isinstance(self.prompts, str):
             read_prompts(self.prompts)
+        if self.reference_samples is not None:
+            stored_samples(self)
 
     def check(self, recipe: "Recipe") -> Iterable[Finding]:
         names = [candidate.name for candidate in self.candidates]
@@ -92,14 +121,17 @@ class EvaluateConfig(StageConfig):
         if not self.metrics and not self.pictures and not self.save_latents:
             yield "metrics", "is empty, with no pictures and no latents: the stage would do nothing"
         for number, candidate in enumerate(self.candidates):
-            if candidate.steps is None and recipe.sample is None:
+            if candidate.own_sample() is None and recipe.sample is None:
                 yield f"candidates.{number}.steps", "is missing, and the recipe has no sample list to take"
-            if candidate.steps is not None and candidate.steps > (most := _num_steps(recipe)):
-                yield f"candidates.{number}.steps", f"{candidate.steps} is more than the trajectory's {most}"
+            yield from _misfits(recipe, number, candidate)
             if candidate.model == "student" and recipe.router is None and not recipe.experts:
                 yield f"candidates.{number}.model", "student needs a router; use teacher"
-            if candidate.model == "teacher" and candidate.stand_ins:
-                yield f"candidates.{number}.stand_ins", "has no effect: the teacher runs everywhere; use model: student"
+            if candidate.model == "exact" and recipe.data and "posterior_mean" not in recipe.data.provides:
+                message = f"exact needs a posterior mean, which {recipe.data.kind!r} data do not provide; use teacher"
+                yield f"candidates.{number}.model", message
+            if candidate.model != "student" and candidate.stand_ins:
+                message = f"has no effect: {candidate.model} runs everywhere; use model: student"
+                yield f"candidates.{number}.stand_ins", message
             for name in [*candidate.stand_ins, *candidate.stand_ins.values()]:
                 if name != TEACHER and name not in (recipe.experts or {}):
                     yield f"candidates.{number}.stand_ins", f"unknown expert {name!r}"
@@ -107,15 +139,36 @@ class EvaluateConfig(StageConfig):
             yield "weights", "ema: no stage keeps an average; give one ema_decay"
 
     def tiny(self) -> "EvaluateConfig":
-        return self.replace(samples=min(self.samples, 8), pictures=min(self.pictures, 2))
+        return self.replace(samples=min(self.samples, 8), pictures=min(self.pictures, 2), reference_samples=None)
 
 
-def _num_steps(recipe: "Recipe") -> float:
-    """The trajectory's number of steps; no limit where that is not known, which is reported elsewhere."""
+def _misfits(recipe: "Recipe", number: int, candidate: Candidate) -> Iterable[Finding]:
+    """What in a candidate's own steps does not fit the trajectory; nothing where that is broken itself."""
+    sample = candidate.own_sample()
     try:
-        return recipe.trajectory.build(recipe.backbone.native_sigmas()).num_steps
+        trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
     except (AttributeError, ValueError):
-        return float("inf")
+        return
+    try:
+        if sample is not None:
+            sample.resolve(trajectory)
+    except ValueError as error:
+        yield f"candidates.{number}.{'sample' if candidate.steps is None else 'steps'}", str(error)
+
+
+def _exact_velocity(dataset: "Dataset", x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    """(x - E[x0 | x]) / sigma."""
+    return (x - dataset.posterior_mean(x, sigma, cond)) / sigma.view(-1, 1, 1, 1, 1)
+
+
+def _checked(rows: Tensor, kind: str, samples: int) -> Tensor:
+    """`rows`, where they are as a metric must give them."""
+    if rows.ndim != 2 or len(rows) != samples or rows.dtype != torch.float64:
+        raise ValueError(
+            f"metric {kind}: its rows are {str(rows.dtype).removeprefix('torch.')} {list(rows.shape)}; they must be "
+            f"float64 [{samples}, D], one row for each sample"
+        )
+    return rows
 
 
 class EvaluateStage(Stage):
@@ -129,28 +182,36 @@ class EvaluateStage(Stage):
             return
         config, mixture = self.config, job.mixture
         backbone = mixture.student.backbone
-        noise, cond = self._inputs(job)
+        noise, cond = self.inputs(job)
 
         latents: dict[str, Tensor] = {}
         for candidate in config.candidates:
+            if candidate.name == config.reference and config.reference_samples is not None:
+                stored = stored_samples(config, cond)
+                latents[candidate.name] = stored.to(noise.device)
+                continue
             job.say(f"  sampling {config.samples} × {candidate.name}")
             latents[candidate.name] = self._sample(job, candidate, noise, cond)
         videos = {name: backbone.decode(samples).cpu() for name, samples in latents.items()}
         latents = {name: samples.cpu() for name, samples in latents.items()}
         cond = conditioning.to(cond, "cpu")
 
-        table: dict[str, dict[str, float]] = {}
-        measures = [(metric.kind, metric.build()) for metric in config.metrics]
+        table: dict[str, dict[str, float]] = {name: {} for name in latents}
+        rows: dict[str, Tensor] = {}
+        metrics = [(metric.kind, metric.build()) for metric in config.metrics]
         for name in latents:
             inputs = MetricInputs(
-                videos[name], latents[name], videos[config.reference], latents[config.reference], cond
+                videos[name], latents[name], videos[config.reference], latents[config.reference], cond, backbone.fps
             )
-            table[name] = {kind: float(measure(inputs)) for kind, measure in measures}
+            for kind, metric in metrics:
+                measured = _checked(metric.rows(inputs), kind, config.samples)
+                rows[f"{kind}/{name}"] = measured
+                table[name][kind] = float(metric.value(measured))
 
         job.metrics[config.name] = table
-        self._write(job, table, videos, latents, cond)
+        self._write(job, table, rows, videos, latents, cond)
 
-    def _inputs(self, job: "Job") -> tuple[Tensor, dict[str, Tensor]]:
+    def inputs(self, job: "Job") -> tuple[Tensor, dict[str, Tensor]]:
         """Noise `[N, C, T, H, W]` and conditioning of the samples, by the stage's seed alone."""
         config, backbone = self.config, job.mixture.student.backbone
         draw = Draws(config.seed, "evaluate", 0, range(config.samples), job.accelerator.device)
@@ -174,22 +235,28 @@ class EvaluateStage(Stage):
         stand_ins = dict(candidate.stand_ins)
         if candidate.model == "teacher" and mixture.router is not None:
             stand_ins = {segment.expert: TEACHER for segment in mixture.router.segments}
-        steps = recipe.sample if candidate.steps is None else SampleConfig(steps=candidate.steps)
+        steps = candidate.own_sample() or recipe.sample
         assert steps is not None
+        sigmas = steps.resolve(mixture.trajectory)
+
+        def fresh_noise(step: int, rows: range) -> Tensor:
+            draw = Draws(self.config.seed, "evaluate", step, rows, job.accelerator.device)
+            return draw.normal("fresh_noise", noise.shape[1:])
+
+        drawn: Any = {"eta": steps.eta, "fresh_noise": fresh_noise, "batch_size": self.config.batch_size}
+        if candidate.model == "exact":
+            assert job.dataset is not None
+            return sample_in_batches(partial(_exact_velocity, job.dataset), noise, cond, sigmas, **drawn)
         return mixture.generate(
-            noise,
-            cond,
-            steps.resolve(mixture.trajectory),
-            stand_ins=stand_ins,
-            guidance=recipe.backbone.guidance,
-            weights=self.config.weights,
-            batch_size=self.config.batch_size,
-        )
+            noise, cond, sigmas,
+            stand_ins=stand_ins, guidance=recipe.backbone.guidance, weights=self.config.weights, **drawn,
+        )  # fmt: skip
 
     def _write(
         self,
         job: "Job",
         table: dict[str, dict[str, float]],
+        rows: dict[str, Tensor],
         videos: dict[str, Tensor],
         latents: dict[str, Tensor],
         cond: dict[str, Tensor],
@@ -197,10 +264,12 @@ class EvaluateStage(Stage):
         config, folder = self.config, job.output / self.config.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps({"samples": config.samples, "candidates": table}, indent=1))
+        save_tensors(folder / ROWS, {name: measured.contiguous() for name, measured in rows.items()})
         if config.save_latents:
             # Copies: a backbone's conditioning may be views of one tensor, which cannot be saved.
             asked = {f"conditioning.{k}": v.contiguous().clone() for k, v in cond.items()}
-            save_tensors(folder / "latents.safetensors", {**latents, **asked})
+            drawn = {"seed": str(config.seed), "samples": str(config.samples)}
+            save_tensors(folder / "latents.safetensors", {**latents, **asked}, drawn)
         if config.pictures:
             captions = job.mixture.student.backbone.captions(conditioning.select(cond, slice(config.pictures)))
             shown = {name: video[: config.pictures] for name, video in videos.items()}
@@ -208,6 +277,34 @@ class EvaluateStage(Stage):
             side_by_side(folder / "side_by_side.webp", shown)
         show_table(f"{config.name}: {config.samples} samples", table)
         job.say(f"  {folder}")
+
+
+def stored_samples(config: EvaluateConfig, cond: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The reference's samples from `config.reference_samples`, `[N, C, T, H, W]`.
+
+    Raises:
+        ValueError: the file is missing or lacks them, or they are of other noise or conditioning.
+    """
+    what = f"reference_samples {config.reference_samples}"
+    try:
+        with safe_open(config.reference_samples, "pt") as file:
+            stored, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{what}: cannot be read ({error}); give an evaluation's latents.safetensors") from error
+    if config.reference not in stored:
+        names = ", ".join(name for name in stored if not name.startswith("conditioning."))
+        raise ValueError(f"{what}: it has no {config.reference!r}; there are {names}")
+    drawn, wanted = (metadata.get("seed"), metadata.get("samples")), (str(config.seed), str(config.samples))
+    if drawn != wanted:
+        raise ValueError(
+            f"{what}: made with seed {drawn[0]} and {drawn[1]} samples, not seed {wanted[0]} and {wanted[1]}; "
+            "use the same, or leave the key out"
+        )
+    for name, value in (cond or {}).items():
+        other = stored.get(f"conditioning.{name}")
+        if other is None or not torch.equal(other, value.cpu()):
+            raise ValueError(f"{what}: made for other conditioning ({name} differs); leave the key out")
+    return stored[config.reference]
 
 
 def show_table(title: str, table: dict[str, dict[str, float]]) -> None:

@@ -83,6 +83,7 @@ class ExportStage(Stage):
             "router": mixture.router.to_dict() if mixture.router else None,
             "trajectory": mixture.trajectory.points.tolist(),
             "sigmas": recipe.sample.resolve(mixture.trajectory).tolist() if recipe.sample else None,
+            "eta": recipe.sample.eta if recipe.sample else 0.0,
             "provenance": _provenance(job, self.config.weights),
             "recipe": recipe.resolved(),
         }

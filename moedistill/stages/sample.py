@@ -54,6 +54,9 @@ class SampleStageConfig(StageConfig):
     def check(self, recipe: "Recipe") -> "Iterable[Finding]":
         if recipe.sample is None:
             yield "", "there is no sample list to sample with; add sample: {steps: 4}"
+        elif recipe.backbone is not None and recipe.backbone.has_pipeline and recipe.sample.eta > 0:
+            message = "draws fresh noise between the steps, which the model's own pipeline cannot"
+            yield "", f"sample.eta {recipe.sample.eta:g} {message}; make it 0, and give eta to candidates of evaluate"
         if not self.prompts:
             yield "prompts", "is empty; give at least one"
         if self.weights == "ema" and not any(getattr(stage, "ema_decay", None) is not None for stage in recipe.stages):
@@ -77,7 +80,7 @@ class SampleStage(Stage):
         asked = [prompt for prompt in (prompts[:1] if job.smoke else prompts) for _ in range(config.num)]
         write_samples(
             folder, recipe, job.mixture, asked, recipe.sample.resolve(job.mixture.trajectory),
-            seed=config.seed, weights=config.weights, made_from=str(job.output),
+            seed=config.seed, weights=config.weights, eta=recipe.sample.eta, made_from=str(job.output),
         )  # fmt: skip
         job.metrics[config.name] = {"folder": str(folder)}
         job.say(f"  {folder}")
@@ -103,6 +106,7 @@ def write_samples(
     seed: int,
     video: "VideoSize | None" = None,
     weights: Literal["trained", "ema"] = "trained",
+    eta: float = 0.0,
     fps: float | None = None,
     made_from: str,
     keep: bool = False,
@@ -115,7 +119,7 @@ def write_samples(
     files = [f"{k:03d}.mp4" for k in range(len(prompts))]
     _remove_earlier(folder)
     videos: list[Tensor] = []
-    generated = backbone.generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights)
+    generated = backbone.generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights, eta=eta)
     for file, one in zip(files, generated, strict=True):
         write_mp4(folder / file, one, fps=fps)
         if keep or len(videos) < SHOWN:
@@ -130,6 +134,7 @@ def write_samples(
         "prompts": list(prompts),
         "seed": seed,
         "sigmas": sigmas.tolist(),
+        "eta": eta,
         "timesteps": mixture.trajectory.timestep(sigmas[:-1]).tolist(),
         "experts": [mixture.router.expert_at(sigma) if mixture.router else TEACHER for sigma in sigmas[:-1]],
         "weights": weights,

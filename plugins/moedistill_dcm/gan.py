@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +53,14 @@ class Discriminator(nn.Module):
 
 
 class GAN(AdversarialLoss):
-    """Hinge GAN between the student's prediction (fake) and its own consistency target (real)."""
+    """Hinge GAN between the student's prediction (fake) and its own consistency target, or data (real)."""
 
     def __init__(self, config: "GANConfig", layout: ProbeLayout) -> None:
         self.critic: nn.Module = Discriminator(layout, config.width, config.groups)
         self.critic_updates = config.critic_updates
         self.optimizer = config.optimizer
         self._clip = config.clip
+        self._data = config.needs_data_probe
 
     def __call__(self, tensors: StepTensors) -> Tensor:
         assert tensors.probe is not None
@@ -72,7 +73,8 @@ class GAN(AdversarialLoss):
         probe = tensors.probe
         assert probe is not None
         # One call on both halves: a wrapped module may be called once per backward.
-        both = [torch.cat([fake, real]) for fake, real in zip(probe.hidden_fake, probe.hidden_real, strict=True)]
+        hidden_real = probe.hidden_data if self._data else probe.hidden_real
+        both = [torch.cat([fake, real]) for fake, real in zip(probe.hidden_fake, hidden_real, strict=True)]
         logits = critic(both, probe.grid)
         fake, real = zip(*(head.chunk(2) for head in logits), strict=True)
         return hinge_critic(list(fake), list(real))
@@ -86,6 +88,9 @@ class GANConfig(LossConfig):
         width: channels of the heads.
         groups: of their group norms; divides `width`.
         clip: relu(1 - D) as in the released training (true), or 1 - D as the paper writes it (false).
+        real: what the critic takes for real: the student's own consistency `target`, as in DCM, or the `data`, which
+            costs a forward pass of the teacher more. Prediction and target are nearly equal, and a critic tells them
+            apart only slowly.
         critic_updates: critic steps per student step.
         optimizer: of the critic.
     """
@@ -93,6 +98,7 @@ class GANConfig(LossConfig):
     width: PositiveInt = 1024
     groups: PositiveInt = 32
     clip: bool = True
+    real: Literal["target", "data"] = "target"
     critic_updates: PositiveInt = 1
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, betas=(0.0, 0.999)))
     needs_probe: ClassVar[bool] = True
@@ -100,6 +106,10 @@ class GANConfig(LossConfig):
     def __post_init__(self) -> None:
         if self.width % self.groups:
             raise ValueError(f"width {self.width} is not a multiple of groups {self.groups}")
+
+    @property
+    def needs_data_probe(self) -> bool:
+        return self.real == "data"
 
     def build(self, layout: ProbeLayout | None) -> GAN:
         assert layout is not None

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Le, MinLen
@@ -222,6 +222,7 @@ class DigitsConfig(DatasetConfig):
 
     styles_per_digit: Annotated[int, Ge(1), Le(TRAIN_STYLES_PER_DIGIT)] = TRAIN_STYLES_PER_DIGIT
     conditions: Annotated[list[Condition], MinLen(1)] = field(default_factory=lambda: ["full"])
+    provides: ClassVar[frozenset[str]] = DatasetConfig.provides | {"posterior_mean"}
 
     def __post_init__(self) -> None:
         if len(set(self.conditions)) != len(self.conditions):

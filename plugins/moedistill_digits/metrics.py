@@ -1,22 +1,25 @@
 """Metrics of the digits task. "Real videos" are those of the `reference` split, which no network has been trained on.
 
-`features` and `frechet_distance` are public for whoever needs more than the number, such as bootstrap intervals:
-`frechet_distance(features(videos)[resampled], real_features())`.
+`features` is public for whoever needs more than the number: `frechet_distance(features(videos), real_features())`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moedistill.metrics import Metric, MetricConfig, MetricInputs
-from moedistill_digits.classifier import DigitsClassifier
+from moedistill.metrics import Metric, MetricConfig, MetricInputs, edge_energy, frechet_distance, unrest
+from moedistill_digits.classifier import APPEARANCE, DigitsClassifier
 from moedistill_digits.data import CANVAS, DIRECTIONS, FRAMES, NULL_DIGIT, NULL_DIRECTION, STARTS, load_styles, render
 
 FEATURE_SCALE = 10.0
 """Features are multiplied by this, so that distances (which are squared) come out between 1 and some hundreds."""
+APPEARANCE_PART, MOTION_PART = slice(APPEARANCE), slice(APPEARANCE, None)
+"""Where the features are of what is in the frames, and of how it moves."""
 _BATCH = 256
 
 
@@ -35,12 +38,22 @@ def real_videos() -> Tensor:
 
 @torch.no_grad()
 def features(videos: Tensor) -> Tensor:
-    """The classifier's penultimate features, float64 `[N, 64]`, of videos `[N, 1, 8, 24, 24]` in [0, 1]."""
+    """The classifier's penultimate features, float64 `[N, 64]`, of videos `[N, 1, 8, 24, 24]` in [0, 1].
+
+    The first 48 see the appearance, the last 16 the motion.
+    """
     if tuple(videos.shape[1:]) != (1, FRAMES, CANVAS, CANVAS):
         raise ValueError(f"videos {list(videos.shape)}: the digits metrics take [N, 1, {FRAMES}, {CANVAS}, {CANVAS}]")
     classifier = DigitsClassifier.load()
     batches = [classifier.features(batch.float().cpu()) for batch in videos.split(_BATCH)]
     return FEATURE_SCALE * torch.cat(batches).double()
+
+
+def _features_of(inputs: MetricInputs) -> Tensor:
+    """`features` of the samples, once for all metrics."""
+    if "digits.features" not in inputs.shared:
+        inputs.shared["digits.features"] = features(inputs.videos)
+    return inputs.shared["digits.features"]
 
 
 @cache
@@ -49,99 +62,97 @@ def real_features() -> Tensor:
     return features(real_videos())
 
 
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets of features `[N, D]` (Dowson and Landau, 1982).
+class Frechet(Metric):
+    """Fréchet distance between features of the samples, which are the rows, and of real videos; lower is better.
 
-        |m_a - m_b|² + tr(C_a + C_b - 2·(C_a^½ C_b C_a^½)^½)
-
-    Both roots are taken of symmetric matrices by their eigenvalues, in float64.
-
-    Raises:
-        ValueError: fewer than two samples on a side.
+    Args:
+        part: which of the 64 features count.
     """
-    for side in (features_a, features_b):
-        if len(side) < 2:
-            raise ValueError(f"the Fréchet distance needs at least 2 samples on each side, not {len(side)}")
-    mean_a, covariance_a = _moments(features_a.double())
-    mean_b, covariance_b = _moments(features_b.double())
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance_a)
-    root_a = (eigenvectors * eigenvalues.clamp_min(0.0).sqrt()) @ eigenvectors.T
-    cross = torch.linalg.eigvalsh(root_a @ covariance_b @ root_a).clamp_min(0.0).sqrt().sum()
-    squared_distance = (mean_a - mean_b).square().sum()
-    distance = squared_distance + covariance_a.trace() + covariance_b.trace() - 2.0 * cross
-    return max(0.0, float(distance))  # rounding can bring equal sets to -1e-5
+
+    def __init__(self, part: slice) -> None:
+        self.part = part
+
+    def rows(self, inputs: MetricInputs) -> Tensor:
+        return _features_of(inputs)[:, self.part]
+
+    def value(self, rows: Tensor) -> float:
+        return frechet_distance(rows, real_features()[:, self.part])
 
 
-def _moments(samples: Tensor) -> tuple[Tensor, Tensor]:
-    mean = samples.mean(0)
-    centred = samples - mean
-    return mean, centred.T @ centred / (len(samples) - 1)
+class Accuracy(Metric):
+    """Share of the videos in which the classifier sees what was asked for; those that asked for nothing do not count.
 
+    Rows are 1 where it does, 0 where it does not, and NaN where nothing was asked for.
 
-def frechet(inputs: MetricInputs) -> float:
-    """Fréchet distance between the features of the samples and of real videos; lower is better."""
-    return frechet_distance(features(inputs.videos), real_features())
-
-
-def digit_accuracy(inputs: MetricInputs) -> float:
-    """Share of the videos in which the classifier sees the digit asked for; those that asked for none do not count."""
-    return _accuracy(_logits(inputs.videos)[0], inputs.conditioning["digit"], NULL_DIGIT)
-
-
-def direction_accuracy(inputs: MetricInputs) -> float:
-    """Share of the videos in which the classifier sees the direction asked for; those without one do not count."""
-    return _accuracy(_logits(inputs.videos)[1], inputs.conditioning["direction"], NULL_DIRECTION)
-
-
-@torch.no_grad()
-def _logits(videos: Tensor) -> tuple[Tensor, Tensor]:
-    classifier = DigitsClassifier.load()
-    digits, directions = zip(*(classifier(batch.float().cpu()) for batch in videos.split(_BATCH)), strict=True)
-    return torch.cat(digits), torch.cat(directions)
-
-
-def _accuracy(logits: Tensor, asked: Tensor, null: int) -> float:
-    asked = asked.to(logits.device)
-    counted = asked != null
-    if not counted.any():
-        raise ValueError("no sample asked for anything: accuracy needs conditioning other than the null condition")
-    return float((logits.argmax(1) == asked)[counted].double().mean())
-
-
-def edge_energy(videos: Tensor) -> float:
-    """Mean square of the differences between neighbouring pixels, along both axes."""
-    videos = videos.double()
-    return float(videos.diff(dim=-1).square().mean() + videos.diff(dim=-2).square().mean())
-
-
-def sharpness(inputs: MetricInputs) -> float:
-    """Edge energy of the samples over that of real videos: below 1 is blurred, above 1 is speckled or too contrasty."""
-    return edge_energy(inputs.videos) / edge_energy(real_videos())
-
-
-def unrest(videos: Tensor) -> float:
-    """Mean distance (Wasserstein-1) between the grey values of consecutive frames.
-
-    It compares how often each grey value occurs, not where. A digit that only moves keeps its grey values, so motion
-    counts nothing, and a digit that fades, changes shape or gains speckle counts.
+    Args:
+        name: of the conditioning, and of the classifier's head: `digit` or `direction`.
+        part: which of the 64 features that head reads.
+        null: what stands for nothing.
     """
-    grey_values = videos.double().flatten(3).sort(dim=-1).values
-    return float(grey_values.diff(dim=2).abs().mean())
+
+    def __init__(self, name: Literal["digit", "direction"], part: slice, null: int) -> None:
+        self.name, self.part, self.null = name, part, null
+
+    @torch.no_grad()
+    def rows(self, inputs: MetricInputs) -> Tensor:
+        read = (_features_of(inputs)[:, self.part] / FEATURE_SCALE).float()
+        logits = getattr(DigitsClassifier.load(), self.name)(read)
+        asked = inputs.conditioning[self.name].to(logits.device)
+        counted = asked != self.null
+        if not counted.any():
+            raise ValueError("no sample asked for anything: accuracy needs conditioning other than the null condition")
+        return torch.where(counted, (logits.argmax(1) == asked).double(), torch.nan)[:, None]
+
+    def value(self, rows: Tensor) -> float:
+        return float(rows.nanmean())
 
 
-def flicker(inputs: MetricInputs) -> float:
-    """Unrest of the samples over the mean brightness of real videos (whose own unrest is 0); lower is better."""
-    return unrest(inputs.videos) / float(real_videos().double().mean())
+def speckle(videos: Tensor) -> Tensor:
+    """Mean absolute difference between each pixel and the median of the 3 × 3 pixels around it: float64 `[N]`.
+
+    Strokes and smooth areas are close to their median, single pixels that stick out are not. Beyond the border the
+    frame's edge is repeated.
+    """
+    frames = videos.double().flatten(1, 2)
+    padded = F.pad(frames, (1, 1, 1, 1), mode="replicate")
+    # Columns of three first: the median of nine is that of the highest low, the middle middle and the lowest high.
+    low, middle, high = _sorted(padded[..., :-2, :], padded[..., 1:-1, :], padded[..., 2:, :])
+    (_, _, low), (_, middle, _), (high, _, _) = (
+        _sorted(part[..., :-2], part[..., 1:-1], part[..., 2:]) for part in (low, middle, high)
+    )
+    _, median, _ = _sorted(low, middle, high)
+    return (frames - median).abs().flatten(1).mean(1)
 
 
-class FunctionMetric(Metric):
-    """A metric that is one function of its inputs."""
+def _sorted(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three tensors of equal shape, sorted element by element."""
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    return torch.minimum(low, c), torch.maximum(low, torch.minimum(high, c)), torch.maximum(high, c)
 
-    def __init__(self, function: Callable[[MetricInputs], float]) -> None:
-        self.function = function
 
-    def __call__(self, inputs: MetricInputs) -> float:
-        return self.function(inputs)
+def brightness(videos: Tensor) -> Tensor:
+    """Mean grey value: float64 `[N]`."""
+    return videos.double().flatten(1).mean(1)
+
+
+class Relative(Metric):
+    """A measure of each sample over the mean of a measure of real videos.
+
+    Args:
+        measure: of videos `[N, 1, 8, 24, 24]`, one number each.
+        unit: the measure of real videos that counts as 1; the same one if not given.
+    """
+
+    def __init__(self, measure: Callable[[Tensor], Tensor], unit: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.measure, self.unit = measure, unit or measure
+
+    def rows(self, inputs: MetricInputs) -> Tensor:
+        return (self.measure(inputs.videos) / _of_real_videos(self.unit))[:, None]
+
+
+@cache
+def _of_real_videos(measure: Callable[[Tensor], Tensor]) -> float:
+    return float(measure(real_videos()).mean())
 
 
 @dataclass(kw_only=True)
@@ -149,7 +160,23 @@ class FrechetConfig(MetricConfig):
     """Fréchet distance to real, held-out digit videos."""
 
     def build(self) -> Metric:
-        return FunctionMetric(frechet)
+        return Frechet(slice(None))
+
+
+@dataclass(kw_only=True)
+class FrechetAppearanceConfig(MetricConfig):
+    """Fréchet distance of the features that see what is in the frames, wherever it is."""
+
+    def build(self) -> Metric:
+        return Frechet(APPEARANCE_PART)
+
+
+@dataclass(kw_only=True)
+class FrechetMotionConfig(MetricConfig):
+    """Fréchet distance of the features that see where something is, and when."""
+
+    def build(self) -> Metric:
+        return Frechet(MOTION_PART)
 
 
 @dataclass(kw_only=True)
@@ -157,7 +184,7 @@ class DigitAccuracyConfig(MetricConfig):
     """Share of videos that show the digit asked for."""
 
     def build(self) -> Metric:
-        return FunctionMetric(digit_accuracy)
+        return Accuracy("digit", APPEARANCE_PART, NULL_DIGIT)
 
 
 @dataclass(kw_only=True)
@@ -165,20 +192,28 @@ class DirectionAccuracyConfig(MetricConfig):
     """Share of videos that move in the direction asked for."""
 
     def build(self) -> Metric:
-        return FunctionMetric(direction_accuracy)
+        return Accuracy("direction", MOTION_PART, NULL_DIRECTION)
 
 
 @dataclass(kw_only=True)
 class SharpnessConfig(MetricConfig):
-    """Edge energy, relative to real videos."""
+    """Edge energy, relative to real videos: below 1 is blurred, above 1 is speckled or too contrasty."""
 
     def build(self) -> Metric:
-        return FunctionMetric(sharpness)
+        return Relative(edge_energy)
 
 
 @dataclass(kw_only=True)
 class FlickerConfig(MetricConfig):
-    """Unrest from frame to frame, relative to the brightness of real videos."""
+    """Unrest from frame to frame, relative to the brightness of real videos, whose own unrest is 0; lower is better."""
 
     def build(self) -> Metric:
-        return FunctionMetric(flicker)
+        return Relative(unrest, unit=brightness)
+
+
+@dataclass(kw_only=True)
+class SpeckleConfig(MetricConfig):
+    """Isolated pixels, relative to real videos, whose thin strokes count 1; above 1 is speckled, below 1 is blurred."""
+
+    def build(self) -> Metric:
+        return Relative(speckle)

@@ -15,9 +15,12 @@ def register_components(components: Any) -> None:
     components.register("dataset", "digits", f"{package}.data:DigitsConfig", "videos of moving handwritten digits")
     for name, config, description in (
         ("frechet", "FrechetConfig", "Fréchet distance to real, held-out digit videos"),
+        ("frechet_appearance", "FrechetAppearanceConfig", "the part of frechet that sees what is in the frames"),
+        ("frechet_motion", "FrechetMotionConfig", "the part of frechet that sees how it moves"),
         ("digit_accuracy", "DigitAccuracyConfig", "share of videos that show the digit asked for"),
         ("direction_accuracy", "DirectionAccuracyConfig", "share of videos that move in the direction asked for"),
         ("sharpness", "SharpnessConfig", "strength of spatial edges, relative to real videos"),
         ("flicker", "FlickerConfig", "frame-to-frame unrest, relative to real videos"),
+        ("speckle", "SpeckleConfig", "isolated pixels, relative to real videos"),
     ):
         components.register("metric", name, f"{package}.metrics:{config}", description)

@@ -1,0 +1,323 @@
+"""`moedistill analyze`: DCM's investigation (arXiv 2506.03123, section 3, Fig. 2) of any backbone, and what follows.
+
+It answers four questions with numbers, plots and a recipe: where the teacher decides what (`teacher`), where a single
+student's losses and gradients come from and whether they agree (`training`), which layers two experts need for
+themselves (`layers`), and hence where to part the experts, where to sample and what to adapt (`suggest`). One process.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moedistill import plotting
+from moedistill.analysis.layers import LayerDifferences, compare_experts
+from moedistill.analysis.suggest import (
+    Decision,
+    ExpertNeeds,
+    even_points,
+    find_decisions,
+    landings,
+    path_error,
+    refine_points,
+    suggest_boundaries,
+    suggest_needs,
+    suggest_points,
+)
+from moedistill.analysis.teacher import TeacherPath, draw_inputs, end_error, follow_teacher
+from moedistill.analysis.training import StudentCurves, measure_students, train, with_students
+from moedistill.backbone import Backbone
+from moedistill.context import Job
+from moedistill.devices import cpu_threads, make_folder
+from moedistill.errors import UserError
+from moedistill.plugins import Plugins, load_plugins
+from moedistill.recipe import Recipe, load_recipe
+from moedistill.smoke import miniature
+from moedistill.stages.consistency import ConsistencyConfig
+from moedistill.train import make_accelerator, make_job
+from moedistill.trajectory import Trajectory
+
+__all__ = ["Analysis", "SamplingPoints", "TeacherCurves", "analyze"]
+
+MOST_POINTS = 64
+"""A student is measured at so many starting points at most."""
+TINY = {"samples": 8, "steps": 3, "points": 10}
+"""What a smoke run measures at most."""
+
+
+@dataclass
+class TeacherCurves:
+    """Along the teacher's N-step path, by the point where a step starts, p_1 … p_N; rms over samples and elements.
+
+    Attributes:
+        sigma: of the points.
+        relative_change: |x_{i-1} - x_i| / |x_i|: how much a step changes the sample.
+        clean_change: |x0_{i-1} - x0_i|: how much it changes the clean estimate x0 = x - σ·v: what is being decided.
+        decision_rate: the same per e-fold of σ/(1-σ).
+        remaining: |x0_i - x_end|: how far the clean estimate is from the sample that it ends as.
+        curvature: |v_i - v_{i-1}| / (p_i - p_{i-1}) = |dv/dσ|. Of the last step, to 0, neither is known: they are 0.
+    """
+
+    sigma: list[float]
+    relative_change: list[float]
+    clean_change: list[float]
+    decision_rate: list[float]
+    remaining: list[float]
+    curvature: list[float]
+
+
+@dataclass
+class SamplingPoints:
+    """A list of sampling points and the teacher's error with it.
+
+    Attributes:
+        points, sigma: descending; 0 follows.
+        model_error: by the model of `suggest_points`.
+        end_error: measured: rms distance at sigma 0 to the teacher's N steps.
+    """
+
+    points: list[int]
+    sigma: list[float]
+    model_error: float
+    end_error: float
+
+
+@dataclass
+class Analysis:
+    """What was measured, and what it suggests. `analysis.json` is this object.
+
+    Attributes:
+        recipe: the recipe's name.
+        smoke: whether the model was a random miniature: the numbers mean nothing then.
+        samples, seed: what the teacher's paths were drawn with.
+        teacher: along the path.
+        decisions: where the clean estimate is decided, the largest first.
+        student: a single student before and after training; empty where the data have no latents.
+        layers: two experts' weights; None if nothing was trained.
+        boundaries: suggested points, descending, where the experts part.
+        boundary_sigmas: their sigmas.
+        sampling: `suggested`, `even`, and the recipe's `own` points if it has as many.
+        error_by_steps: by number of steps: the model's error of the best points, and of even ones.
+        needs: what an adapter should change; None if nothing was trained.
+        output: the folder with analysis.json, the plots and suggestion.yaml.
+    """
+
+    recipe: str
+    smoke: bool
+    samples: int
+    seed: int
+    teacher: TeacherCurves
+    decisions: list[Decision]
+    boundaries: list[int]
+    boundary_sigmas: list[float]
+    sampling: dict[str, SamplingPoints]
+    error_by_steps: dict[int, tuple[float, float]]
+    student: list[StudentCurves] = field(default_factory=list)
+    layers: LayerDifferences | None = None
+    needs: ExpertNeeds | None = None
+    output: Path = Path()
+
+    def remaining_share(self, point: int) -> float:
+        """How far the clean estimate at a point is from the sample that it ends as; 1 is where the path begins."""
+        return self.teacher.remaining[point - 1] / (self.teacher.remaining[-1] or 1.0)
+
+
+def analyze(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    samples: int = 64,
+    steps: int = 50,
+    batch_size: int | None = None,
+    ranges: int = 8,
+    experts: int | None = None,
+    student_steps: int | None = None,
+    seed: int | None = None,
+    smoke: bool = False,
+    device: str | None = None,
+    output: str | Path | None = None,
+    plugins: Plugins | None = None,
+) -> Analysis:
+    """Analyses a recipe's model and writes analysis.json, plots and suggestion.yaml.
+
+    Args:
+        recipe: a recipe, its file or name, or its content.
+        overrides: as of `--set`.
+        samples: how many paths of the teacher, and how many of the data's samples at each of the student's points.
+        steps: optimiser steps for the student and for each of two experts; 0 to train nothing.
+        batch_size: of the teacher's paths; the recipe's micro-batch, if not given. A path keeps N velocities.
+        ranges: noise ranges whose gradients are compared. Two gradients are kept for each, in main memory.
+        experts: how many to suggest boundaries for; the recipe's number, or 2.
+        student_steps: sampling steps to suggest points for; the recipe's number, or 4.
+        seed: of noise and conditioning, and of training; the recipe's, if not given.
+        smoke: a random miniature of the model, few samples and steps.
+        device: as torch names it; the accelerator if there is one, else "cpu".
+        output: a folder; `runs/<name>-analysis/<time>` if not given.
+        plugins: as loaded by `load_plugins`; all installed ones if not given.
+
+    Raises:
+        UserError: something is wrong with the recipe, the data or a number.
+    """
+    from moedistill.analysis.report import write_report
+
+    plotting.require()
+    plugins = plugins or load_plugins()
+    source = recipe
+    settings = [*overrides, *([] if seed is None else [f"seed={seed}"])]
+    if not isinstance(recipe, Recipe) or settings:
+        recipe = load_recipe(recipe.resolved() if isinstance(recipe, Recipe) else recipe, settings, plugins)
+    given = recipe
+    if recipe.data is None:
+        raise UserError("analyze needs data, for the teacher's conditioning: add data: {kind: …} to the recipe")
+    has_latents, most_points = "latents" in recipe.data.provides, MOST_POINTS
+    if smoke:
+        recipe = miniature(recipe)
+        samples, steps, most_points = min(samples, TINY["samples"]), min(steps, TINY["steps"]), TINY["points"]
+    names = f"{recipe.name}-smoke" if smoke else recipe.name
+    folder = Path(output) if output is not None else Path("runs", f"{names}-analysis", time.strftime("%Y%m%d-%H%M%S"))
+    plan = _Plan(recipe, experts, student_steps)
+    make_folder(folder)
+    with cpu_threads(recipe.training.num_threads):
+        work = _Work(recipe, folder, smoke, device)
+        analysis = _teacher(work, plan, samples, batch_size or work.micro_batch)
+        analysis.smoke, analysis.output = smoke, folder
+        if has_latents:
+            _training(work, plan, analysis, steps, most_points, ranges)
+    write_report(analysis, given, source, settings, plan.trajectory, plugins)
+    return analysis
+
+
+class _Plan:
+    """How many experts and steps are asked for, and what the teacher leaves open."""
+
+    def __init__(self, recipe: Recipe, experts: int | None, student_steps: int | None) -> None:
+        self.trajectory: Trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
+        self.router = recipe.router.build(self.trajectory) if recipe.router else None
+        teachers = recipe.backbone.teacher_router(self.trajectory)
+        self.fixed = landings(self.trajectory, teachers) if teachers else []
+        own = len(self.router.experts) if self.router else 1
+        self.experts = experts or max(own, 2, len(self.fixed) + 1)
+        self.own_points = _points_of(recipe, self.trajectory)
+        self.student_steps = student_steps or len(self.own_points) or 4
+        top = self.trajectory.num_steps
+        if not len(self.fixed) < self.experts <= top:
+            raise UserError(
+                f"experts {self.experts}: this teacher and its {top} steps need {len(self.fixed) + 1} to {top}"
+            )
+        if self.student_steps > top:
+            raise UserError(f"student steps {self.student_steps} are more than the trajectory's {top}")
+
+
+def _points_of(recipe: Recipe, trajectory: Trajectory) -> list[int]:
+    """The recipe's sampling steps as points; none where it has none, or they are not all points."""
+    if recipe.sample is None:
+        return []
+    points = trajectory.points.tolist()
+    sigmas = recipe.sample.resolve(trajectory).tolist()[:-1]
+    return [points.index(sigma) for sigma in sigmas] if set(sigmas) <= set(points) else []
+
+
+class _Work:
+    """Makes jobs on one loaded model, one at a time."""
+
+    def __init__(self, recipe: Recipe, folder: Path, smoke: bool, device: str | None) -> None:
+        self.recipe, self.folder, self.smoke = recipe, folder, smoke
+        self.accelerator = make_accelerator(recipe, device)
+        self.backbone: Backbone | None = None
+        training = recipe.training
+        self.micro_batch = max(1, training.batch_size // training.gradient_accumulation_steps)
+
+    def job(self, recipe: Recipe) -> Job:
+        job = make_job(recipe, self.folder, self.accelerator, smoke=self.smoke, backbone=self.backbone)
+        self.backbone = job.mixture.student.backbone
+        return job
+
+
+def _teacher(work: _Work, plan: _Plan, samples: int, batch_size: int) -> Analysis:
+    job = work.job(replace(work.recipe, router=None, experts={}))
+    seed = work.recipe.seed
+    job.say(f"teacher: {samples} paths of {plan.trajectory.num_steps} steps")
+    noise, cond = draw_inputs(job, samples, seed)
+    path = follow_teacher(job, noise, cond, batch_size)
+    boundaries = suggest_boundaries(path, plan.experts, plan.fixed)
+    errors, top = path.jump_errors, path.num_steps
+    measure = partial(end_error, job, path, noise, cond, batch_size)
+    lists = {"even": even_points(top, plan.student_steps)}
+    if len(plan.own_points) == plan.student_steps:
+        lists["own"] = plan.own_points
+    starts = [suggest_points(errors, plan.student_steps, boundaries)]
+    if len(boundaries) < plan.student_steps:
+        starts += [points for points in lists.values() if set(boundaries) <= set(points)]
+    chosen, _ = refine_points(min(starts, key=measure), boundaries, top, measure)
+    lists = {"suggested": chosen, **lists}
+    sampling = {
+        name: SamplingPoints(
+            points=points,
+            sigma=[plan.trajectory.sigma(point) for point in points],
+            model_error=path_error(errors, points),
+            end_error=measure(points),
+        )
+        for name, points in lists.items()
+    }
+    numbers = range(1, min(8, top) + 1)
+    return Analysis(
+        recipe=work.recipe.name,
+        smoke=False,
+        samples=samples,
+        seed=seed,
+        teacher=_curves(path),
+        decisions=find_decisions(path),
+        boundaries=boundaries,
+        boundary_sigmas=[plan.trajectory.sigma(point) for point in boundaries],
+        sampling=sampling,
+        error_by_steps={
+            n: (path_error(errors, suggest_points(errors, n, [])), path_error(errors, even_points(top, n)))
+            for n in numbers
+        },
+    )
+
+
+def _curves(path: TeacherPath) -> TeacherCurves:
+    def numbers(curve: Tensor) -> list[float]:
+        values: list[float] = curve.tolist()
+        return values
+
+    return TeacherCurves(
+        sigma=numbers(path.levels[1:]),
+        relative_change=numbers(path.relative_change),
+        clean_change=numbers(path.clean_change),
+        decision_rate=numbers(path.decision_rate),
+        remaining=numbers(path.remaining),
+        curvature=numbers(path.curvature),
+    )
+
+
+def _training(work: _Work, plan: _Plan, analysis: Analysis, steps: int, most_points: int, ranges: int) -> None:
+    """Adds to `analysis` what needs a student."""
+    one = work.job(with_students(work.recipe, steps))
+    one.say(f"one student: losses and gradients of {analysis.samples} samples at each point")
+    analysis.student = [measure_students(one, analysis.samples, most_points, ranges, steps=0)]
+    if not steps:
+        return
+    _train_all(one, steps)
+    analysis.student.append(measure_students(one, analysis.samples, most_points, ranges, steps=steps))
+    two = one
+    if not plan.fixed:  # a teacher of several networks has one student for each already
+        boundary = landings(plan.trajectory, plan.router)[0] if plan.router and plan.router.boundaries else None
+        del one
+        two = work.job(with_students(work.recipe, steps, point=boundary or analysis.boundaries[0]))
+        _train_all(two, steps)
+    upper, lower = (stage.expert for stage in two.recipe.stages[:2])  # type: ignore[attr-defined]
+    analysis.layers = compare_experts(two.mixture.student, upper, lower, steps)
+    analysis.needs = suggest_needs(analysis.layers)
+
+
+def _train_all(job: Job, steps: int) -> None:
+    for stage in job.recipe.stages:
+        assert isinstance(stage, ConsistencyConfig)
+        job.say(f"training {stage.expert}: {steps} steps")
+        train(job, stage)

@@ -1,0 +1,161 @@
+"""The suggestion as a recipe: valid, short where it can extend the given one, with the evidence beside each key."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moedistill.analysis.suggest import ExpertNeeds, landings
+from moedistill.experts import TEACHER
+from moedistill.recipe import Recipe, dump_yaml, load_recipe, shipped_recipes
+from moedistill.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from moedistill.analysis import Analysis
+    from moedistill.plugins import Plugins
+
+
+def write_recipe(
+    path: Path,
+    analysis: "Analysis",
+    recipe: Recipe,
+    source: object,
+    overrides: Sequence[str],
+    trajectory: Trajectory,
+    plugins: "Plugins",
+) -> None:
+    """Writes the suggestion to `path` and reads it back, so that it is known to be valid.
+
+    It extends the recipe that was given as a file. One given by its shipped name, as data or with changes is written
+    out, and so is one with another number of experts, or with sampling steps in other units than points.
+
+    Raises:
+        RecipeError: the suggested values do not fit the recipe's other keys.
+    """
+    plain = recipe.resolved()
+    names = list(recipe.router.experts) if recipe.router else []  # type: ignore[attr-defined]
+    same_number = len(names) == len(analysis.boundaries) + 1
+    by_points = not plain["sample"] or plain["sample"]["points"] is not None
+    short = _is_file(source) and not overrides and same_number and by_points
+    changes = _changes(analysis, recipe, plain, trajectory, same_number)
+    comments = _comments(analysis)
+    if short:
+        extends = os.path.relpath(Path(str(source)), path.parent)
+        body = {"extends": extends, "name": f"{recipe.name[:90]}_suggested", **changes}
+    else:
+        body = {**plain, "name": f"{recipe.name[:90]}_suggested"}
+        for key, value in changes.items():
+            body[key] = _merged(body[key], value) if same_number and key != "sample" else value
+    head = [f"Suggested by `moedistill analyze` for {recipe.name}: {analysis.samples} samples, seed {analysis.seed}."]
+    if analysis.smoke:
+        head.append("Measured on a random miniature: the form is right, the values mean nothing.")
+    if "router" not in changes:
+        head += [f"{line} That is the recipe's own boundary." for line in comments["router"]]
+    lines = [f"# {line}\n" for line in head]
+    for key, value in body.items():
+        if key in changes:
+            lines += [f"# {line}\n" for line in comments[key]]
+        lines.append(dump_yaml({key: value}))
+    path.write_text("".join(lines), encoding="utf-8")
+    load_recipe(path, plugins=plugins)
+
+
+def _is_file(source: object) -> bool:
+    return isinstance(source, str | Path) and str(source) not in shipped_recipes() and Path(source).is_file()
+
+
+def _changes(
+    analysis: "Analysis", recipe: Recipe, plain: Mapping[str, Any], trajectory: Trajectory, same_number: bool
+) -> dict[str, Any]:
+    """The keys that the suggestion has something to say on; a router that is as suggested stays as it is."""
+    changes: dict[str, Any] = {}
+    if not same_number:
+        changes |= _other_number(analysis, plain)
+    elif recipe.router is not None:
+        if landings(trajectory, recipe.router.build(trajectory)) != analysis.boundaries:
+            changes["router"] = {"boundaries": _boundaries(analysis, plain["router"]["closed"])}
+        adapters = [name for name, expert in plain["experts"].items() if expert["kind"] == "lora"]
+        if analysis.needs is not None and adapters:
+            changes["experts"] = {name: _needs(analysis.needs) for name in adapters}
+    changes["sample"] = {"points": analysis.sampling["suggested"].points}
+    return changes
+
+
+def _boundaries(analysis: "Analysis", closed: str) -> list[dict[str, int]]:
+    # With closed: high the boundary itself is the upper expert's, which lands one point below.
+    return [{"point": point + (closed == "high")} for point in analysis.boundaries]
+
+
+def _needs(needs: ExpertNeeds) -> dict[str, Any]:
+    return {"targets": needs.targets, "copies": needs.copies}
+
+
+def _other_number(analysis: "Analysis", plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Router, experts and stages for another number of experts, made like the recipe's first and last ones."""
+    count = len(analysis.boundaries) + 1
+    names = ["semantic", "detail"] if count == 2 else [f"expert_{number}" for number in range(1, count + 1)]
+    own = [plain["experts"].get(name) for name in (plain["router"] or {"experts": []})["experts"]]
+    own = [expert for expert in own if expert is not None]
+    first = own[0] if own else {"kind": "full"}
+    rest = own[-1] if len(own) > 1 else {"kind": "lora", "rank": 16, "alpha": 32}
+    if rest["kind"] == "lora" and analysis.needs is not None:
+        rest = {**rest, **_needs(analysis.needs)}
+    others = {**rest, "from": names[0]} if rest["kind"] == "lora" else rest
+    distilling = [stage for stage in plain["stages"] if stage["kind"] == "consistency"]
+    default = {"kind": "consistency", "steps": 300, "losses": [{"kind": "huber"}]}
+    stages = [
+        {**(distilling[min(k, 1, len(distilling) - 1)] if distilling else default), "name": name, "expert": name}
+        for k, name in enumerate(names)
+    ]
+    averaged = any(stage.get("ema_decay") is not None for stage in stages)
+    kept = [_fitting(stage, averaged) for stage in plain["stages"] if "expert" not in stage]
+    return {
+        "router": {"kind": "timestep", "experts": names, "boundaries": _boundaries(analysis, "low")},
+        "experts": {names[0]: {**first, "from": TEACHER}, **dict.fromkeys(names[1:], others)},
+        "stages": stages + [stage for stage in kept if stage["name"] not in names],
+    }
+
+
+def _fitting(stage: dict[str, Any], averaged: bool) -> dict[str, Any]:
+    """A stage that trains nothing, without what asks for averages or experts that are no more."""
+    fitting = dict(stage)
+    if "weights" in stage and not averaged:
+        fitting["weights"] = "trained"
+    if "candidates" in stage:
+        fitting["candidates"] = [candidate for candidate in stage["candidates"] if not candidate["stand_ins"]]
+    return fitting
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    """`changes` over `base`, mappings key by key."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
+
+
+def _comments(analysis: "Analysis") -> dict[str, list[str]]:
+    """The evidence for each key, in a line or two."""
+    sampling = analysis.sampling
+    errors = ", ".join(f"{name} {points.end_error:.3g}" for name, points in sampling.items())
+    comments = {"sample": [f"The teacher's own error with so many steps, against all of its steps: {errors}."]}
+    where = ", ".join(
+        f"point {p} (sigma {s:.4f})" for p, s in zip(analysis.boundaries, analysis.boundary_sigmas, strict=True)
+    )
+    left = ", ".join(f"{analysis.remaining_share(point):.0%}" for point in analysis.boundaries)
+    comments["router"] = [
+        f"Boundaries: {where}. The clean estimate is {left} of its whole way from the sample that it ends as."
+    ]
+    comments["stages"] = ["As in the given recipe, one for each expert."]
+    comments["experts"] = ["As in the given recipe."]
+    layers = analysis.layers
+    if layers is not None:
+        moved = {**layers.groups, **layers.modules}
+        listed = ", ".join(f"{name} {_percent(difference)}" for name, difference in moved.items())
+        comments["experts"] = [
+            f"Two experts, {layers.steps} steps each, differ by {_percent(layers.whole)} of the weights; {listed}."
+        ]
+    return comments
+
+
+def _percent(share: float | None) -> str:
+    return "?" if share is None else f"{share:.2%}"

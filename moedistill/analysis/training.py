@@ -1,0 +1,218 @@
+"""What the analysis trains: one student for all noise levels, or two, and where losses and gradients come from."""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moedistill.context import Job, Run
+from moedistill.data.loading import Batch, load_batches
+from moedistill.errors import user_errors
+from moedistill.experts import ExpertConfig, FullConfig
+from moedistill.losses import HuberConfig, StepTensors
+from moedistill.recipe import Recipe
+from moedistill.routers import Boundary, TimestepRouterConfig
+from moedistill.stages.base import StageConfig
+from moedistill.stages.consistency import ConsistencyConfig, ConsistencyStage
+
+
+def consistency_template(recipe: Recipe) -> ConsistencyConfig:
+    """The recipe's first consistency stage with one phase, no probe, and the losses that need none, from step 0."""
+    found = [stage for stage in recipe.stages if isinstance(stage, ConsistencyConfig)]
+    template = found[0] if found else ConsistencyConfig(name="analyze", expert="student", steps=1, losses=[])
+    losses = [loss.replace(start=0, warmup=0) for loss in template.losses if not loss.needs_probe and loss.weight > 0]
+    return template.replace(losses=losses or [HuberConfig()], probe=None, phases=1)
+
+
+def with_students(recipe: Recipe, steps: int, point: int | None = None) -> Recipe:
+    """The recipe with full experts in place of its own, each equal to the teacher and with one stage of `steps`.
+
+    One expert for each of the teacher's networks, on its own range. With `point` (a teacher of one network) there are
+    two, of which the lower one starts at that point.
+    """
+    trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
+    teachers = recipe.backbone.teacher_router(trajectory)
+    bases: Sequence[str | None] = [None]
+    router = TimestepRouterConfig(experts=["student"])
+    if teachers is not None:
+        bases = teachers.experts
+        boundaries = [Boundary(sigma=boundary) for boundary in teachers.boundaries]
+        router = TimestepRouterConfig(experts=list(bases), boundaries=boundaries, closed=teachers.closed)
+    elif point is not None:
+        bases = [None, None]
+        router = TimestepRouterConfig(experts=["upper", "lower"], boundaries=[Boundary(point=point)])
+    template = consistency_template(recipe)
+    stages: list[StageConfig] = [
+        template.replace(name=name, expert=name, steps=max(1, steps)) for name in router.experts
+    ]
+    experts: dict[str, ExpertConfig] = {
+        name: FullConfig(base=base) for name, base in zip(router.experts, bases, strict=True)
+    }
+    return replace(recipe, router=router, experts=experts, stages=stages)
+
+
+def train(job: Job, config: ConsistencyConfig) -> None:
+    """One stage, as a run does it but without checkpoints and observers."""
+    run, stage = set_up(job, config)
+    with closing(_batches(job, config.name, config.steps)) as batches, run.student.using(config.expert):
+        for batch in batches:
+            with run.micro_batch(), user_errors("analyze: training"):
+                stage.step(run, run.begin(batch))
+            if batch.boundary:
+                run.step += 1
+                run.take_metrics()  # raises if one is not finite
+                run.forget_metrics()
+    run.release()
+
+
+def set_up(job: Job, config: ConsistencyConfig) -> tuple[Run, ConsistencyStage]:
+    """A stage ready for its first step."""
+    run, stage = Run(job, config), config.build()
+    with user_errors("analyze"):
+        stage.setup(run)
+    return run, stage
+
+
+@dataclass
+class StudentCurves:
+    """Consistency loss and gradient of one student for all noise levels, by where its jump starts.
+
+    "Per jump" means: prediction and target are divided by the length of the jump, p_i - end, before the loss is taken,
+    so that a short jump's small loss is not mistaken for an easy task.
+
+    Attributes:
+        steps: optimiser steps that the student was trained for before.
+        points: trajectory points where the jumps start, ascending.
+        sigma, jump: their sigmas, and the lengths of the jumps.
+        loss, loss_per_jump: means over the samples.
+        gradient, gradient_per_jump: L2 norms of the gradients of these means.
+        ranges: lowest and highest point of each noise range.
+        cosine, cosine_per_jump: between the mean gradients of two ranges; None where they have no weight in common.
+    """
+
+    steps: int
+    points: list[int]
+    sigma: list[float]
+    jump: list[float]
+    loss: list[float]
+    loss_per_jump: list[float]
+    gradient: list[float]
+    gradient_per_jump: list[float]
+    ranges: list[tuple[int, int]]
+    cosine: list[list[float | None]]
+    cosine_per_jump: list[list[float | None]]
+
+
+@dataclass
+class _Point:
+    """What was measured at one starting point; pairs are plain, and per jump."""
+
+    jump: float
+    losses: tuple[float, float]
+    norms: tuple[float, float]
+
+
+def measure_students(job: Job, samples: int, most_points: int, num_ranges: int, steps: int) -> StudentCurves:
+    """`StudentCurves` of the experts in `job`, on `samples` of the data with the same noise at every point.
+
+    Gradients are made for one point at a time; two are kept for each range, on the CPU.
+
+    Args:
+        most_points: measure at so many points at most, spread over each expert's segment.
+        num_ranges: how many noise ranges, over all experts; at least one for each.
+        steps: what the experts were trained for.
+    """
+    stages = [stage for stage in job.recipe.stages if isinstance(stage, ConsistencyConfig)]
+    total = job.mixture.trajectory.num_steps
+    measured: dict[int, _Point] = {}
+    ranges: list[tuple[int, int]] = []
+    gradients: list[tuple[str, list[Tensor]]] = []
+    for config in reversed(stages):  # from low to high noise
+        run, stage = set_up(job, config)
+        starts = run.trajectory.points_in(run.segment)
+        count = min(len(starts), max(1, round(most_points * len(starts) / total)))
+        points = [starts[0] + (len(starts) - 1) * k // max(1, count - 1) for k in range(count)]
+        parts = min(count, max(1, round(num_ranges * len(starts) / total)))
+        batches = list(_noisy_batches(job, run, samples))
+        with run.student.using(config.expert):
+            for low, high in pairwise(k * count // parts for k in range(parts + 1)):
+                sums: list[Tensor] = []
+                for point in points[low:high]:
+                    measured[point], found = _measure(run, stage, batches, point)
+                    sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+                ranges.append((points[low], points[high - 1]))
+                gradients.append((config.expert, sums))
+        run.release()
+    points = sorted(measured)
+    rows = [measured[point] for point in points]
+    return StudentCurves(
+        steps=steps,
+        points=points,
+        sigma=[job.mixture.trajectory.sigma(point) for point in points],
+        jump=[row.jump for row in rows],
+        loss=[row.losses[0] for row in rows],
+        loss_per_jump=[row.losses[1] for row in rows],
+        gradient=[row.norms[0] for row in rows],
+        gradient_per_jump=[row.norms[1] for row in rows],
+        ranges=ranges,
+        cosine=_cosines([(expert, sums[0]) for expert, sums in gradients]),
+        cosine_per_jump=_cosines([(expert, sums[1]) for expert, sums in gradients]),
+    )
+
+
+def _batches(job: Job, name: str, steps: int, batch_size: int | None = None) -> Generator[Batch, None, None]:
+    training = job.recipe.training
+    assert job.dataset is not None
+    return load_batches(
+        job.dataset,
+        batch_size=batch_size or training.batch_size,
+        accumulation=1 if batch_size else training.gradient_accumulation_steps,
+        seed=job.recipe.seed,
+        stage=name,
+        steps=range(steps),
+        num_workers=training.num_workers if batch_size is None else 0,
+    )
+
+
+def _noisy_batches(job: Job, run: Run, samples: int) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches of the data, prepared as the stage has them, each with its noise."""
+    size = min(samples, max(1, job.recipe.training.batch_size // job.recipe.training.gradient_accumulation_steps))
+    for number, batch in enumerate(_batches(job, "analyze", -(-samples // size), size)):
+        run.step = number  # the address of the draws
+        batch = run.begin(batch)
+        yield batch, run.draw.normal("noise", batch.latents.shape[1:])
+    run.step = 0
+
+
+def _measure(
+    run: Run, stage: ConsistencyStage, batches: Sequence[tuple[Batch, Tensor]], point: int
+) -> tuple[_Point, list[Tensor]]:
+    """The stage's own loss for jumps that all start at `point`; and its gradients, flat, plain and per jump."""
+    parameters = run.trained["student"].parameters
+    losses, gradients, length = [0.0, 0.0], [torch.zeros(()), torch.zeros(())], 0.0
+    for batch, noise in batches:
+        x0 = batch.latents
+        made = stage.jumps(run, x0, batch.conditioning, torch.full((len(x0),), point), noise)
+        length = (made.sigma - made.end)[0].item()
+        for k, unit in enumerate((1.0, length)):
+            tensors = StepTensors(
+                made.prediction / unit, made.target / unit, made.difference / unit, made.sigma, run.segment
+            )
+            loss = run.objective(tensors) / len(batches)
+            found = torch.autograd.grad(loss, parameters, retain_graph=k == 0, materialize_grads=True)
+            gradients[k] = gradients[k] + torch.cat([part.detach().float().flatten() for part in found]).cpu()
+            losses[k] += loss.item()
+    run.forget_metrics()
+    norms = (gradients[0].norm().item(), gradients[1].norm().item())
+    return _Point(length, (losses[0], losses[1]), norms), gradients
+
+
+def _cosines(gradients: Sequence[tuple[str, Tensor]]) -> list[list[float | None]]:
+    def cosine(a: tuple[str, Tensor], b: tuple[str, Tensor]) -> float | None:
+        scale = a[1].double().norm() * b[1].double().norm()
+        return (a[1].double() @ b[1].double() / scale).item() if a[0] == b[0] and scale > 0 else None
+
+    return [[cosine(a, b) for b in gradients] for a in gradients]

@@ -1,0 +1,193 @@
+"""The report: estimates and intervals that statistics predicts, methods told apart, and what cannot be compared."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from helpers import distil, evaluate, tiny_recipe
+from safetensors.torch import load_file, save_file
+
+from moedistill.cli import main
+from moedistill.errors import UserError
+from moedistill.report import Record, methods, read_records, tabulate
+from moedistill.train import run
+
+SAMPLES = 400
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One tiny run; tests take copies of it."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    metrics = [{"kind": "paired_distance"}, {"kind": "digit_accuracy"}]
+    candidates = [{"name": "teacher", "model": "teacher"}, {"name": "student"}]
+    stages = [distil(steps=3), distil("detail"), evaluate(metrics=metrics, candidates=candidates, reference="teacher")]
+    run(tiny_recipe(stages), output=folder)
+    return folder
+
+
+def copy_of(finished, folder, *, name="tiny", seed=0, rows=None, evaluation=None, **settings):
+    """A run's folder with another name, seed, settings and `rows` of the student's paired distance."""
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    text = (folder / "recipe.yaml").read_text()
+    text = text.replace("name: tiny", f"name: {name}").replace("seed: 0\nbackbone", f"seed: {seed}\nbackbone")
+    samples = SAMPLES if rows is not None else 4
+    text = text.replace("samples: 4", f"samples: {samples}")
+    for old, new in (evaluation or {}).items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "recipe.yaml").write_text(text)
+    if rows is not None:
+        save_file({"paired_distance/student": rows.double()[:, None]}, folder / "evaluate" / "rows.safetensors")
+    return folder
+
+
+def normal(seed, mean=10.0, spread=2.0):
+    return mean + spread * torch.randn(SAMPLES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_values_are_the_evaluations(finished):
+    table = tabulate(read_records([finished]), resamples=10)
+    result = json.loads((finished / "result.json").read_text())["evaluate"]
+    assert [line.candidate for line in table.lines] == ["teacher", "student"]
+    for line in table.lines:
+        assert {kind: value.mean for kind, value in line.values.items()} == pytest.approx(result[line.candidate])
+
+
+def test_costs_are_counted(finished):
+    [record] = read_records([finished])
+    # Three forwards a step (student, teacher, target), but where every jump of a batch has zero length.
+    assert record.cost["semantic"]["steps"] == 3
+    assert 2 * 3 * 4 <= record.cost["semantic"]["forwards"] <= 3 * 3 * 4
+    assert record.total("steps") == 5
+    assert record.total("seconds") > 0
+
+
+def test_an_interval_is_that_of_the_mean(finished, tmp_path):
+    rows = normal(1)
+    record = read_records([copy_of(finished, tmp_path / "run", rows=rows)])
+    [line] = tabulate(record, resamples=2000).lines
+    estimate = line.values["paired_distance"]
+    half = 1.96 * float(rows.std()) / math.sqrt(SAMPLES)
+    assert estimate.mean == pytest.approx(float(rows.mean()), rel=1e-12)
+    assert estimate.high - estimate.mean == pytest.approx(half, rel=0.1)
+    assert estimate.mean - estimate.low == pytest.approx(half, rel=0.1)
+
+
+def test_the_interval_of_a_frechet_distance_holds_it(finished, tmp_path):
+    """Every resampling's distance is larger, by its repeated samples; the interval is put where the estimate is."""
+    features = torch.randn(SAMPLES, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    folder = copy_of(finished, tmp_path / "run", rows=normal(1), evaluation={"kind: digit_accuracy": "kind: frechet"})
+    save_file({"frechet/student": features}, folder / "evaluate" / "rows.safetensors")
+    [line] = tabulate(read_records([folder]), resamples=50).lines
+    estimate = line.values["frechet"]
+    assert estimate.low < estimate.mean < estimate.high
+    assert estimate.high - estimate.low < 0.1 * estimate.mean
+
+
+def test_the_interval_has_the_spread_of_seeds(finished, tmp_path):
+    """Two seeds that are far apart: the mean of two draws among them is one, the other, or between."""
+    for seed, mean in enumerate((0.0, 100.0)):
+        copy_of(finished, tmp_path / f"seed{seed}", seed=seed, rows=normal(seed, mean))
+    [line] = tabulate(read_records([tmp_path]), resamples=1000).lines
+    estimate = line.values["paired_distance"]
+    assert estimate.seeds == pytest.approx([0.0, 100.0], abs=0.5)
+    assert estimate.mean == pytest.approx(50.0, abs=0.5)
+    assert (estimate.low, estimate.high) == pytest.approx((0.0, 100.0), abs=5.0)
+
+
+def test_what_samples_share_cancels_in_a_difference(finished, tmp_path):
+    rows = normal(1, spread=50.0)
+    copy_of(finished, tmp_path / "a", name="base", rows=rows)
+    copy_of(finished, tmp_path / "b", name="other", rows=rows + normal(2, mean=3.0, spread=0.1))
+    base, other = tabulate(read_records([tmp_path]), against="base").lines
+    assert base.differences == {}
+    difference = other.differences["paired_distance"]
+    assert difference.mean == pytest.approx(3.0, abs=0.02)
+    assert difference.high - difference.low < 0.04
+    assert other.values["paired_distance"].high - other.values["paired_distance"].low > 5
+
+
+def test_seeds_of_two_methods_are_drawn_apart(finished, tmp_path):
+    """Both methods have the same two values: drawn together, the difference would be 0 in every draw."""
+    for name in ("base", "other"):
+        for seed, mean in enumerate((0.0, 100.0)):
+            copy_of(finished, tmp_path / f"{name}{seed}", name=name, seed=seed, rows=normal(1, mean))
+    _, other = tabulate(read_records([tmp_path]), against="base", resamples=1000).lines
+    difference = other.differences["paired_distance"]
+    assert difference.mean == pytest.approx(0.0, abs=1e-9)
+    assert (difference.low, difference.high) == pytest.approx((-100.0, 100.0), abs=5.0)
+
+
+def test_methods_are_named_by_what_differs(finished, tmp_path):
+    copy_of(finished, tmp_path / "a")
+    copy_of(finished, tmp_path / "b", seed=1)
+    copy_of(finished, tmp_path / "c", evaluation={"rank: 2": "rank: 3"})
+    grouped = methods(read_records([tmp_path]))
+    assert {name: [record.recipe.seed for record in runs] for name, runs in grouped.items()} == {
+        "tiny (experts.detail.rank=2)": [0, 1],
+        "tiny (experts.detail.rank=3)": [0],
+    }
+
+
+def test_a_folder_counts_once(finished, tmp_path):
+    copy_of(finished, tmp_path / "a")
+    assert [record.folder for record in read_records([tmp_path, tmp_path / "a"])] == [tmp_path / "a"]
+
+
+def refuse(folders, words, **arguments):
+    with pytest.raises(UserError) as error:
+        tabulate(read_records(folders), **arguments)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_what_cannot_be_compared_is_refused(finished, tmp_path):
+    copy_of(finished, tmp_path / "a")
+    refuse([tmp_path], ["--against nobody", "tiny"], against="nobody")
+    copy_of(finished, tmp_path / "b", name="other", rows=normal(1))
+    refuse([tmp_path], ["different noise", "4 samples, seed 0; 400 samples, seed 0"])
+    copy_of(finished, tmp_path / "again" / "a")
+    refuse([tmp_path / "a", tmp_path / "again"], ["seed 0 is there twice", str(tmp_path / "again" / "a")])
+    refuse([tmp_path / "nowhere"], ["nowhere", "no such folder"])
+    (tmp_path / "empty").mkdir()
+    refuse([tmp_path / "empty"], ["empty", "rows.safetensors"])
+
+
+def command(*words):
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", *map(str, words)])
+    return stopped.value.code
+
+
+def test_the_command(finished, tmp_path, capsys):
+    copy_of(finished, tmp_path / "a", name="base")
+    copy_of(finished, tmp_path / "b", name="other")
+    assert command(tmp_path) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == ["base", "other"]
+    assert "5 steps" in listed[0]
+
+    assert command(tmp_path, "--table", "--against", "base", "--json", tmp_path / "new" / "table.json") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("| other | student | 1 |") == 2  # the values, and the differences
+    assert "Difference to base" in shown
+    plain = json.loads((tmp_path / "new" / "table.json").read_text())
+    assert [run["method"] for run in plain["runs"]] == ["base", "other"]
+    last = plain["lines"][-1]
+    assert last["differences"]["paired_distance"]["mean"] == 0.0
+    rows = load_file(finished / "evaluate" / "rows.safetensors")["paired_distance/student"]
+    assert last["values"]["paired_distance"]["mean"] == pytest.approx(float(rows.mean()))
+
+    assert command(tmp_path, "--table", "--against", "nobody") == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_records_hold_no_more_than_they_say(finished):
+    [record] = read_records([finished])
+    assert isinstance(record, Record)
+    assert record.noise == (4, 0)
+    assert set(record.rows["student"]) == set(record.metrics) == {"paired_distance", "digit_accuracy"}
+    assert all(len(rows) == 4 for rows in record.rows["student"].values())
