@@ -95,13 +95,16 @@ class Evidence:
         settings = [f"seed={seed}", f"stages.evaluate.seed={noise}", "stages.evaluate.pictures=0"]
         forwards = 0
         loaded = load_recipe(recipe)
+        guided = loaded.backbone.guidance.classifier_free_scale(loaded.backbone.bases()[0]) != 1.0
         for stage in loaded.stages:
             if isinstance(stage, TrainingStageConfig):
                 steps = max(1, round(stage.steps * self.scale * scale))
                 settings.append(f"stages.{stage.name}.steps={steps}")
                 if rate is not None:
                     settings.append(f"stages.{stage.name}.optimizer.lr={rate:.2e}")
-                forwards += steps * loaded.training.batch_size * (5 if stage.probe else 3)
+                # Student, target and teacher, guided; the probe reads two more.
+                per_sample = (4 if stage.probe else 2) + (2 if guided else 1)
+                forwards += steps * loaded.training.batch_size * per_sample
         if recipe != TEACHER:
             settings.append(f"stages.evaluate.reference_samples={self.teacher(noise) / 'evaluate/latents.safetensors'}")
         return Job(recipe, folder, tuple(settings), forwards)

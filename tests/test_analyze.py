@@ -224,6 +224,7 @@ def test_losses_are_the_stages_own(plugins, tmp_path, monkeypatch):
 
     # The stage's own step, made to start at these points.
     [config] = job.recipe.stages
+    assert [(loss.kind, loss.start) for loss in config.losses] == [("huber", 0), ("temporal_coherence", 0)]
     run, stage = set_up(job, config)
     batch = run.begin(next(_batches(job, "analyze", 1, 16)))
     for point in (2, 30, 50):
@@ -440,7 +441,8 @@ def test_mistakes(plugins, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dcm_digits", "dcm_wan22_a14b"])
-def test_miniatures(name, tmp_path):
+def test_miniatures(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("moedistill.analysis.TINY", {"samples": 4, "steps": 1, "points": 5})
     result = run_analyze(name, "--smoke", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     suggested, given = load_recipe(tmp_path / "suggestion.yaml"), load_recipe(name)

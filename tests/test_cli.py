@@ -130,14 +130,14 @@ def test_sample_passes_everything_on(call, monkeypatch, tmp_path):
     args = ("sample", tmp_path, "--prompt", "3 right", "--prompt", "7 up", "--num", 2, "--seed", 5, "--ema")
     (tmp_path / "more.txt").write_text("1 left\n")
     args += ("--prompts", tmp_path / "more.txt", "--height", 48, "--frames", 9, "--fps", 12)
-    code, out, _ = call(*args, "--sigmas", "1,0.9, 0.4", "--output", tmp_path / "out")
+    code, out, _ = call(*args, "--sigmas", "1,0.9, 0.4", "--eta", 0.5, "--output", tmp_path / "out")
     assert (code, out) == (0, "there\n")
     [((run,), options)] = calls
     assert run == tmp_path
     del options["plugins"]
     assert options == {
         "prompts": ["3 right", "7 up", "1 left"], "num": 2, "seed": 5, "steps": None, "sigmas": [1.0, 0.9, 0.4],
-        "output": tmp_path / "out", "weights": "ema", "device": "cpu", "fps": 12.0, "keep": False,
+        "eta": 0.5, "output": tmp_path / "out", "weights": "ema", "device": "cpu", "fps": 12.0, "keep": False,
         "video": {"height": 48, "width": None, "num_frames": 9},
     }  # fmt: skip
     assert call("sample", tmp_path)[0] == 0

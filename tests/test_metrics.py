@@ -104,8 +104,11 @@ def test_frechet_distance_of_gaussians():
 def test_paired_distance():
     latents = torch.randn(3, 12, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     step = torch.tensor([0.0, 0.1, 0.2]).view(3, 1, 1, 1, 1)
-    rows = build("paired_distance").rows(MetricInputs(latents, latents + step, latents, latents, {}))
+    metric, inputs = build("paired_distance"), MetricInputs(latents, latents + step, latents, latents, {})
+    rows = metric.rows(inputs)
     assert rows.flatten().tolist() == pytest.approx([0.0, 10.0, 40.0], rel=1e-4)
+    assert metric(inputs) == metric.value(rows) == pytest.approx(50 / 3, rel=1e-4)
+    assert metric.value(rows[[1, 2]]) == pytest.approx(25, rel=1e-4)
 
 
 def test_edge_energy_and_unrest_by_hand():

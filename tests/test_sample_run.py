@@ -85,6 +85,7 @@ def test_files(folder, tmp_path):
         "files": ["000.mp4", "001.mp4", "002.mp4", "003.mp4"],
         "prompts": ["3 right", "3 right", "", ""],
         "seed": 4,
+        "eta": 0.0,
         "experts": ["semantic", "detail"],
         "weights": "trained",
         "fps": 5.0,

@@ -300,7 +300,7 @@ def test_the_exact_velocity_by_hand(folder):
     by_hand = sample(
         lambda x, sigma: (x - data.posterior_mean(x, sigma, cond)) / sigma.view(-1, 1, 1, 1, 1),
         draws[0].normal("noise", shape),
-        Trajectory.flow_matching(8, 5.0).points.flip(0)[:-1].tolist() + [0.0],
+        [*Trajectory.flow_matching(8, 5.0).points.flip(0)[:-1].tolist(), 0.0],
         eta=1.0,
         noise=lambda step: draws[step].normal("fresh_noise", shape),
     )
