@@ -238,7 +238,7 @@ def test_patches_are_squares_of_pixels() -> None:
 
 def test_shapes(backbone: DigitsBackbone) -> None:
     x, sigma, cond = inputs_for(backbone)
-    assert sum(p.numel() for p in backbone.network.parameters()) == 323_672
+    assert sum(p.numel() for p in backbone.network.parameters()) == 680_664
     assert backbone.velocity(backbone.network, x, sigma, cond).shape == x.shape
     assert backbone.decode(x).shape == (4, 1, 8, 24, 24)
     assert backbone.latent_shape() == (12, 8, 4, 4)
@@ -400,7 +400,7 @@ def test_missing_teacher_says_how_to_make_it(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_shipped_teacher_fits() -> None:
-    assert TEACHER_FILE.stat().st_size <= 1.4e6
+    assert TEACHER_FILE.stat().st_size <= 3.0e6
     network = DigitsBackboneConfig().build().network
     assert all(parameter.isfinite().all() for parameter in network.parameters())
 

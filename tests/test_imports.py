@@ -41,7 +41,7 @@ LAYERS = [
     {"hookspecs", "builtin", "plugins", "validation", "schema"},
     {"recipe", "callbacks"},
     {"smoke", "train", "heldout", "sample_run"},
-    {"analysis"},
+    {"analysis", "report"},
     {"integrations"},
     {"cli", "__main__", "testing", "new_backbone"},
 ]
