@@ -128,7 +128,7 @@ class DigitsBackbone(Backbone):
     def native_trajectory(
         self, noise: Tensor, cond: Mapping[str, Tensor], num_steps: int
     ) -> list[tuple[float, Tensor]]:
-        """Euler steps of the bare network, whose output is dx/dsigma, on a grid of shift 2.5, as the recipes have it."""
+        """Euler steps of the bare network, whose output is dx/dsigma, on the grid of the recipes, shift 2.5."""
         uniform = torch.linspace(1.0, 0.0, num_steps + 1)
         sigmas = (2.5 * uniform / (1.0 + 1.5 * uniform)).tolist()
         samples = [noise]
