@@ -300,6 +300,7 @@ def sample(
 @click.argument("folders", nargs=-1, required=True, metavar="RUN…")
 @click.option("--table", is_flag=True, help="A table of all metrics with 95 % intervals, as Markdown.")
 @click.option("--against", metavar="METHOD", help="With --table: paired differences to this method, too.")
+@click.option("--metric", "metrics", multiple=True, metavar="KIND", help="With --table: this one only. Repeatable.")
 @click.option("--resamples", type=click.IntRange(min=10), default=200, show_default=True, help="Bootstrap draws.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the table as JSON.")
 @plugin_option
@@ -307,6 +308,7 @@ def report(
     folders: tuple[str, ...],
     table: bool,
     against: str | None,
+    metrics: tuple[str, ...],
     resamples: int,
     json_file: Path | None,
     plugin_files: tuple[str, ...],
@@ -319,8 +321,11 @@ def report(
     \b
     Example:
       moedistill report runs/dcm_digits
-      moedistill report runs/evidence --table --against evidence_dcm --json table.json
+      moedistill report runs/dcm_digits --table --metric frechet --json table.json
+      moedistill report runs/mine runs/theirs --table --against my_recipe
     """
+    if not table and json_file is None and (against is not None or metrics):
+        raise click.UsageError("--against and --metric are of the table: add --table or --json")
     import json
 
     from moedistill.report import methods, read_records, tabulate
@@ -332,7 +337,7 @@ def report(
                 cost = ", ".join(f"{record.total(what):.0f} {what}" for what in ("steps", "forwards", "seconds"))
                 click.echo(f"{method}  seed {record.recipe.seed}  {cost}  {record.folder}")
         return
-    result = tabulate(records, against=against, resamples=resamples)
+    result = tabulate(records, against=against, metrics=metrics or None, resamples=resamples)
     if table:
         click.echo(result.markdown())
     if json_file is not None:
@@ -358,7 +363,7 @@ def report(
 @click.option("--student-steps", type=click.IntRange(min=1), metavar="N", help="Sampling steps; the recipe's, or 4.")
 @click.option("--smoke", is_flag=True, help="On a random miniature, with a few samples and steps: seconds, on a CPU.")
 @click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
-@click.option("--output", metavar="DIR", help="Where results go; runs/NAME-analysis/TIME if not given.")
+@click.option("--output", metavar="DIR", help="A folder without an analysis; runs/NAME-analysis/TIME if not given.")
 @device_option
 @plugin_option
 def analyze(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...], **options: Any) -> None:

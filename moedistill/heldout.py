@@ -1,16 +1,15 @@
-"""The held-out consistency loss: how far the student's jumps still are from their targets, on what never changes.
+"""The consistency loss on fixed draws: how far the student's jumps still are from their targets, on what never changes.
 
 The loss of a training step mixes noise levels and draws other samples and noise at every step. Here samples, noise and
 levels stay, so that a change is the student's. No loss function shapes the number, so runs with different losses can be
 compared.
 
-The samples are the dataset's last ones. They are not kept out of training: keep some that no other file lists if that
-matters. The noise is drawn for this alone, and nothing here touches what training draws: a run learns the same bits
-with and without it.
+Held out are the draws, not the samples: these are spread evenly over the dataset, and trained on as well. So it tells
+how far training has come, and nothing of other data. The noise is drawn for this alone, and nothing here touches what
+training draws: a run learns the same bits with and without it.
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from statistics import fmean
 
 import torch
@@ -40,11 +39,12 @@ class HeldOut:
         starts = run.trajectory.points_in(run.segment)
         levels = min(config.levels, len(starts))
         self.points = [starts[(2 * level + 1) * len(starts) // (2 * levels)] for level in range(levels)]
-        # All of one shape, that of the last one, so that they fit into batches.
+        # All of one shape, that of the last one, so that they fit into batches; in order, samples may go by class.
         count = len(run.dataset)
         shape = run.dataset.shape(count - 1)
-        alike = (index for index in reversed(range(count)) if run.dataset.shape(index) == shape)
-        chosen = list(islice(alike, config.samples))
+        alike = [index for index in range(count) if run.dataset.shape(index) == shape]
+        samples = min(config.samples, len(alike))
+        chosen = [alike[number * len(alike) // samples] for number in range(samples)]
         # One by one: where batches are of one sample, each may have a text of another length.
         prepared = [run.prepare(*collate([run.dataset[index]])) for index in chosen]
         self._latents = torch.cat([latents for latents, _ in prepared])

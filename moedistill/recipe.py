@@ -40,11 +40,11 @@ TEACHER = "teacher"
 
 @dataclass(kw_only=True)
 class HeldOutConfig:
-    """The held-out consistency loss: prediction - target on fixed samples, noise and levels; see `moedistill.heldout`.
+    """The consistency loss, prediction - target, on fixed draws; not excluded from training. See `moedistill.heldout`.
 
     Args:
         every: optimiser steps between measurements; the first one is before the first step.
-        samples: the last ones of the dataset. They are trained on as well.
+        samples: how many, spread evenly over the dataset. They are trained on as well.
         levels: starting points, spread evenly over the expert's segment.
     """
 
@@ -67,7 +67,7 @@ class TrainingConfig:
         keep_checkpoints: how many of the last checkpoints stay.
         log_every: optimiser steps between lines of metrics.
         trackers: names of accelerate's trackers, such as tensorboard.
-        heldout: measure consistency stages on fixed samples as they go, for 1 to 3 % of their time; null for never.
+        heldout: measure consistency stages on fixed draws as they go, for 1 to 3 % of their time; null for never.
     """
 
     batch_size: PositiveInt = 8

@@ -1,17 +1,17 @@
-"""Tables of finished runs: means over training seeds, intervals by resampling, paired differences.
+"""Tables of finished runs: means over training seeds, intervals, paired differences.
 
 Everything is read from what a run leaves behind (`recipe.yaml`, `cost.json`, and each evaluation's `rows.safetensors`):
 nothing is sampled again. Runs of one recipe that differ in their seed are one method.
 
-Intervals come from the bootstrap (Efron, 1979): the evaluation's samples are drawn anew with replacement, the same ones
-for every method, because all have the same noise; so are each method's training seeds. A difference is formed within
-each draw, so that what all methods share cancels.
-
-A resampling has fewer different samples than the original, which raises a Fréchet distance. So only the spread of the
-draws is used: an interval is their quantiles, moved by the difference between the estimate and the draws' mean.
+An interval is mean ± sqrt(a² + b²). a is 1.96 bootstrap standard deviations (Efron, 1979) over the evaluation's
+samples, drawn with replacement, the same ones for every method and seed because all have the same noise. b is Student's
+t times the standard error over training seeds; with one seed there is none, and the interval is of the samples alone.
+A difference is formed within each draw of samples and, where both methods have the same seeds, within each seed, so
+that what they share cancels.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +22,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moedistill.errors import UserError
+from moedistill.errors import UserError, user_errors
 from moedistill.metrics import Metric
 from moedistill.plugins import Plugins, load_plugins
-from moedistill.recipe import Recipe, flat, load_recipe
+from moedistill.recipe import Recipe, load_recipe
 from moedistill.stages.evaluate import ROWS, EvaluateConfig
-from moedistill.train import COST
+from moedistill.train import COST, comparable
 
 LEVEL = 0.95
 """Of all intervals."""
+NORMAL = 1.959964
+STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+"""Two-sided quantiles at that level: of the normal law, and of Student's t for 1, 2, … degrees of freedom."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Record:
         rows: by candidate and metric, one row per sample, `[N, D]` float64.
         metrics: by kind: what turns rows into a number.
         cost: of the training stages, as `RunResult.cost`; empty if the run trained nothing.
-        noise: number of samples and the seed of noise and conditioning; runs that share it can be compared in pairs.
+        noise: what decides noise and conditioning of the samples; runs that share it can be compared in pairs.
     """
 
     folder: Path
@@ -51,7 +54,7 @@ class Record:
     rows: dict[str, dict[str, Tensor]]
     metrics: dict[str, Metric]
     cost: dict[str, dict[str, float]]
-    noise: tuple[int, int]
+    noise: dict[str, Any]
 
     def total(self, what: str) -> float:
         """`steps`, `forwards` or `seconds` of all training stages."""
@@ -64,7 +67,7 @@ class Estimate:
 
     Attributes:
         mean: over training seeds.
-        low, high: 95 % interval, over samples and training seeds together.
+        low, high: 95 % interval, of samples and training seeds together.
         seeds: the number for each training seed.
     """
 
@@ -150,24 +153,33 @@ def _read(folder: Path, plugins: Plugins) -> Record:
     recipe = load_recipe(folder / "recipe.yaml", plugins=plugins)
     stages = [stage for stage in recipe.stages if isinstance(stage, EvaluateConfig)]
     done = [stage for stage in stages if (folder / stage.name / ROWS).is_file()]
-    noise = {(stage.samples, stage.seed) for stage in done}
-    if len(noise) > 1:
-        raise UserError(f"{folder}: its evaluations have different noise (samples, seed): {sorted(noise)}")
+    data = recipe.resolved()["data"]
+    noises = [{"samples": s.samples, "seed": s.seed, "prompts": s.prompts, "data": data} for s in done]
+    if any(noise != noises[0] for noise in noises):
+        raise UserError(f"{folder}: its evaluations have different noise or prompts: {_differing(noises)}")
     rows: dict[str, dict[str, Tensor]] = {}
     for stage in done:
-        for name, tensor in load_file(folder / stage.name / ROWS).items():
-            kind, _, candidate = name.partition("/")
-            rows.setdefault(candidate, {})[kind] = tensor
-    order = [candidate.name for stage in done for candidate in stage.candidates]
+        tensors = load_file(folder / stage.name / ROWS)
+        prefix = f"{stage.name}: " if len(done) > 1 else ""
+        for candidate in stage.candidates:
+            kinds = [metric.kind for metric in stage.metrics]
+            found = {kind: tensors.get(f"{kind}/{candidate.name}") for kind in kinds}
+            if measured := {kind: value for kind, value in found.items() if value is not None}:
+                rows[prefix + candidate.name] = measured
     cost = folder / COST
-    return Record(
-        folder,
-        recipe,
-        {name: rows[name] for name in order if name in rows},
-        {metric.kind: metric.build() for stage in done for metric in stage.metrics},
-        json.loads(cost.read_text()) if cost.is_file() else {},
-        noise.pop(),
-    )
+    with user_errors(str(folder)):
+        metrics = {metric.kind: metric.build() for stage in done for metric in stage.metrics}
+    return Record(folder, recipe, rows, metrics, json.loads(cost.read_text()) if cost.is_file() else {}, noises[0])
+
+
+def _differing(noises: Sequence[dict[str, Any]]) -> str:
+    """The keys in which they differ, with their values."""
+    found = {key: list(dict.fromkeys(str(noise[key]) for noise in noises)) for key in noises[0]}
+    return "; ".join(f"{key} {' and '.join(values)}" for key, values in found.items() if len(values) > 1)
+
+
+IGNORED = ("seed", "description", "reference_samples")
+"""Ends of keys that do not make another method."""
 
 
 def methods(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -177,9 +189,10 @@ def methods(records: Sequence[Record]) -> dict[str, list[Record]]:
         named.setdefault(record.recipe.name, []).append(record)
     grouped: dict[str, list[Record]] = {}
     for name, alike in named.items():
-        settings = [flat(record.recipe.resolved()) for record in alike]
+        settings = [comparable(record.recipe.resolved()) for record in alike]
         keys = {key for one in settings for key in one}
-        differing = sorted(key for key in keys if key != "seed" and len({repr(one.get(key)) for one in settings}) > 1)
+        keys = {key for key in keys if not key.endswith(IGNORED)}
+        differing = sorted(key for key in keys if len({repr(one.get(key)) for one in settings}) > 1)
         for record, setting in zip(alike, settings, strict=True):
             extra = ", ".join(f"{key}={setting.get(key)}" for key in differing)
             grouped.setdefault(f"{name} ({extra})" if extra else name, []).append(record)
@@ -193,12 +206,20 @@ def methods(records: Sequence[Record]) -> dict[str, list[Record]]:
     return grouped
 
 
-def tabulate(records: Sequence[Record], *, against: str | None = None, resamples: int = 200, seed: int = 0) -> Table:
+def tabulate(
+    records: Sequence[Record],
+    *,
+    against: str | None = None,
+    metrics: Sequence[str] | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Table:
     """Every method's candidates by metric, with intervals.
 
     Args:
         records: runs; those of one method are its training seeds.
         against: a method, to which the others' differences are taken, candidate by candidate.
+        metrics: kinds to tabulate, in this order; all if not given.
         resamples: bootstrap draws.
         seed: of these draws.
 
@@ -208,22 +229,28 @@ def tabulate(records: Sequence[Record], *, against: str | None = None, resamples
     grouped = methods(records)
     if against is not None and against not in grouped:
         raise UserError(f"--against {against}: there is no such method; there are {', '.join(grouped)}")
-    if len({record.noise for record in records}) > 1:
-        found = sorted({f"{samples} samples, seed {seed}" for samples, seed in (record.noise for record in records)})
-        raise UserError(f"the runs were evaluated on different noise ({'; '.join(found)}): report them one by one")
-    samples = records[0].noise[0]
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(samples, (resamples, samples), generator=generator)
-    # Of a method, and of the one it is compared with: their seeds have nothing to do with each other.
-    seeds, base_seeds = torch.rand(2, resamples, max(map(len, grouped.values())), generator=generator)
-    measured = {method: _measure(alike, draws) for method, alike in grouped.items()}
+    noises = [record.noise for record in records]
+    if any(noise != noises[0] for noise in noises):
+        raise UserError(
+            f"the runs were evaluated on different noise ({_differing(noises)}): report those that share it together"
+        )
+    known = list(dict.fromkeys(kind for record in records for kind in record.metrics))
+    unknown = [kind for kind in metrics or () if kind not in known]
+    if unknown:
+        raise UserError(f"--metric {unknown[0]}: the runs have {', '.join(known)}")
+    samples = records[0].noise["samples"]
+    draws = torch.randint(samples, (resamples, samples), generator=torch.Generator().manual_seed(seed))
+    measured = {method: _measure(alike, draws, metrics or known) for method, alike in grouped.items()}
+    seeds = {method: [record.recipe.seed for record in alike] for method, alike in grouped.items()}
     lines = []
     for method, alike in grouped.items():
         forwards = fmean(record.total("forwards") for record in alike)
         for candidate, values in measured[method].items():
-            line = Line(method, candidate, forwards, {k: _estimate(v, seeds) for k, v in values.items()})
-            base = measured[against].get(candidate, {}) if against not in (None, method) else {}
-            line.differences = {k: _difference(v, base[k], seeds, base_seeds) for k, v in values.items() if k in base}
+            line = Line(method, candidate, forwards, {kind: _estimate(value) for kind, value in values.items()})
+            if against is not None and method != against:
+                base = measured[against].get(candidate, {})
+                paired = seeds[method] == seeds[against]
+                line.differences = {k: _difference(v, base[k], paired) for k, v in values.items() if k in base}
             lines.append(line)
     runs = [
         {
@@ -244,14 +271,15 @@ Values = Tensor
 """`[seeds, 1 + resamples]`: a metric for each training seed, first of all samples, then of each draw of them."""
 
 
-def _measure(alike: Sequence[Record], draws: Tensor) -> dict[str, dict[str, Values]]:
+def _measure(alike: Sequence[Record], draws: Tensor, kinds: Sequence[str]) -> dict[str, dict[str, Values]]:
     """Values by candidate and metric, of the candidates that all records of a method have."""
     first, *others = (record.rows for record in alike)
     shared = [candidate for candidate in first if all(candidate in rows for rows in others)]
     return {
         candidate: {
             kind: torch.stack([_values(record.metrics[kind], record.rows[candidate][kind], draws) for record in alike])
-            for kind in first[candidate]
+            for kind in kinds
+            if kind in first[candidate]
         }
         for candidate in shared
     }
@@ -261,40 +289,47 @@ def _values(metric: Metric, rows: Tensor, draws: Tensor) -> Tensor:
     return torch.tensor([metric.value(rows), *(metric.value(rows[draw]) for draw in draws)], dtype=torch.float64)
 
 
-def _resampled(values: Values, seeds: Tensor) -> Tensor:
-    """The mean over as many seeds as there are, drawn with replacement, in each draw of samples: `[resamples]`."""
-    count = len(values)
-    chosen = (seeds[:, :count] * count).long()
-    return values[:, 1:].T.gather(1, chosen).mean(1)
+def _estimate(values: Values) -> Estimate:
+    each = values[:, 0]
+    return _with_interval(each, _sampling_error(values), _standard_error(each), len(each) - 1)
 
 
-def _interval(estimate: float, resampled: Tensor) -> tuple[float, float]:
-    tail = (1.0 - LEVEL) / 2.0
-    centred = resampled - resampled.mean() + estimate
-    low, high = torch.quantile(centred, torch.tensor([tail, 1.0 - tail], dtype=centred.dtype)).tolist()
-    return low, high
+def _difference(values: Values, base: Values, paired: bool) -> Estimate:
+    """`values` minus `base`; `paired` says that their seeds correspond."""
+    if paired:
+        return _estimate(values - base)
+    each, other = values[:, 0], base[:, 0]
+    sampling = _sampling_error(values.mean(0, keepdim=True) - base.mean(0, keepdim=True))
+    # One seed, such as an untrained teacher's, has no spread to count.
+    freedom = min((len(v) - 1 for v in (each, other) if len(v) > 1), default=0)
+    training = math.hypot(_standard_error(each), _standard_error(other))
+    return _with_interval(each - other.mean(), sampling, training, freedom)
 
 
-def _estimate(values: Values, seeds: Tensor) -> Estimate:
-    mean = float(values[:, 0].mean())
-    return Estimate(mean, *_interval(mean, _resampled(values, seeds)), values[:, 0].tolist())
+def _sampling_error(values: Values) -> float:
+    """Standard deviation over draws of samples, of the mean over seeds; a draw's own bias does not count in it."""
+    return float(values[:, 1:].mean(0).std())
 
 
-def _difference(values: Values, base: Values, seeds: Tensor, base_seeds: Tensor) -> Estimate:
-    """`values` minus `base`, the samples paired; each method's seeds are drawn on their own."""
-    differences = _resampled(values, seeds) - _resampled(base, base_seeds)
-    each = values[:, 0] - base[:, 0].mean()
+def _standard_error(each: Tensor) -> float:
+    return float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+
+
+def _with_interval(each: Tensor, sampling: float, training: float, freedom: int) -> Estimate:
     mean = float(each.mean())
-    return Estimate(mean, *_interval(mean, differences), each.tolist())
+    student = STUDENT[min(freedom, len(STUDENT)) - 1] if freedom else 0.0
+    half = math.hypot(NORMAL * sampling, student * training)
+    return Estimate(mean, mean - half, mean + half, each.tolist())
 
 
 def _markdown(lines: Sequence[tuple[Line, Mapping[str, Estimate]]]) -> str:
     kinds = list(dict.fromkeys(kind for _, values in lines for kind in values))
-    head = ["method", "candidate", "seeds", *(kind.replace("_", " ") for kind in kinds)]
+    head = ["method", "candidate", "forwards", "seeds", *(kind.replace("_", " ") for kind in kinds)]
     rows = [
         [
             line.method,
             line.candidate,
+            f"{line.forwards:,.0f}",
             str(max(len(value.seeds) for value in values.values())),
             *(str(values[kind]) if kind in values else "" for kind in kinds),
         ]

@@ -179,7 +179,7 @@ class _Runner:
         self.job = make_job(recipe, folder, accelerator, smoke=smoke)
         for stage in recipe.stages:
             with user_errors(f"stage {stage.name}"):
-                stage.look_ahead()
+                stage.look_ahead(recipe)
         self.last_checkpoint: Path | None = None
         self.under_way = ""
         self.interruption = Interruption(self._where_to_go_on)
@@ -197,6 +197,7 @@ class _Runner:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints.remove_leftovers()
             write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            self._write_cost()
         self.job.say(f"{self.recipe.name}{smoke} → {self.folder}")
         for observer in self.observers:
             self.plugins.manager.register(observer)
@@ -298,7 +299,7 @@ class _Runner:
                     cost["steps"] += 1
                     self._end_step(number, run, heldout)
         if self.job.main:
-            write_text(self.folder / COST, json.dumps(self.job.cost, indent=1))
+            self._write_cost()
         hook.on_stage_end(run=run)
         run.release()
         # What is not trained yet starts as its parent is now; an evaluation may come before its turn.
@@ -328,6 +329,11 @@ class _Runner:
             self._save(number, run)
         if signum:
             raise Interrupted(signum, f"stopped at step {run.step} of {run.config.name}; {self._where_to_go_on()}")
+
+    def _write_cost(self) -> None:
+        file, text = self.folder / COST, json.dumps(self.job.cost, indent=1)
+        if self.job.cost and not (file.is_file() and file.read_text() == text):
+            write_text(file, text)
 
     def _any_rank(self, signum: int) -> int:
         """The signal that any process has got, or 0; all processes must stop at the same step."""
@@ -422,7 +428,7 @@ def _output_folder(recipe: Recipe, output: str | Path | None, checkpoint: Path |
 
 
 def _check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
-    saved, now = (_comparable(tree) for tree in (load_tree(checkpoint, "state")["recipe"], recipe.resolved()))
+    saved, now = (comparable(tree) for tree in (load_tree(checkpoint, "state")["recipe"], recipe.resolved()))
     keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     if keys:
         raise UserError(
@@ -431,7 +437,7 @@ def _check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
         )
 
 
-def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
+def comparable(resolved: dict[str, Any]) -> dict[str, Any]:
     """A resolved recipe as dotted keys, without what may differ."""
     operational = tuple(f"training.{key}." for key in OPERATIONAL)
     return {path: value for path, value in flat(resolved).items() if not f"{path}.".startswith(operational)}

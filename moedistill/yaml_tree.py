@@ -355,7 +355,8 @@ def _item(items: list[Node], step: str, path: tuple[str, ...], where: str, probl
     if step.isascii() and step.isdigit() and len(step) < 6 and int(step) < len(items):
         return int(step)
     names = [label["name"] or label["kind"] or str(k) for k, label in enumerate(labels)]
-    message = f"no item {shorten(step, 40)!r}; {suggest(step, names)} (or 0 to {len(items) - 1})"
+    numbers = f" (or 0 to {len(items) - 1})" if items else ""
+    message = f"no item {shorten(step, 40)!r}; {suggest(step, names)}{numbers}"
     problems.append(Problem(dotted(path), message, where))
     return None
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from moedistill.checkpoint import load_tree
 from moedistill.context import Job, Run
 from moedistill.data.loading import Batch
 from moedistill.mixture import Mixture
@@ -108,6 +109,18 @@ def dcm_recipe(steps=5, **changes):
     training = {"gradient_accumulation_steps": 2, "checkpoint_every": 1, "keep_checkpoints": 99}
     dotted = {f"training.{key}": value for key, value in training.items()}
     return tiny_recipe(stages, {**dotted, "data.text_dropout": 0.3, **changes})
+
+
+TREES = ("state", "experts", "ema", "training")
+"""Of a checkpoint."""
+
+
+def trees(path):
+    """All of a checkpoint but the seconds that it took."""
+    found = {name: load_tree(path, name) for name in TREES}
+    for cost in found["state"]["cost"].values():
+        assert cost.pop("seconds") > 0
+    return found
 
 
 def equal(a, b):

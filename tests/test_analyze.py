@@ -1,6 +1,7 @@
 """The investigation: measured on mixtures whose answers are known, and run on every kind of backbone in miniature."""
 
 import json
+import weakref
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from helpers import distil
 
 import moedistill
-from moedistill import cli
+from moedistill import cli, conditioning
 from moedistill.analysis import _Work
 from moedistill.analysis.layers import compare_experts, kind_of
 from moedistill.analysis.suggest import (
@@ -23,7 +24,7 @@ from moedistill.analysis.suggest import (
     suggest_needs,
     suggest_points,
 )
-from moedistill.analysis.teacher import draw_inputs, end_error, follow_teacher
+from moedistill.analysis.teacher import draw_inputs, end_error, follow_teacher, joined
 from moedistill.analysis.training import (
     _batches,
     _measure,
@@ -211,6 +212,29 @@ def test_refined_points_are_a_local_best():
     assert refine_points([50, 37, 25, 12], [30], 50, measure) == (target, 0)
 
 
+def test_points_are_refined_until_nothing_moves():
+    # From afar: more moves of one point than there are strides; and no list is measured twice.
+    lists = []
+
+    def measure(points):
+        lists.append(tuple(points))
+        return sum((a - b) ** 2 for a, b in zip(points, [50, 49, 48, 47], strict=True))
+
+    assert refine_points([50, 3, 2, 1], [], 50, measure) == ([50, 49, 48, 47], 0)
+    assert len(lists) == len(set(lists))
+
+
+def test_halves_joined_are_the_whole(plugins, tmp_path):
+    job, path, noise, cond = followed(mixture_recipe(), plugins, tmp_path, samples=12)
+    rows = [slice(0, 4), slice(4, 12)]
+    parts = [follow_teacher(job, noise[part], conditioning.select(cond, part), batch_size=48) for part in rows]
+    whole = joined(parts)
+    assert torch.equal(whole.ends, path.ends)
+    for name in ("levels", "bends", "sizes", "speeds"):
+        torch.testing.assert_close(getattr(whole, name), getattr(path, name), rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(parts[0].sizes, parts[1].sizes, rtol=1e-3)
+
+
 # -- one student, two experts -----------------------------------------------------------------------------------------
 
 
@@ -267,6 +291,40 @@ def test_cosines_of_gradients(plugins, tmp_path):
     assert asdict(again) == asdict(curves)
 
 
+def test_cosines_across_boundaries(plugins, tmp_path):
+    job = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 3))
+    train(job, job.recipe.stages[0])
+    curves = measure_students(job, 16, 50, 5, steps=3, boundaries=[27])
+    assert curves.ranges == [(1, 10), (11, 20), (21, 27), (28, 40), (41, 50)]
+    halves = measure_students(job, 16, 50, 2, steps=3, boundaries=[27])
+    assert halves.ranges == [(1, 27), (28, 50)]
+    for found, matrix in ((curves.across, halves.cosine), (curves.across_per_jump, halves.cosine_per_jump)):
+        assert found == [pytest.approx(matrix[0][1], rel=1e-5)]
+        assert abs(found[0]) < 0.999
+    three = measure_students(job, 16, 50, 1, steps=3, boundaries=[40, 27])
+    assert three.ranges == [(1, 27), (28, 40), (41, 50)]
+    assert three.across == [pytest.approx(three.cosine[1][2]), pytest.approx(three.cosine[0][1])]
+
+
+def test_a_measurement_keeps_the_average(plugins, tmp_path):
+    recipe = mixture_recipe()
+    recipe["stages"][0] |= {"target": "ema", "ema_decay": 0.9}
+    job = job_of(recipe, plugins, tmp_path, lambda recipe: with_students(recipe, 3))
+    [config] = job.recipe.stages
+    train(job, config)
+
+    def average():
+        return {name: value.clone() for name, value in job.mixture.ema[config.expert].average.items()}
+
+    trained, weights = average(), job.mixture.student.experts[config.expert].parameters
+    assert any(not torch.equal(trained[name], weights[name]) for name in trained)
+    curves = measure_students(job, 16, 4, 1, steps=3)
+    assert all(torch.equal(value, trained[name]) for name, value in average().items())
+    job.mixture.ema.clear()
+    without = measure_students(job, 16, 4, 1, steps=3)
+    assert without.loss[-1] != pytest.approx(curves.loss[-1], rel=1e-4)
+
+
 def test_losses_and_gradients_are_means_over_batches(plugins, tmp_path):
     job = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 3))
     one, two = (measure_students(job, samples, most_points=3, num_ranges=1, steps=0) for samples in (16, 32))
@@ -306,14 +364,27 @@ def test_differences_of_layers(plugins, tmp_path):
     assert kinds["time_embed"].difference == pytest.approx(0.25 * time, rel=1e-5)
     assert kinds["time_embed"].cosine is None  # only one has moved
     assert kinds["proj_out"].difference is None  # the teacher's are 0
-    assert [kind.name for kind in layers.kinds][:2] == ["blocks.*.mix", "time_embed"]
+    assert kinds["blocks.*.mix"].disagreement == pytest.approx(1)
+    assert kinds["proj_out"].disagreement == pytest.approx(1)
     assert (kinds["blocks.*.mix"].groups, kinds["blocks.*.mix"].time_dependent) == (["attention"], None)
     assert (kinds["time_embed"].groups, kinds["time_embed"].time_dependent) == ([], "time_embed")
-    assert layers.groups["attention"] == pytest.approx(mix, rel=1e-5)
-    moved = (
-        norm("blocks.0.mix.weight") ** 2 + (0.25 * norm("time_embed.weight")) ** 2 + weights["proj_out.weight"].numel()
-    ) ** 0.5
-    assert layers.whole == pytest.approx(moved / norm(*weights), rel=1e-5)
+    assert layers.groups == {"attention": pytest.approx(1)}
+    outputs = weights["proj_out.weight"].numel()
+    apart = norm("blocks.0.mix.weight") ** 2 + (0.25 * norm("time_embed.weight")) ** 2 + outputs
+    upper_moved = (0.5 * norm("blocks.0.mix.weight")) ** 2 + outputs
+    lower_moved = (0.5 * norm("blocks.0.mix.weight")) ** 2 + (0.25 * norm("time_embed.weight")) ** 2
+    assert layers.whole == pytest.approx(apart**0.5 / (upper_moved**0.5 + lower_moved**0.5), rel=1e-5)
+
+    # What both change alike does not count, however small the weights that it is a change of.
+    with torch.no_grad():
+        lower["proj_out.weight"].copy_(upper["proj_out.weight"])
+        upper["time_embed.weight"].copy_(lower["time_embed.weight"])
+        upper["time_embed.bias"] += 0.1
+    layers = compare_experts(student, "upper", "lower", 2)
+    assert [kind.name for kind in layers.kinds] == ["blocks.*.mix", "time_embed", "proj_out"]
+    assert layers.kinds[-1].disagreement == 0
+    assert layers.modules["proj_out"] == 0 < layers.whole < layers.modules["time_embed"]
+    assert (suggest_needs(layers).targets, suggest_needs(layers).copies) == (["attention"], ["time_embed"])
 
     layers.groups, layers.modules, layers.whole = {"a": 0.1, "b": 0.4}, {"x": 0.2, "y": 0.5}, 0.3
     assert (suggest_needs(layers).targets, suggest_needs(layers).copies) == (["b"], ["y"])
@@ -321,6 +392,21 @@ def test_differences_of_layers(plugins, tmp_path):
     assert (suggest_needs(layers).targets, suggest_needs(layers).copies) == (["b"], "none")
     layers.whole = 0.05
     assert (suggest_needs(layers).targets, suggest_needs(layers).copies) == (["a", "b"], "time_dependent")
+
+
+def test_one_student_is_freed_before_two_are_made(plugins, tmp_path, quick, monkeypatch):
+    students, make = [], _Work.job
+
+    def job(work, recipe):
+        if recipe.router is not None:
+            assert all(student() is None for student in students)
+        made = make(work, recipe)
+        students.append(weakref.ref(made.mixture.student))
+        return made
+
+    monkeypatch.setattr(_Work, "job", job)
+    moedistill.analyze(mixture_recipe(), samples=4, steps=1, output=tmp_path, plugins=plugins, device="cpu")
+    assert len(students) == 3
 
 
 def test_kinds_of_layers():
@@ -374,6 +460,51 @@ def test_the_command_on_a_mixture(plugins, tmp_path):
     assert (suggested.backbone, suggested.data, suggested.stages) == (given.backbone, given.data, given.stages)
     assert numbers["sampling"]["own"]["points"] == given.sample.points
     assert numbers["sampling"]["suggested"]["end_error"] < numbers["sampling"]["even"]["end_error"]
+    curves = numbers["student"][1]
+    assert curves["boundaries"] == numbers["boundaries"]
+    assert f"have a cosine of {curves['across'][0]:.2f}" in text
+    assert f"above and below, cosine {curves['across'][0]:.2f}" in result.output
+
+    # What was written may have been changed by hand since.
+    (output / "suggestion.yaml").write_text("mine")
+    again = CliRunner().invoke(cli.cli, ["analyze", str(file), "-p", mixture.__file__, "--output", str(output)])
+    assert isinstance(again.exception, UserError)
+    assert "already holds an analysis" in str(again.exception)
+    assert (output / "suggestion.yaml").read_text() == "mine"
+    assert json.loads((output / "analysis.json").read_text()) == numbers
+
+
+@pytest.mark.usefixtures("quick")
+def test_points_are_judged_by_other_samples(plugins, tmp_path, monkeypatch):
+    seen = {"chosen": [], "judged": []}
+
+    def error(job, path, noise, cond, batch_size, points):
+        seen["chosen" if choosing else "judged"].append(noise.flatten()[0].item())
+        return end_error(job, path, noise, cond, batch_size, points)
+
+    def refine(*args):
+        nonlocal choosing
+        found = refine_points(*args)
+        choosing = False
+        return found
+
+    choosing = True
+    monkeypatch.setattr("moedistill.analysis.end_error", error)
+    monkeypatch.setattr("moedistill.analysis.refine_points", refine)
+    result = moedistill.analyze(mixture_recipe(), samples=9, steps=0, output=tmp_path, plugins=plugins, device="cpu")
+    assert len(set(seen["chosen"])) == len(set(seen["judged"])) == 1
+    assert set(seen["chosen"]) != set(seen["judged"])
+    assert len(seen["judged"]) == len(result.sampling) == 3
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("overrides", [[], ["training.batch_size=8"]], ids=["extended", "written out"])
+def test_the_share_of_new_noise_stays(overrides, plugins, tmp_path):
+    file = write_yaml(tmp_path / "mine.yaml", mixture_recipe(sample={"points": [50, 20], "eta": 0.5}))
+    output = tmp_path / "out"
+    moedistill.analyze(file, overrides=overrides, samples=1, steps=0, output=output, plugins=plugins, device="cpu")
+    assert ("extends" in (output / "suggestion.yaml").read_text()) == (not overrides)
+    assert load_recipe(output / "suggestion.yaml", plugins=plugins).sample.eta == 0.5
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from moedistill.recipe import load_recipe, shipped_recipes
 from moedistill.smoke import miniature
 from moedistill.stages.base import TrainingStageConfig
 from moedistill.stages.consistency import landing_points
+from moedistill.stages.evaluate import fingerprint
 from moedistill.train import run
 
 RECIPES = shipped_recipes()
@@ -46,7 +47,7 @@ def test_all_are_there():
 @pytest.mark.parametrize("name", [*BASELINES, *ABLATIONS])
 def test_recipes_are_short_and_say_where_they_come_from(name):
     lines = RECIPES[name].read_text().splitlines()
-    assert len(lines) <= (22 if "digits" in name else 12)
+    assert len(lines) <= (24 if "digits" in name else 12)
     assert lines[0].startswith("# ")
     assert any("arXiv" in line for line in lines[:2]) or name == "baselines/digits_few_step_teacher"
     assert sum(line.startswith("extends: ") for line in lines) == 1
@@ -108,7 +109,10 @@ def test_budgets_of_the_other_guided_models_are_wan_s(model):
 
 def test_ablations_that_cost_something_else(forwards):
     assert forwards("ablations/digits_three_experts") == forwards("evidence_digits")
-    assert forwards("ablations/digits_without_gan_fm") == 300 * 4 + 300 * 4
+    costs = {"without_gan_fm": 375 * 4 * 2, "huber_only": 375 * 4 * 2, "gan_data": 300 * 4 + 257 * 7}
+    for name, expected in costs.items():
+        assert forwards(f"ablations/digits_{name}") == expected
+        assert expected == pytest.approx(forwards("evidence_digits"), rel=0.01)
 
 
 # -- baselines --------------------------------------------------------------------------------------------------------
@@ -201,6 +205,8 @@ def test_evaluations_can_be_compared(name):
     [stage], [wanted] = ([stage for stage in r.stages if stage.kind == "evaluate"] for r in (one, parent))
     for key in ("samples", "seed", "reference", "metrics", "batch_size", "weights"):
         assert getattr(stage, key) == getattr(wanted, key), key
+    # So all can take its samples from one evaluation.
+    assert fingerprint(stage, one, stage.reference) == fingerprint(wanted, parent, wanted.reference)
     assert stage.samples >= 1000
     assert one.data.conditions == ["full"]
     trajectory = one.trajectory.build()
@@ -238,16 +244,21 @@ def boundary(point, four, eight):
     return {"router.boundaries": value, **steps(two=[50, point], four=four, eight=eight)}
 
 
+LONGER = {"stages.semantic.steps": 375, "stages.detail.steps": 375}
+"""With fewer forwards in a step, for as many in all."""
+
 CHANGES = {
     "without_tc": {"stages.semantic.losses.temporal_coherence": GONE},
     "without_gan": {"stages.detail.losses.gan": GONE},
     "without_fm": {"stages.detail.losses.feature_matching": GONE},
     "without_gan_fm": {
+        **LONGER,
         "stages.detail.losses.gan": GONE,
         "stages.detail.losses.feature_matching": GONE,
         "stages.detail.probe": None,
     },
     "huber_only": {
+        **LONGER,
         "stages.semantic.losses.temporal_coherence": GONE,
         "stages.detail.losses.gan": GONE,
         "stages.detail.losses.feature_matching": GONE,
@@ -265,6 +276,8 @@ CHANGES = {
         "stages.middle": {"expert": "middle", "steps": 225},
         "stages.detail.steps": 200,
         "stages.evaluate.candidates.4 steps.sample.points": [50, 35, 20, 10],
+        "stages.evaluate.candidates.2 steps, semantic + teacher.stand_ins.middle": "teacher",
+        "stages.evaluate.candidates.4 steps, semantic + teacher.stand_ins.middle": "teacher",
         "stages.evaluate.candidates.4 steps, semantic + teacher.sample.points": [50, 35, 20, 10],
         "stages.evaluate.candidates.8 steps.sample.points": [50, 45, 40, 35, 28, 20, 14, 7],
         "sample.points": [50, 35, 20, 10],
@@ -280,7 +293,7 @@ CHANGES = {
     "fm_hidden": {"stages.detail.losses.feature_matching.space": "hidden"},
     "end_zero": {"trajectory.end": "zero"},
     "detail_from_teacher": {"experts.detail.from": "teacher"},
-    "gan_data": {"stages.detail.losses.gan.real": "data"},
+    "gan_data": {"stages.detail.steps": 257, "stages.detail.losses.gan.real": "data"},
     "student_target": {
         "stages.semantic.target": "student",
         "stages.semantic.ema_decay": None,
@@ -323,6 +336,6 @@ def test_an_ablation_changes_what_its_name_says(name):
     if name == "three_experts":
         middle = found["stages.middle"]
         assert (middle["losses"], middle["target"]) == (child["stages"]["semantic"]["losses"], "ema")
-        assert middle["optimizer"] == child["stages"]["detail"]["optimizer"]
+        assert middle["optimizer"] == child["stages"]["semantic"]["optimizer"]
         found["stages.middle"] = {key: middle[key] for key in ("expert", "steps")}
     assert found == CHANGES[name]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import as_if_trained, digits_backbone, distil, evaluate, tiny_recipe
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from moedistill.context import Job
@@ -18,6 +19,7 @@ from moedistill.plugins import load_plugins
 from moedistill.randomness import Draws
 from moedistill.recipe import RecipeError, load_recipe
 from moedistill.sampling import sample
+from moedistill.stages.evaluate import fingerprint
 from moedistill.train import run
 
 BRING = {"fvd", "vbench"}
@@ -282,6 +284,8 @@ def test_stored_samples_take_the_place_of_the_references_own(trained, monkeypatc
         ({"reference": "student"}, None),
         ({"prompts": ["3 right"]}, "made for other conditioning"),
         ({"reference_samples": "nowhere.safetensors"}, "cannot be read"),
+        ({"candidates": [{**TEACHER, "steps": 3}, STUDENT]}, "its 'teacher' was made with other settings"),
+        ({"candidates": [{**TEACHER, "model": "student"}, STUDENT]}, "its 'teacher' was made with other settings"),
     ):
         stage = {**asked, "reference_samples": file, **changes}
         if words is None:
@@ -289,6 +293,82 @@ def test_stored_samples_take_the_place_of_the_references_own(trained, monkeypatc
             continue
         with pytest.raises(ValueError, match=words):
             trained.evaluate(**stage)
+
+
+GUIDED = {"mode": "classifier_free", "scale": 2.0}
+MADE_OTHERWISE = [
+    ({"backbone.guidance": GUIDED}, "teacher exact student"),
+    ({"backbone.num_heads": 1}, "teacher exact student"),
+    ({"trajectory.shift": 2.0}, "teacher exact student"),
+    ({"sample.eta": 0.5}, "teacher exact student"),
+    ({"data.styles_per_digit": 2}, "exact student"),
+    ({"experts.detail.rank": 4}, "student"),
+    ({"stages.0.steps": 3}, "student"),
+    ({"seed": 1}, "student"),
+    ({"name": "other"}, ""),
+    ({"stages.1.batch_size": 1}, ""),
+]
+"""Changes of a recipe, and the candidates whose samples they change."""
+
+
+@pytest.mark.parametrize(("changes", "others"), MADE_OTHERWISE)
+def test_samples_are_known_by_what_made_them(changes, others):
+    candidates = [STUDENT, TEACHER, {"name": "exact", "model": "exact"}]
+
+    def made(changes):
+        recipe = load_recipe(tiny_recipe([distil(), evaluate(candidates=candidates)], changes))
+        return {one["name"]: fingerprint(recipe.stages[1], recipe, one["name"]) for one in candidates}
+
+    usual, changed = made({}), made(changes)
+    assert {name for name in usual if usual[name] != changed[name]} == set(others.split())
+    assert len(set(usual.values())) == 3
+
+
+def test_samples_of_a_student_are_known_by_stand_ins_and_weights():
+    def made(**changes):
+        recipe = load_recipe(tiny_recipe([distil(ema_decay=0.9), evaluate(**changes)]))
+        return fingerprint(recipe.stages[1], recipe, "student")
+
+    assert len({made(), made(weights="ema"), made(candidates=[{**STUDENT, "stand_ins": {"detail": "teacher"}}])}) == 3
+    assert made(candidates=[{**STUDENT, "sample": {"points": [8, 4]}}]) == made()  # the recipe's own
+
+
+def test_stored_samples_of_another_teacher_stop_before_training(tmp_path):
+    stage = evaluate(candidates=[TEACHER], reference="teacher")
+    run(tiny_recipe([stage]), output=tmp_path / "one", device="cpu")
+    stage["reference_samples"] = str(tmp_path / "one" / "evaluate" / "latents.safetensors")
+    run(tiny_recipe([stage]), output=tmp_path / "two", device="cpu")
+    with pytest.raises(UserError, match="its 'teacher' was made with other settings"):
+        run(tiny_recipe([distil(), stage], {"backbone.guidance": GUIDED}), output=tmp_path / "three", device="cpu")
+    assert not (tmp_path / "three").exists()
+
+
+def test_only_the_wanted_samples_are_read(trained, monkeypatch):
+    asked = {"candidates": [TEACHER, STUDENT], "reference": "teacher"}
+    file = str(trained.evaluate(**asked).folder / "latents.safetensors")
+    read = []
+
+    class Spy:
+        def __init__(self, *arguments):
+            self.file = safe_open(*arguments)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr("moedistill.stages.evaluate.safe_open", Spy)
+    trained.evaluate(**asked, reference_samples=file)
+    assert sorted(read) == ["conditioning.digit", "conditioning.direction", "teacher"]
 
 
 def test_stored_samples_are_looked_for_before_training(tmp_path):
@@ -302,3 +382,24 @@ def test_stored_samples_have_to_hold_the_reference(trained):
     file = str(trained.evaluate(candidates=[TEACHER], reference="teacher").folder / "latents.safetensors")
     with pytest.raises(ValueError, match="it has no 'student'; there are teacher"):
         trained.evaluate(candidates=[STUDENT], reference="student", reference_samples=file)
+
+
+# -- the exact velocity -----------------------------------------------------------------------------------------------
+
+
+def test_the_exact_velocity_is_guided_as_the_teacher(tmp_path):
+    guided = Trained(tmp_path, {"backbone.guidance": GUIDED})
+    exact = {"name": "exact", "model": "exact"}
+    latents = guided.evaluate(candidates=[exact], reference="exact").latents
+    cond = conditioning_of(latents)
+    null = {"digit": torch.full((4,), 10), "direction": torch.full((4,), 4)}
+
+    def velocity(x, sigma):
+        v, v_null = (
+            (x - guided.dataset.posterior_mean(x, sigma, c)) / sigma.view(-1, 1, 1, 1, 1) for c in (cond, null)
+        )
+        return v_null + 2.0 * (v - v_null)
+
+    noise = Draws(0, "evaluate", 0, range(4)).normal("noise", latents["exact"].shape[1:])
+    sigmas = guided.recipe.sample.resolve(guided.mixture.trajectory).tolist()
+    torch.testing.assert_close(latents["exact"], sample(velocity, noise, sigmas), rtol=1e-3, atol=1e-3)

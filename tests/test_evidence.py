@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moedistill.recipe import load_recipe, shipped_recipes
-from moedistill.train import run
+from moedistill.smoke import miniature
+from moedistill.train import comparable, run
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "evidence.py"
 spec = importlib.util.spec_from_file_location("evidence", FILE)
@@ -22,12 +24,15 @@ def in_process(monkeypatch):
     """Jobs run here, as miniatures; gives the folders of those that ran."""
     ran = []
 
+    def recipe(job):
+        return load_recipe(job.recipe, [setting for setting in job.settings if "reference_samples" not in setting])
+
     def execute(job):
         ran.append(job.folder)
-        settings = [setting for setting in job.settings if "reference_samples" not in setting]
-        run(load_recipe(job.recipe, settings), output=job.folder, smoke=True, device="cpu")
+        run(recipe(job), output=job.folder, smoke=True, device="cpu")
 
     monkeypatch.setattr(evidence.Job, "execute", execute)
+    monkeypatch.setattr(evidence.Job, "_wanted", lambda job: comparable(miniature(recipe(job)).resolved()))
     return ran
 
 
@@ -37,7 +42,7 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
     monkeypatch.setattr(evidence, "ablations", lambda: ["ablations/digits_rank_4"])
     monkeypatch.setattr(evidence.Evidence, "score", lambda self, recipe, rate: abs(rate - 2e-5))
     study = evidence.Evidence(tmp_path, 1.0, 1)
-    evidence.run_baselines(study, [0, 1], [1e-5, 2e-5, 4e-5], [])
+    evidence.run_baselines(study, [0, 1], [1e-5, 2e-5, 4e-5], 0, [])
     # Two teachers' evaluations; three rates and two seeds of each method.
     assert len(in_process) == 2 + 2 * (3 + 2)
     table = json.loads((tmp_path / "evidence.json").read_text())
@@ -58,19 +63,29 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
     (tmp_path / "final" / "evidence_digits" / "seed1" / "result.json").unlink()
     for checkpoint in (tmp_path / "final" / "evidence_digits" / "seed1" / "checkpoints").iterdir():
         checkpoint.rename(tmp_path / checkpoint.name)
-    evidence.run_baselines(study, [0, 1], [1e-5, 2e-5, 4e-5], [])
+    evidence.run_baselines(study, [0, 1], [1e-5, 2e-5, 4e-5], 0, [])
     assert in_process[13:] == [tmp_path / "final" / "evidence_digits" / "seed1"]
 
 
-@pytest.mark.parametrize(("best", "grid"), [(1e-5, 3), (1e-6, 4), (1e-4, 4)])
+@pytest.mark.parametrize(("best", "grid"), [(1e-5, 3), (1e-6, 4), (1e-4, 4), (1e-9, 5)])
 def test_a_grid_grows_until_its_best_rate_lies_inside(tmp_path, monkeypatch, best, grid):
     asked = set()
     monkeypatch.setattr(evidence.Evidence, "execute", lambda self, jobs: asked.update(job.folder for job in jobs))
     monkeypatch.setattr(evidence.Evidence, "score", lambda self, recipe, rate: abs(rate - best))
     monkeypatch.setattr(evidence, "FACTOR", 10.0)
-    tuned = evidence.Evidence(tmp_path, 1.0, 1).tune([evidence.DCM], [1e-6, 1e-5, 1e-4])
-    assert tuned[evidence.DCM] == pytest.approx(best)
+    tuned = evidence.Evidence(tmp_path, 1.0, 1).tune([evidence.DCM], [1e-6, 1e-5, 1e-4], 2)
+    assert tuned[evidence.DCM] == pytest.approx(max(best, 1e-8))  # two extensions, and no more
     assert len(asked) == grid
+
+
+def test_a_folder_of_another_recipe_is_not_taken_for_done(tmp_path, in_process):
+    study = evidence.Evidence(tmp_path, 1.0, 1)
+    [job] = study.finals(evidence.TEACHER, 1e-5, [0])
+    job.execute()
+    assert job.metrics is not None
+    other = replace(job, settings=(*job.settings, "stages.evaluate.seed=5"))
+    with pytest.raises(SystemExit, match="of another recipe or other settings"):
+        _ = other.metrics
 
 
 def test_everything_that_is_compared_is_shipped_and_spends_the_same(tmp_path):

@@ -60,7 +60,7 @@ def test_it_is_the_distance_of_the_jump_to_its_target(expert, target):
     means = []
     for point in heldout.points:
         squares = []
-        for index in (len(run.dataset) - 1, len(run.dataset) - 2, len(run.dataset) - 3):
+        for index in (0, len(run.dataset) // 3, 2 * len(run.dataset) // 3):
             sample = run.dataset[index]
             x0, cond = sample.latents[None], {name: value[None] for name, value in sample.conditioning.items()}
             noise = Draws(0, "training.heldout", 0, [index]).normal("noise", x0.shape[1:])
@@ -107,6 +107,13 @@ def test_small_datasets_give_what_they_have():
     assert len(heldout._latents) == len(run.dataset)
 
 
+def test_samples_are_of_many_classes():
+    """Digits are in the order of digit and direction."""
+    for samples, wanted in ((4, [0, 2, 5, 7]), (10, list(range(10)))):
+        _, heldout = monitor(config=HeldOutConfig(samples=samples))
+        assert [cond["digit"].item() for cond in heldout._cond] == wanted
+
+
 def test_samples_have_the_last_ones_shape_and_are_cut_as_in_training():
     run, built = set_up(tiny_recipe([distil(latent_frames=2)]))
     shapes = [(12, 8, 4, 4), (12, 4, 4, 4), (12, 8, 4, 4), (12, 4, 4, 4), (12, 8, 4, 4)]
@@ -126,8 +133,8 @@ def test_samples_have_the_last_ones_shape_and_are_cut_as_in_training():
     run.dataset = Dataset()
     heldout = HeldOut(HeldOutConfig(samples=2), run, built)
     assert heldout._latents.shape == (2, 12, 2, 4, 4)
-    assert heldout._latents[:, 0, 0, 0, 0].tolist() == [4.0, 2.0]
-    assert [len(cond["text"]) for cond in heldout._cond] == [4, 2]
+    assert heldout._latents[:, 0, 0, 0, 0].tolist() == [0.0, 2.0]
+    assert [len(cond["text"]) for cond in heldout._cond] == [0, 2]
 
 
 def test_weights_of_no_use_are_seen():

@@ -1,5 +1,6 @@
 """Metrics: one row per sample and a function of rows, those of any backbone, and those that need something brought."""
 
+import shutil
 import stat
 import sys
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from moedistill.errors import RecipeError, UserError
 from moedistill.media import write_mp4
-from moedistill.metrics import MetricInputs, edge_energy, frechet_distance, unrest
+from moedistill.metrics import MetricInputs, edge_energy, frechet_distance, fvd, unrest
 from moedistill.metrics.fvd import FVDConfig
 from moedistill.metrics.vbench import VBenchConfig
 from moedistill.plugins import load_plugins
@@ -203,6 +204,30 @@ def test_fvd_to_real_videos_in_a_folder(brought):
     real = torch.stack([coloured(number, width=32) for number in range(4)])
     close, far = metric(inputs_of(real)), metric(inputs_of(1 - real))
     assert close < 0.01 < 0.1 < far
+
+
+def test_features_of_real_videos_are_made_once(brought, tmp_path, monkeypatch):
+    """For all metrics of the same settings and files, as a report has them."""
+    real = tmp_path / "real"
+    shutil.copytree(brought / "real", real)
+    read, seen = fvd._read, []
+    monkeypatch.setattr(fvd, "_read", lambda path, frames: seen.append(path.name) or read(path, frames))
+    keys = {"detector": str(brought / "network.pt"), "real": str(real), "frames": 7, "size": 32}
+    rows = random(5, 7).double()
+
+    def value(**changes):
+        return FVDConfig(**{**keys, **changes}).build().value(rows)
+
+    first = value()
+    assert len(seen) == 4
+    assert value() == value(batch_size=2) == first
+    assert len(seen) == 4
+    assert value(size=16) != first
+    assert value(frames=3) != first
+    assert len(seen) == 12
+    (real / "3.mp4").unlink()
+    assert value() != first
+    assert len(seen) == 15
 
 
 def test_the_usual_network_is_asked_for_features(brought, tmp_path):

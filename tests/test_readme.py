@@ -12,12 +12,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 SNIPPETS = [code for language, code in BLOCKS if language == "python"]
+SCREENS = [code for language, code in BLOCKS if language == "" and code.startswith("moedistill")]
 COMMANDS = [line for language, code in BLOCKS if language == "" for line in code.splitlines() if line]
 
 
 def test_the_readme_has_what_it_promises() -> None:
     assert len(SNIPPETS) >= 2
     assert {command.split()[0] for command in COMMANDS} == {"make", "moedistill"}
+    assert sum(command.startswith("moedistill") for command in COMMANDS) == sum(len(s.splitlines()) for s in SCREENS)
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
 
@@ -49,8 +51,10 @@ def test_snippet(code: str, in_a_copy: Path) -> None:
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("moedistill")])
-def test_command(command: str, in_a_copy: Path) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(shlex.split(command)[1:])
-    assert exit_info.value.code == 0
+@pytest.mark.parametrize("screen", SCREENS, ids=lambda screen: screen.splitlines()[0])
+def test_commands(screen: str, in_a_copy: Path) -> None:
+    """Those of one block, one after the other."""
+    for command in screen.splitlines():
+        with pytest.raises(SystemExit) as exit_info:
+            main(shlex.split(command)[1:])
+        assert exit_info.value.code == 0, command

@@ -354,6 +354,11 @@ def test_bad_overrides(tmp_path, plugins, override, path, fragments):
     assert all(fragment in found[path] for fragment in fragments), found
 
 
+def test_an_override_of_an_item_where_there_are_none(tmp_path, plugins):
+    found = problems(plugins, write(tmp_path, GOOD), ["stages=[]", "stages.0.steps=3"])
+    assert found["stages.0"].strip() == "no item '0'; allowed: none"
+
+
 def test_an_override_names_itself(tmp_path, plugins):
     with pytest.raises(RecipeError, match=r"--set stages\.detail\.stpes=3: stages\.1\.stpes"):
         load_recipe(write(tmp_path, GOOD), ["stages.detail.stpes=3"], plugins)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moedistill.cli import main
 from moedistill.errors import UserError
-from moedistill.report import Record, methods, read_records, tabulate
+from moedistill.report import Record, _estimate, methods, read_records, tabulate
 from moedistill.train import run
 
 SAMPLES = 400
@@ -88,37 +89,57 @@ def test_the_interval_of_a_frechet_distance_holds_it(finished, tmp_path):
 
 
 def test_the_interval_has_the_spread_of_seeds(finished, tmp_path):
-    """Two seeds that are far apart: the mean of two draws among them is one, the other, or between."""
-    for seed, mean in enumerate((0.0, 100.0)):
-        copy_of(finished, tmp_path / f"seed{seed}", seed=seed, rows=normal(seed, mean))
-    [line] = tabulate(read_records([tmp_path]), resamples=1000).lines
+    """By Student's t: of three seeds the quantile is 4.303 standard errors, and the samples hardly count."""
+    means = torch.tensor([0.0, 40.0, 110.0])
+    for seed, mean in enumerate(means.tolist()):
+        copy_of(finished, tmp_path / f"seed{seed}", seed=seed, rows=normal(seed, mean, 0.1))
+    [line] = tabulate(read_records([tmp_path]), resamples=100).lines
     estimate = line.values["paired_distance"]
-    assert estimate.seeds == pytest.approx([0.0, 100.0], abs=0.5)
-    assert estimate.mean == pytest.approx(50.0, abs=0.5)
-    assert (estimate.low, estimate.high) == pytest.approx((0.0, 100.0), abs=5.0)
+    assert estimate.seeds == pytest.approx(means.tolist(), abs=0.1)
+    assert estimate.mean == pytest.approx(50.0, abs=0.1)
+    assert estimate.high - estimate.mean == pytest.approx(4.3027 * float(means.std()) / math.sqrt(3), rel=0.01)
+    assert estimate.mean - estimate.low == pytest.approx(estimate.high - estimate.mean)
 
 
-def test_what_samples_share_cancels_in_a_difference(finished, tmp_path):
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Three seeds of 50 samples, both with a spread: of 400 studies about 95 % hold the mean."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(50, (100, 50), generator=generator)
+    held = 0
+    for _ in range(400):
+        shared = torch.randn(50, generator=generator, dtype=torch.float64)
+        rows = [shared + 0.3 * torch.randn((), generator=generator) for _ in range(3)]
+        estimate = _estimate(torch.stack([torch.stack([r.mean(), *(r[draw].mean() for draw in draws)]) for r in rows]))
+        held += estimate.low <= 0.0 <= estimate.high
+    assert 0.93 <= held / 400 <= 1.0
+
+
+def test_what_samples_and_seeds_share_cancels_in_a_difference(finished, tmp_path):
     rows = normal(1, spread=50.0)
-    copy_of(finished, tmp_path / "a", name="base", rows=rows)
-    copy_of(finished, tmp_path / "b", name="other", rows=rows + normal(2, mean=3.0, spread=0.1))
+    for seed, shift in enumerate((0.0, 100.0)):
+        copy_of(finished, tmp_path / f"a{seed}", name="base", seed=seed, rows=rows + shift)
+        other = rows + shift + normal(2, mean=3.0, spread=0.1)
+        copy_of(finished, tmp_path / f"b{seed}", name="other", seed=seed, rows=other)
     base, other = tabulate(read_records([tmp_path]), against="base").lines
     assert base.differences == {}
     difference = other.differences["paired_distance"]
     assert difference.mean == pytest.approx(3.0, abs=0.02)
     assert difference.high - difference.low < 0.04
-    assert other.values["paired_distance"].high - other.values["paired_distance"].low > 5
+    assert other.values["paired_distance"].high - other.values["paired_distance"].low > 100
 
 
-def test_seeds_of_two_methods_are_drawn_apart(finished, tmp_path):
-    """Both methods have the same two values: drawn together, the difference would be 0 in every draw."""
-    for name in ("base", "other"):
-        for seed, mean in enumerate((0.0, 100.0)):
+def test_other_seeds_are_no_pairs(finished, tmp_path):
+    """Each method's seeds then add their own spread; a single run adds none."""
+    for name, seeds in (("base", (0, 1)), ("other", (2, 3)), ("single", (0,))):
+        for seed, mean in zip(seeds, (0.0, 100.0), strict=False):
             copy_of(finished, tmp_path / f"{name}{seed}", name=name, seed=seed, rows=normal(1, mean))
-    _, other = tabulate(read_records([tmp_path]), against="base", resamples=1000).lines
-    difference = other.differences["paired_distance"]
-    assert difference.mean == pytest.approx(0.0, abs=1e-9)
-    assert (difference.low, difference.high) == pytest.approx((-100.0, 100.0), abs=5.0)
+    lines = tabulate(read_records([tmp_path]), against="base").lines
+    other, single = (line.differences["paired_distance"] for line in lines[1:])
+    error = 100 / math.sqrt(2) / math.sqrt(2)
+    assert other.mean == pytest.approx(0.0, abs=1e-9)
+    assert other.high == pytest.approx(12.7062 * math.hypot(error, error), rel=0.01)
+    assert single.mean == pytest.approx(-50.0, abs=1e-6)
+    assert single.high - single.mean == pytest.approx(12.7062 * error, rel=0.01)
 
 
 def test_methods_are_named_by_what_differs(finished, tmp_path):
@@ -148,7 +169,8 @@ def test_what_cannot_be_compared_is_refused(finished, tmp_path):
     copy_of(finished, tmp_path / "a")
     refuse([tmp_path], ["--against nobody", "tiny"], against="nobody")
     copy_of(finished, tmp_path / "b", name="other", rows=normal(1))
-    refuse([tmp_path], ["different noise", "4 samples, seed 0; 400 samples, seed 0"])
+    refuse([tmp_path], ["different noise (samples 4 and 400)"])
+    refuse([tmp_path / "a"], ["--metric nothing", "paired_distance, digit_accuracy"], metrics=["nothing"])
     copy_of(finished, tmp_path / "again" / "a")
     refuse([tmp_path / "a", tmp_path / "again"], ["seed 0 is there twice", str(tmp_path / "again" / "a")])
     refuse([tmp_path / "nowhere"], ["nowhere", "no such folder"])
@@ -172,7 +194,7 @@ def test_the_command(finished, tmp_path, capsys):
 
     assert command(tmp_path, "--table", "--against", "base", "--json", tmp_path / "new" / "table.json") == 0
     shown = capsys.readouterr().out
-    assert shown.count("| other | student | 1 |") == 2  # the values, and the differences
+    assert len(re.findall(r"\| other \| student \| \d\d \| 1 \|", shown)) == 2  # the values, and the differences
     assert "Difference to base" in shown
     plain = json.loads((tmp_path / "new" / "table.json").read_text())
     assert [run["method"] for run in plain["runs"]] == ["base", "other"]
@@ -181,6 +203,9 @@ def test_the_command(finished, tmp_path, capsys):
     rows = load_file(finished / "evaluate" / "rows.safetensors")["paired_distance/student"]
     assert last["values"]["paired_distance"]["mean"] == pytest.approx(float(rows.mean()))
 
+    assert command(tmp_path, "--table", "--metric", "paired_distance") == 0
+    assert "accuracy" not in capsys.readouterr().out
+    assert command(tmp_path, "--against", "base") == 2
     assert command(tmp_path, "--table", "--against", "nobody") == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -188,6 +213,6 @@ def test_the_command(finished, tmp_path, capsys):
 def test_records_hold_no_more_than_they_say(finished):
     [record] = read_records([finished])
     assert isinstance(record, Record)
-    assert record.noise == (4, 0)
+    assert (record.noise["samples"], record.noise["seed"], record.noise["prompts"]) == (4, 0, None)
     assert set(record.rows["student"]) == set(record.metrics) == {"paired_distance", "digit_accuracy"}
     assert all(len(rows) == 4 for rows in record.rows["student"].values())

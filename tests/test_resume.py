@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import dcm_recipe, digits_inputs, distil, equal, evaluate, tiny_recipe, velocity_of
+from helpers import dcm_recipe, digits_inputs, distil, equal, evaluate, tiny_recipe, trees, velocity_of
 from safetensors.torch import load_file
 
 from moedistill import hookimpl
@@ -17,7 +17,6 @@ from moedistill.plugins import load_plugins
 from moedistill.train import run
 
 STEPS = 5
-TREES = ("state", "experts", "ema", "training")
 CANDIDATES = [{"name": "student"}, {"name": "teacher", "model": "teacher"}]
 
 
@@ -25,14 +24,6 @@ def recipe(**changes):
     made = dcm_recipe(STEPS, **changes)
     made["stages"] += [evaluate(candidates=CANDIDATES, weights="ema"), {"name": "export", "kind": "export"}]
     return made
-
-
-def trees(path):
-    """All of a checkpoint but the seconds that it took."""
-    found = {name: load_tree(path, name) for name in TREES}
-    for cost in found["state"]["cost"].values():
-        assert cost.pop("seconds") > 0
-    return found
 
 
 def lines(folder):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 from forks import Command
-from helpers import dcm_recipe, equal, evaluate
+from helpers import dcm_recipe, equal, evaluate, trees
 
-from moedistill.checkpoint import Checkpoints, find_checkpoint, load_tree
+from moedistill.checkpoint import Checkpoints, find_checkpoint
 from moedistill.train import run
 
 STEPS = 4
@@ -93,8 +93,9 @@ def leftovers(folder):
 def assert_same_end(folder, reference):
     ended, expected = find_checkpoint(folder), reference.checkpoint
     assert ended.name == expected.name
-    for tree in ("state", "experts", "ema", "training"):
-        assert equal(load_tree(ended, tree), load_tree(expected, tree)), tree
+    ended, expected = trees(ended), trees(expected)
+    for tree in expected:
+        assert equal(ended[tree], expected[tree]), tree
     for file in ("metrics.jsonl", "evaluate/metrics.json", "evaluate/latents.safetensors"):
         assert (folder / file).read_bytes() == (reference.output / file).read_bytes(), file
     assert not leftovers(folder)

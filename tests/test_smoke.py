@@ -16,7 +16,6 @@ from moedistill.train import run
 RECIPES = sorted(shipped_recipes())
 RUN = [
     "digits_teacher",
-    "dcm_digits",
     "dcm_cogvideox_2b_1gpu",
     "dcm_cogvideox_5b",
     "dcm_hunyuan",
@@ -32,6 +31,7 @@ RUN = [
     "baselines/wan_1_3b_progressive",
     "ablations/digits_end_zero",
     "ablations/digits_fm_hidden",
+    "ablations/digits_gan_data",
     "ablations/digits_semantic_lora",
     "ablations/digits_three_experts",
     "ablations/digits_two_full_experts",

@@ -181,7 +181,7 @@ def test_the_teacher_of_a_stage_is_the_network_of_its_segment(recipe, tmp_path, 
     monkeypatch.setattr(Student, "guided", spy)
     monkeypatch.setattr(ConsistencyStage, "setup", note)
     stages = [distil_fast("semantic", steps=6), distil_fast("detail", steps=6)]
-    run(recipe(stages=stages), output=tmp_path, device="cpu")
+    run(recipe(stages=stages, training__heldout=None), output=tmp_path, device="cpu")
     assert set(seen) == {("semantic", "teacher", True), ("detail", "teacher.transformer_2", False)}
     assert len(seen) == 12
 

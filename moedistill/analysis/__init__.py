@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moedistill import plotting
+from moedistill import conditioning, plotting
 from moedistill.analysis.layers import LayerDifferences, compare_experts
 from moedistill.analysis.suggest import (
     Decision,
@@ -28,7 +28,7 @@ from moedistill.analysis.suggest import (
     suggest_needs,
     suggest_points,
 )
-from moedistill.analysis.teacher import TeacherPath, draw_inputs, end_error, follow_teacher
+from moedistill.analysis.teacher import TeacherPath, draw_inputs, end_error, follow_teacher, joined
 from moedistill.analysis.training import StudentCurves, measure_students, train, with_students
 from moedistill.backbone import Backbone
 from moedistill.context import Job
@@ -72,7 +72,7 @@ class TeacherCurves:
 
 @dataclass
 class SamplingPoints:
-    """A list of sampling points and the teacher's error with it.
+    """A list of sampling points and the teacher's error with it, on the half of the samples it was not chosen with.
 
     Attributes:
         points, sigma: descending; 0 follows.
@@ -98,10 +98,12 @@ class Analysis:
         decisions: where the clean estimate is decided, the largest first.
         student: a single student before and after training; empty where the data have no latents.
         layers: two experts' weights; None if nothing was trained.
-        boundaries: suggested points, descending, where the experts part.
+        boundaries: suggested points, descending, where the experts part: the teacher's own, or half-way through what it
+            decides. Students' gradients have no say in it; `student[-1].across` has their cosine at each boundary.
         boundary_sigmas: their sigmas.
         sampling: `suggested`, `even`, and the recipe's `own` points if it has as many.
-        error_by_steps: by number of steps: the model's error of the best points, and of even ones.
+        error_by_steps: by number of steps: the model's error of the best points, and of even ones. Like `sampling`, the
+            best of one half of the samples and the error of the other; with one sample, both of that one.
         needs: what an adapter should change; None if nothing was trained.
         output: the folder with analysis.json, the plots and suggestion.yaml.
     """
@@ -156,11 +158,11 @@ def analyze(
         seed: of noise and conditioning, and of training; the recipe's, if not given.
         smoke: a random miniature of the model, few samples and steps.
         device: as torch names it; the accelerator if there is one, else "cpu".
-        output: a folder; `runs/<name>-analysis/<time>` if not given.
+        output: a folder without an analysis; `runs/<name>-analysis/<time>` if not given.
         plugins: as loaded by `load_plugins`; all installed ones if not given.
 
     Raises:
-        UserError: something is wrong with the recipe, the data or a number.
+        UserError: something is wrong with the recipe, the data or a number; or `output` holds another analysis.
     """
     from moedistill.analysis.report import write_report
 
@@ -179,6 +181,8 @@ def analyze(
         samples, steps, most_points = min(samples, TINY["samples"]), min(steps, TINY["steps"]), TINY["points"]
     names = f"{recipe.name}-smoke" if smoke else recipe.name
     folder = Path(output) if output is not None else Path("runs", f"{names}-analysis", time.strftime("%Y%m%d-%H%M%S"))
+    if found := [name for name in ("suggestion.yaml", "analysis.json") if (folder / name).exists()]:
+        raise UserError(f"{folder} already holds an analysis ({found[0]}); choose another --output, or move it away")
     plan = _Plan(recipe, experts, student_steps)
     make_folder(folder)
     with cpu_threads(recipe.training.num_threads):
@@ -242,10 +246,15 @@ def _teacher(work: _Work, plan: _Plan, samples: int, batch_size: int) -> Analysi
     seed = work.recipe.seed
     job.say(f"teacher: {samples} paths of {plan.trajectory.num_steps} steps")
     noise, cond = draw_inputs(job, samples, seed)
-    path = follow_teacher(job, noise, cond, batch_size)
+    # Points are chosen with one half and judged by the other, which they were not made to suit.
+    half = samples // 2
+    rows = [slice(0, half), slice(half, None)] if half else [slice(None)]
+    inputs = [(noise[part], conditioning.select(cond, part)) for part in rows]
+    halves = [follow_teacher(job, *drawn, batch_size) for drawn in inputs]
+    path = joined(halves)
     boundaries = suggest_boundaries(path, plan.experts, plan.fixed)
-    errors, top = path.jump_errors, path.num_steps
-    measure = partial(end_error, job, path, noise, cond, batch_size)
+    errors, fresh, top = halves[0].jump_errors, halves[-1].jump_errors, path.num_steps
+    measure, judge = (partial(end_error, job, halves[k], *inputs[k], batch_size) for k in (0, -1))
     lists = {"even": even_points(top, plan.student_steps)}
     if len(plan.own_points) == plan.student_steps:
         lists["own"] = plan.own_points
@@ -258,8 +267,8 @@ def _teacher(work: _Work, plan: _Plan, samples: int, batch_size: int) -> Analysi
         name: SamplingPoints(
             points=points,
             sigma=[plan.trajectory.sigma(point) for point in points],
-            model_error=path_error(errors, points),
-            end_error=measure(points),
+            model_error=path_error(fresh, points),
+            end_error=judge(points),
         )
         for name, points in lists.items()
     }
@@ -275,7 +284,7 @@ def _teacher(work: _Work, plan: _Plan, samples: int, batch_size: int) -> Analysi
         boundary_sigmas=[plan.trajectory.sigma(point) for point in boundaries],
         sampling=sampling,
         error_by_steps={
-            n: (path_error(errors, suggest_points(errors, n, [])), path_error(errors, even_points(top, n)))
+            n: (path_error(fresh, suggest_points(errors, n, [])), path_error(fresh, even_points(top, n)))
             for n in numbers
         },
     )
@@ -298,21 +307,21 @@ def _curves(path: TeacherPath) -> TeacherCurves:
 
 def _training(work: _Work, plan: _Plan, analysis: Analysis, steps: int, most_points: int, ranges: int) -> None:
     """Adds to `analysis` what needs a student."""
-    one = work.job(with_students(work.recipe, steps))
-    one.say(f"one student: losses and gradients of {analysis.samples} samples at each point")
-    analysis.student = [measure_students(one, analysis.samples, most_points, ranges, steps=0)]
+    job = work.job(with_students(work.recipe, steps))
+    job.say(f"one student: losses and gradients of {analysis.samples} samples at each point")
+    measure = partial(measure_students, samples=analysis.samples, most_points=most_points, num_ranges=ranges)
+    analysis.student = [measure(job, steps=0, boundaries=analysis.boundaries)]
     if not steps:
         return
-    _train_all(one, steps)
-    analysis.student.append(measure_students(one, analysis.samples, most_points, ranges, steps=steps))
-    two = one
+    _train_all(job, steps)
+    analysis.student.append(measure(job, steps=steps, boundaries=analysis.boundaries))
     if not plan.fixed:  # a teacher of several networks has one student for each already
         boundary = landings(plan.trajectory, plan.router)[0] if plan.router and plan.router.boundaries else None
-        del one
-        two = work.job(with_students(work.recipe, steps, point=boundary or analysis.boundaries[0]))
-        _train_all(two, steps)
-    upper, lower = (stage.expert for stage in two.recipe.stages[:2])  # type: ignore[attr-defined]
-    analysis.layers = compare_experts(two.mixture.student, upper, lower, steps)
+        del job  # there is not room for its student beside two
+        job = work.job(with_students(work.recipe, steps, point=boundary or analysis.boundaries[0]))
+        _train_all(job, steps)
+    upper, lower = (stage.expert for stage in job.recipe.stages[:2])  # type: ignore[attr-defined]
+    analysis.layers = compare_experts(job.mixture.student, upper, lower, steps)
     analysis.needs = suggest_needs(analysis.layers)
 
 

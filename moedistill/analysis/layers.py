@@ -20,6 +20,8 @@ class LayerKind:
     Attributes:
         name: the path, `*` for a number.
         parameters: how many weights.
+        disagreement: |A - B| / (|A| + |B|): 0, both experts change the same; 1, the opposite, or one of them nothing;
+            about 0.7 for unrelated changes of one size. None if neither has moved. It depends on no layer's size.
         difference: |A - B| / |W|; None where W is 0. With one teacher A - B is the difference of the experts' weights.
         change_upper, change_lower: |A| / |W| and |B| / |W|.
         cosine: between A and B: 1, both experts want the same; 0 or below, they pull apart. None if one has not moved.
@@ -29,6 +31,7 @@ class LayerKind:
 
     name: str
     parameters: int
+    disagreement: float | None
     difference: float | None
     change_upper: float | None
     change_lower: float | None
@@ -51,8 +54,10 @@ class _Sums:
 
     def measures(self) -> dict[str, float | None]:
         w, a, b, ab = self.inner.tolist()
+        apart = max(a + b - 2 * ab, 0.0) ** 0.5
         return {
-            "difference": (max(a + b - 2 * ab, 0.0) / w) ** 0.5 if w else None,
+            "disagreement": min(apart / (a**0.5 + b**0.5), 1.0) if a + b else None,
+            "difference": apart / w**0.5 if w else None,
             "change_upper": (a / w) ** 0.5 if w else None,
             "change_lower": (b / w) ** 0.5 if w else None,
             "cosine": ab / (a * b) ** 0.5 if a * b else None,
@@ -64,13 +69,13 @@ class LayerDifferences:
     """Where two experts have moved apart.
 
     AdamW moves every weight by about the learning rate in its first steps, so after few steps `difference` says above
-    all how small a layer's weights are; `cosine` does not depend on that.
+    all how small a layer's weights are; `disagreement` and `cosine` do not depend on that.
 
     Attributes:
         steps: what each expert was trained for.
-        kinds: ranked by `difference`, largest first.
-        whole: the difference of the network as a whole.
-        groups, modules: the difference of each group of `lora_targets`, and of each time-dependent module.
+        kinds: ranked by `disagreement`, largest first.
+        whole: the disagreement in the network as a whole.
+        groups, modules: that in each group of `lora_targets`, and in each time-dependent module.
     """
 
     steps: int
@@ -117,11 +122,11 @@ def compare_experts(student: Student, upper: str, lower: str, steps: int) -> Lay
     ]
     return LayerDifferences(
         steps=steps,
-        kinds=sorted(rows, key=lambda row: -(row.difference or 0.0)),
-        whole=whole.measures()["difference"],
-        groups={name: sums.measures()["difference"] for name, sums in groups.items()},
+        kinds=sorted(rows, key=lambda row: -(row.disagreement or 0.0)),
+        whole=whole.measures()["disagreement"],
+        groups={name: sums.measures()["disagreement"] for name, sums in groups.items()},
         # A module without weights, such as a bare normalisation, has nothing to compare.
-        modules={path: sums.measures()["difference"] for path, sums in modules.items() if sums.parameters},
+        modules={path: sums.measures()["disagreement"] for path, sums in modules.items() if sums.parameters},
     )
 
 

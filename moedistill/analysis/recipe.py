@@ -50,7 +50,7 @@ def write_recipe(
     if analysis.smoke:
         head.append("Measured on a random miniature: the form is right, the values mean nothing.")
     if "router" not in changes:
-        head += [f"{line} That is the recipe's own boundary." for line in comments["router"]]
+        head += [*comments["router"], "That is the recipe's own boundary."]
     lines = [f"# {line}\n" for line in head]
     for key, value in body.items():
         if key in changes:
@@ -77,7 +77,8 @@ def _changes(
         adapters = [name for name, expert in plain["experts"].items() if expert["kind"] == "lora"]
         if analysis.needs is not None and adapters:
             changes["experts"] = {name: _needs(analysis.needs) for name in adapters}
-    changes["sample"] = {"points": analysis.sampling["suggested"].points}
+    kept = {"eta": plain["sample"]["eta"]} if plain["sample"] and plain["sample"]["eta"] else {}
+    changes["sample"] = {"points": analysis.sampling["suggested"].points, **kept}
     return changes
 
 
@@ -137,25 +138,41 @@ def _comments(analysis: "Analysis") -> dict[str, list[str]]:
     """The evidence for each key, in a line or two."""
     sampling = analysis.sampling
     errors = ", ".join(f"{name} {points.end_error:.3g}" for name, points in sampling.items())
-    comments = {"sample": [f"The teacher's own error with so many steps, against all of its steps: {errors}."]}
+    comments = {
+        "sample": [
+            f"The teacher's own error with so many steps, against all of its steps: {errors}.",
+            "Measured on other samples than the points were chosen with." if analysis.samples > 1 else "One sample.",
+        ]
+    }
     where = ", ".join(
         f"point {p} (sigma {s:.4f})" for p, s in zip(analysis.boundaries, analysis.boundary_sigmas, strict=True)
     )
     left = ", ".join(f"{analysis.remaining_share(point):.0%}" for point in analysis.boundaries)
     comments["router"] = [
-        f"Boundaries: {where}. The clean estimate is {left} of its whole way from the sample that it ends as."
+        f"Boundaries: {where}. The clean estimate is {left} of its whole way from the sample that it ends as.",
+        "By the teacher's path alone: its networks' own, or half-way through what it decides.",
     ]
+    if analysis.student:
+        curves = analysis.student[-1]
+        cosines = ", ".join(
+            f"{_number(plain)} ({_number(per_jump)} per jump)"
+            for plain, per_jump in zip(curves.across, curves.across_per_jump, strict=True)
+        )
+        comments["router"].append(
+            f"One student's gradients above and below, after {curves.steps} steps, have a cosine of {cosines}."
+        )
     comments["stages"] = ["As in the given recipe, one for each expert."]
     comments["experts"] = ["As in the given recipe."]
     layers = analysis.layers
     if layers is not None:
-        moved = {**layers.groups, **layers.modules}
-        listed = ", ".join(f"{name} {_percent(difference)}" for name, difference in moved.items())
+        parts = {**layers.groups, **layers.modules}
+        listed = ", ".join(f"{name} {_number(disagreement)}" for name, disagreement in parts.items())
         comments["experts"] = [
-            f"Two experts, {layers.steps} steps each, differ by {_percent(layers.whole)} of the weights; {listed}."
+            f"Where two experts, {layers.steps} steps each, disagree on what to change (0: the same, 1: the opposite):",
+            f"the whole network {_number(layers.whole)}; {listed}.",
         ]
     return comments
 
 
-def _percent(share: float | None) -> str:
-    return "?" if share is None else f"{share:.2%}"
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}"

@@ -119,14 +119,16 @@ def _draw_layers(analysis: "Analysis") -> Any:
     """Which kinds of layers two experts need for themselves."""
     layers = analysis.layers
     assert layers is not None
-    kinds = [kind for kind in layers.kinds if kind.difference is not None][:SHOWN_LAYERS][::-1]
-    title = f"Where two experts differ after {layers.steps} steps each"
+    kinds = [kind for kind in layers.kinds if kind.disagreement is not None][:SHOWN_LAYERS][::-1]
+    title = f"Where two experts disagree after {layers.steps} steps each"
     chart, axes = figure(_title(analysis, title), 1, height=1.9 + 0.27 * len(kinds), share=False)
     [axis] = axes
     colours = [COLOURS["lora" if kind.groups else "time" if kind.time_dependent else "other"] for kind in kinds]
-    axis.barh([kind.name for kind in kinds], [100 * (kind.difference or 0) for kind in kinds], color=colours)
-    axis.axvline(100 * (layers.whole or 0), color="black", linestyle=":")
-    axis.set_xlabel("|difference| / |teacher's weights|, %\n(dotted: the whole network)")
+    axis.barh([kind.name for kind in kinds], [kind.disagreement or 0 for kind in kinds], color=colours)
+    axis.axvline(layers.whole or 0, color="black", linestyle=":")
+    axis.set_xlabel(
+        "|A - B| / (|A| + |B|) of the experts' changes: 0, the same; 1, the opposite\n(dotted: the whole network)"
+    )
     names = {"lora": "can be adapted (lora_targets)", "time": "time-dependent", "other": "other"}
     axis.legend([_patch(colour) for colour in COLOURS.values()], [names[key] for key in COLOURS], loc="lower right")
     return chart
@@ -185,6 +187,11 @@ def show(analysis: "Analysis") -> None:
     Console(width=None if Console().is_terminal else 140).print(grid)
     for name, points in analysis.sampling.items():
         click.echo(f"  {name:9} points {points.points}: teacher's error {points.end_error:.4g}")
+    if analysis.student:
+        curves = analysis.student[-1]
+        for point, cosine in zip(curves.boundaries, curves.across, strict=True):
+            agreement = "no weight in common" if cosine is None else f"cosine {cosine:.2f}"
+            click.echo(f"  boundary {point}: a student's gradients above and below, {agreement}")
     if analysis.needs is not None:
         targets, copies = analysis.needs.targets, analysis.needs.copies
         click.echo(f"  adapt: {', '.join(targets)}; copies: {copies if isinstance(copies, str) else ', '.join(copies)}")

@@ -1,7 +1,8 @@
 """From measured curves to a recipe: where to part the experts, where to sample, and what an expert needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -80,6 +81,10 @@ def suggest_boundaries(path: TeacherPath, num_experts: int, fixed: list[int]) ->
     First those that are `fixed`, such as the teacher's own; then the decisions', the largest first; and while there are
     too few, the segment in which the clean estimate travels farthest is cut where it is half-way. No segment is left
     with fewer than two points, where there are enough.
+
+    This looks at the teacher's path alone: it says where the kind of work changes, half-way through a decision. Whether
+    one network finds the two kinds hard to reconcile is another question, which no student is asked here;
+    `StudentCurves.across` answers it for the boundaries suggested, and a cosine near 1 there is a reason for doubt.
     """
     chosen = list(fixed)
     for decision in find_decisions(path):
@@ -137,23 +142,37 @@ def refine_points(
 ) -> tuple[list[int], float]:
     """Points moved while that lowers their measured error, and the error: what the model of `suggest_points` neglects.
 
-    One point at a time goes up or down, by an eighth of the trajectory at first, at last by one. The first point and
-    the `stops` stay; if the list does not hold all of these, no point is kept but the first.
+    One point at a time goes up or down, by an eighth of the trajectory at first, then by half as much, at last by one:
+    each until no move lowers the error. The first point and the `stops` stay; if the list does not hold all of these,
+    no point is kept but the first. The error is that of the samples that `measure` has, which the points now suit.
     """
+    measure = _once(measure)
     best, error = list(points), measure(points)
     kept = {top, *(stops if set(stops) <= set(points) else [])}
     stride = max(1, top // 8)
     while stride:
-        for place in range(len(best)):
-            for moved in (best[place] + stride, best[place] - stride):
-                changed = sorted({*best[:place], moved, *best[place + 1 :]}, reverse=True)
-                if best[place] in kept or not 0 < moved < top or len(changed) < len(best):
-                    continue
-                if (found := measure(changed)) < error:
-                    best, error = changed, found
-                    break
-        stride //= 2
+        lower = next(
+            ((moved, found) for moved in _moves(best, kept, top, stride) if (found := measure(moved)) < error), None
+        )
+        if lower is None:
+            stride //= 2
+        else:
+            best, error = lower
     return best, error
+
+
+def _moves(points: list[int], kept: set[int], top: int, stride: int) -> Iterator[list[int]]:
+    """All lists with one point moved by `stride` to a free place."""
+    for point in points:
+        for moved in (point + stride, point - stride):
+            if point not in kept and 0 < moved < top and moved not in points:
+                yield sorted([moved, *(other for other in points if other != point)], reverse=True)
+
+
+def _once(measure: Callable[[list[int]], float]) -> Callable[[list[int]], float]:
+    """`measure`, which samples, without doing it again for a list."""
+    known = cache(lambda points: measure(list(points)))
+    return lambda points: known(tuple(points))
 
 
 def path_error(errors: Tensor, points: list[int]) -> float:
@@ -175,14 +194,15 @@ class ExpertNeeds:
 
 
 def suggest_needs(layers: LayerDifferences) -> ExpertNeeds:
-    """What has moved apart at least as far as the network as a whole, among what the backbone offers.
+    """Where the experts' changes disagree at least as much as in the whole network, of what the backbone offers.
 
-    Of the groups of linears the one that has moved farthest is always taken: an adapter needs a target.
+    Of the groups of linears the one with the most disagreement is always taken: an adapter needs a target. What moved
+    far, but the same way in both experts, is not among them: an expert that starts from the other has it already.
     """
     least = layers.whole or 0.0
-    groups = {name: difference or 0.0 for name, difference in layers.groups.items()}
-    targets = [name for name, difference in groups.items() if difference >= least]
-    copies = [path for path, difference in layers.modules.items() if (difference or 0.0) >= least]
+    groups = {name: disagreement or 0.0 for name, disagreement in layers.groups.items()}
+    targets = [name for name, disagreement in groups.items() if disagreement >= least]
+    copies = [path for path, disagreement in layers.modules.items() if (disagreement or 0.0) >= least]
     return ExpertNeeds(
         targets=targets or [max(groups, key=lambda name: groups[name])],
         copies="time_dependent" if len(copies) == len(layers.modules) else copies or "none",

@@ -10,6 +10,7 @@ estimate x0_i = x_i - p_i·v_i,
 so no two nearly equal samples are subtracted, and of a path only the inner products of the D_k need to be kept.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -124,6 +125,22 @@ def follow_teacher(job: Job, noise: Tensor, cond: Conditioning, batch_size: int)
         bends += share * (differences.double() @ differences.double().T / v.shape[1]).cpu()
     sizes, speeds = squares.sqrt()
     return TeacherPath(levels.double(), bends, sizes, speeds, torch.cat(ends))
+
+
+def joined(paths: Sequence[TeacherPath]) -> TeacherPath:
+    """The paths of several sets of samples as those of one."""
+    shares = [len(path.ends) / sum(len(other.ends) for other in paths) for path in paths]
+
+    def mean(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack([share * tensor for share, tensor in zip(shares, tensors, strict=True)]).sum(dim=0)
+
+    return TeacherPath(
+        levels=paths[0].levels,
+        bends=mean(path.bends for path in paths),
+        sizes=mean(path.sizes.square() for path in paths).sqrt(),
+        speeds=mean(path.speeds.square() for path in paths).sqrt(),
+        ends=torch.cat([path.ends for path in paths]),
+    )
 
 
 def _recorded(job: Job, noise: Tensor, cond: Conditioning, levels: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -1,5 +1,7 @@
 """What the analysis trains: one student for all noise levels, or two, and where losses and gradients come from."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -91,6 +93,9 @@ class StudentCurves:
         gradient, gradient_per_jump: L2 norms of the gradients of these means.
         ranges: lowest and highest point of each noise range.
         cosine, cosine_per_jump: between the mean gradients of two ranges; None where they have no weight in common.
+        boundaries: points, as given.
+        across, across_per_jump: at each of them, the cosine between the mean gradients of all points above it and of
+            all below, up to the next boundaries: how well one network can serve both sides. None as for `cosine`.
     """
 
     steps: int
@@ -104,6 +109,9 @@ class StudentCurves:
     ranges: list[tuple[int, int]]
     cosine: list[list[float | None]]
     cosine_per_jump: list[list[float | None]]
+    boundaries: list[int]
+    across: list[float | None]
+    across_per_jump: list[float | None]
 
 
 @dataclass
@@ -115,15 +123,19 @@ class _Point:
     norms: tuple[float, float]
 
 
-def measure_students(job: Job, samples: int, most_points: int, num_ranges: int, steps: int) -> StudentCurves:
+def measure_students(
+    job: Job, samples: int, most_points: int, num_ranges: int, steps: int, boundaries: Sequence[int] = ()
+) -> StudentCurves:
     """`StudentCurves` of the experts in `job`, on `samples` of the data with the same noise at every point.
 
-    Gradients are made for one point at a time; two are kept for each range, on the CPU.
+    Gradients are made for one point at a time; two are kept for each range, on the CPU. Weights and averages stay as
+    they are: with `target: ema` the target is that of training.
 
     Args:
         most_points: measure at so many points at most, spread over each expert's segment.
-        num_ranges: how many noise ranges, over all experts; at least one for each.
+        num_ranges: how many noise ranges, over all experts; at least one for each, and no fewer than `boundaries` make.
         steps: what the experts were trained for.
+        boundaries: points that no range crosses; those above belong to the higher range.
     """
     stages = [stage for stage in job.recipe.stages if isinstance(stage, ConsistencyConfig)]
     total = job.mixture.trajectory.num_steps
@@ -131,14 +143,17 @@ def measure_students(job: Job, samples: int, most_points: int, num_ranges: int, 
     ranges: list[tuple[int, int]] = []
     gradients: list[tuple[str, list[Tensor]]] = []
     for config in reversed(stages):  # from low to high noise
+        trained = job.mixture.ema.get(config.expert)
         run, stage = set_up(job, config)
+        if run.ema is not None and trained is not None:
+            run.ema.load(trained.average)  # a new stage's average starts as the weights
         starts = run.trajectory.points_in(run.segment)
         count = min(len(starts), max(1, round(most_points * len(starts) / total)))
         points = [starts[0] + (len(starts) - 1) * k // max(1, count - 1) for k in range(count)]
         parts = min(count, max(1, round(num_ranges * len(starts) / total)))
         batches = list(_noisy_batches(job, run, samples))
         with run.student.using(config.expert):
-            for low, high in pairwise(k * count // parts for k in range(parts + 1)):
+            for low, high in pairwise(_cuts(points, parts, boundaries)):
                 sums: list[Tensor] = []
                 for point in points[low:high]:
                     measured[point], found = _measure(run, stage, batches, point)
@@ -146,6 +161,7 @@ def measure_students(job: Job, samples: int, most_points: int, num_ranges: int, 
                 ranges.append((points[low], points[high - 1]))
                 gradients.append((config.expert, sums))
         run.release()
+    plain, per_jump = (_products([(expert, sums[k]) for expert, sums in gradients]) for k in (0, 1))
     points = sorted(measured)
     rows = [measured[point] for point in points]
     return StudentCurves(
@@ -158,9 +174,21 @@ def measure_students(job: Job, samples: int, most_points: int, num_ranges: int, 
         gradient=[row.norms[0] for row in rows],
         gradient_per_jump=[row.norms[1] for row in rows],
         ranges=ranges,
-        cosine=_cosines([(expert, sums[0]) for expert, sums in gradients]),
-        cosine_per_jump=_cosines([(expert, sums[1]) for expert, sums in gradients]),
+        cosine=_cosines(plain),
+        cosine_per_jump=_cosines(per_jump),
+        boundaries=list(boundaries),
+        across=_across(plain, ranges, boundaries),
+        across_per_jump=_across(per_jump, ranges, boundaries),
     )
+
+
+def _cuts(points: Sequence[int], parts: int, boundaries: Sequence[int]) -> list[int]:
+    """Where ascending `points` are cut into ranges: evenly, but the nearest cuts give way to the boundaries."""
+    even = {k * len(points) // parts for k in range(1, parts)}
+    fixed = {bisect_right(points, boundary) for boundary in boundaries} - {0, len(points)}
+    for cut in fixed:
+        even -= {min(even, key=lambda other: abs(other - cut), default=cut)}
+    return sorted({0, len(points), *even, *fixed})
 
 
 def _batches(job: Job, name: str, steps: int, batch_size: int | None = None) -> Generator[Batch, None, None]:
@@ -210,9 +238,39 @@ def _measure(
     return _Point(length, (losses[0], losses[1]), norms), gradients
 
 
-def _cosines(gradients: Sequence[tuple[str, Tensor]]) -> list[list[float | None]]:
-    def cosine(a: tuple[str, Tensor], b: tuple[str, Tensor]) -> float | None:
-        scale = a[1].double().norm() * b[1].double().norm()
-        return (a[1].double() @ b[1].double() / scale).item() if a[0] == b[0] and scale > 0 else None
+def _products(gradients: Sequence[tuple[str, Tensor]]) -> Tensor:
+    """Inner products of experts' gradients, `[R, R]` float64; nan between those of different experts."""
+    found = torch.full((len(gradients), len(gradients)), torch.nan, dtype=torch.float64)
+    for row, (expert, a) in enumerate(gradients):
+        for column, (other, b) in enumerate(gradients[: row + 1]):
+            if expert == other:
+                found[row, column] = found[column, row] = a.double() @ b.double()
+    return found
 
-    return [[cosine(a, b) for b in gradients] for a in gradients]
+
+def _cosine(products: Tensor, above: Sequence[int], below: Sequence[int]) -> float | None:
+    """Between the sums of two sets of gradients, from the products of all."""
+
+    def inner(rows: Sequence[int], columns: Sequence[int]) -> float:
+        return products[rows][:, columns].sum().item()
+
+    # Of gradients that cancel out, rounding may leave a square below 0.
+    squares = max(inner(above, above), 0.0) * max(inner(below, below), 0.0)
+    found = inner(above, below) / squares**0.5 if squares > 0 else math.nan
+    return None if math.isnan(found) else found
+
+
+def _cosines(products: Tensor) -> list[list[float | None]]:
+    return [[_cosine(products, [row], [column]) for column in range(len(products))] for row in range(len(products))]
+
+
+def _across(products: Tensor, ranges: Sequence[tuple[int, int]], boundaries: Sequence[int]) -> list[float | None]:
+    """The cosine at each boundary between the ranges above it and those below it."""
+    found: list[float | None] = []
+    for boundary in boundaries:
+        upper = min((other for other in boundaries if other > boundary), default=math.inf)
+        lower = max((other for other in boundaries if other < boundary), default=0)
+        above = [k for k, (low, high) in enumerate(ranges) if boundary < low and high <= upper]
+        below = [k for k, (low, high) in enumerate(ranges) if lower < low and high <= boundary]
+        found.append(_cosine(products, above, below) if above and below else None)
+    return found

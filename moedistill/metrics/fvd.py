@@ -1,5 +1,6 @@
 """Fréchet video distance (Unterthiner et al., 2018, arXiv 1812.01717) with a feature network that the user brings."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,9 @@ from moedistill.metrics import Metric, MetricConfig, MetricInputs, frechet_dista
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 FEATURES = "features"
 """The name of the tensor in a file of features."""
+
+_REAL: dict[Hashable, Tensor] = {}
+"""Features of real videos by what they depend on: a report has one metric for each of many runs."""
 
 
 @dataclass(kw_only=True)
@@ -80,7 +84,15 @@ class FVD(Metric):
 
     @cached_property
     def _real(self) -> Tensor:
-        """Features of the real videos, float64 `[M, D]`."""
+        """Features of the real videos, float64 `[M, D]`; made once for all metrics of these settings and files."""
+        config = self.config
+        files = [(path, _written(Path(path))) for path in (config.detector, config.real)]
+        key = (*files, config.frames, config.size)
+        if key not in _REAL:
+            _REAL[key] = self._features_of_real()
+        return _REAL[key]
+
+    def _features_of_real(self) -> Tensor:
         real = Path(self.config.real)
         if real.is_file():
             return _stored_features(real)
@@ -117,6 +129,11 @@ class FVD(Metric):
                 f"[{len(videos)}, D], one row of features for each"
             )
         return features.double().cpu()
+
+
+def _written(path: Path) -> int | None:
+    """When a file, or the list of a folder's files, was last changed; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _videos(folder: Path) -> list[Path]:

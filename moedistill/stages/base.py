@@ -32,8 +32,8 @@ class StageConfig(Config, ABC):
         """What in the recipe does not fit this stage; parts of `recipe` that failed themselves are None."""
         return ()
 
-    def look_ahead(self) -> None:
-        """ValueError where a file that the stage will read is missing; called before anything is trained."""
+    def look_ahead(self, recipe: "Recipe") -> None:
+        """ValueError where a file that the stage will read is missing, or does not fit; called before any training."""
 
     def tiny(self) -> "StageConfig":
         """The same stage with a few steps or samples, for smoke runs."""

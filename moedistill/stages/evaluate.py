@@ -1,5 +1,6 @@
 """Compares models that share the run's weights: the teacher, the student, and mixtures of both, by named metrics."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,17 +24,19 @@ from moedistill.media import contact_sheet, side_by_side
 from moedistill.metrics import MetricConfig, MetricInputs
 from moedistill.randomness import Draws, generator
 from moedistill.sampling import sample_in_batches
-from moedistill.stages.base import Finding, Stage, StageConfig
+from moedistill.stages.base import Finding, Stage, StageConfig, TrainingStageConfig
 from moedistill.steps import SampleConfig
 
 if TYPE_CHECKING:
     from moedistill.context import Job
-    from moedistill.data.base import Dataset
     from moedistill.recipe import Recipe
 
 
 ROWS = "rows.safetensors"
 """In the stage's folder: what each metric made of each sample, float64 `[N, D]`, as "kind/candidate"."""
+
+ORIGIN = "evaluation"
+"""In the metadata of stored samples: seed, number, and what made each candidate's, as JSON."""
 
 
 @dataclass(kw_only=True)
@@ -43,7 +46,7 @@ class Candidate:
     Args:
         name: in the table.
         model: the `student` (experts by the router), the `teacher` (guided, everywhere), or the `exact` velocity of the
-            data, where the dataset offers their posterior mean (unguided): how far the teacher is from the truth.
+            data, where the dataset offers their posterior mean, guided as the teacher: how far that is from the truth.
         steps: spread evenly over the trajectory; short for sample: {steps: n}.
         sample: its own steps, as in the recipe's `sample`, which it takes if it has neither.
         stand_ins: experts to run in place of others, such as {detail: teacher}.
@@ -75,8 +78,8 @@ class EvaluateConfig(StageConfig):
         candidates: what to compare.
         reference: the candidate that paired metrics compare with.
         reference_samples: the `latents.safetensors` of an evaluation with the same seed, samples and conditioning, to
-            take the reference's samples from; null to sample them. The teacher's many steps are then made once for
-            many runs.
+            take the reference's samples from; null to sample them. It must have had the same backbone, guidance and
+            steps too. The teacher's many steps are then made once for many runs.
         metrics: what to measure.
         prompts: what to ask for, in turn: a list, or a file as `data: {kind: prompts}` takes it; null for the
             conditioning of samples spread evenly over the data.
@@ -101,13 +104,13 @@ class EvaluateConfig(StageConfig):
     def build(self) -> "EvaluateStage":
         return EvaluateStage(self)
 
-    def look_ahead(self) -> None:
+    def look_ahead(self, recipe: "Recipe") -> None:
         for metric in self.metrics:
             metric.look_ahead()
         if isinstance(self.prompts, str):
             read_prompts(self.prompts)
         if self.reference_samples is not None:
-            stored_samples(self)
+            stored_samples(self, recipe)
 
     def check(self, recipe: "Recipe") -> Iterable[Finding]:
         names = [candidate.name for candidate in self.candidates]
@@ -156,9 +159,20 @@ def _misfits(recipe: "Recipe", number: int, candidate: Candidate) -> Iterable[Fi
         yield f"candidates.{number}.{'sample' if candidate.steps is None else 'steps'}", str(error)
 
 
-def _exact_velocity(dataset: "Dataset", x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-    """(x - E[x0 | x]) / sigma."""
-    return (x - dataset.posterior_mean(x, sigma, cond)) / sigma.view(-1, 1, 1, 1, 1)
+def _exact_velocity(job: "Job", x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    """(x - E[x0 | x]) / sigma, with the teacher's classifier-free guidance: v_c + (scale - 1)·(v_c - v_u)."""
+    dataset, student = job.dataset, job.mixture.student
+    assert dataset is not None
+    # All samples are at one sigma: the sampler's.
+    router = student.teacher_router
+    base = student.bases[0] if router is None else router.expert_at(float(sigma[0]))
+    scale = job.recipe.backbone.guidance.classifier_free_scale(base)
+    mean = dataset.posterior_mean(x, sigma, cond)
+    if scale != 1.0:
+        # Velocities at one x differ as the means do.
+        null = dataset.posterior_mean(x, sigma, student.backbone.null_conditioning(cond))
+        mean = mean + (scale - 1.0) * (mean - null)
+    return (x - mean) / sigma.view(-1, 1, 1, 1, 1)
 
 
 def _checked(rows: Tensor, kind: str, samples: int) -> Tensor:
@@ -187,7 +201,7 @@ class EvaluateStage(Stage):
         latents: dict[str, Tensor] = {}
         for candidate in config.candidates:
             if candidate.name == config.reference and config.reference_samples is not None:
-                stored = stored_samples(config, cond)
+                stored = stored_samples(config, job.recipe, cond)
                 latents[candidate.name] = stored.to(noise.device)
                 continue
             job.say(f"  sampling {config.samples} × {candidate.name}")
@@ -245,8 +259,7 @@ class EvaluateStage(Stage):
 
         drawn: Any = {"eta": steps.eta, "fresh_noise": fresh_noise, "batch_size": self.config.batch_size}
         if candidate.model == "exact":
-            assert job.dataset is not None
-            return sample_in_batches(partial(_exact_velocity, job.dataset), noise, cond, sigmas, **drawn)
+            return sample_in_batches(partial(_exact_velocity, job), noise, cond, sigmas, **drawn)
         return mixture.generate(
             noise, cond, sigmas,
             stand_ins=stand_ins, guidance=recipe.backbone.guidance, weights=self.config.weights, **drawn,
@@ -268,8 +281,10 @@ class EvaluateStage(Stage):
         if config.save_latents:
             # Copies: a backbone's conditioning may be views of one tensor, which cannot be saved.
             asked = {f"conditioning.{k}": v.contiguous().clone() for k, v in cond.items()}
-            drawn = {"seed": str(config.seed), "samples": str(config.samples)}
-            save_tensors(folder / "latents.safetensors", {**latents, **asked}, drawn)
+            made = {one.name: fingerprint(config, job.recipe, one.name) for one in config.candidates}
+            # One entry: safetensors writes several in any order, and equal runs are to write equal files.
+            origin = json.dumps({"seed": config.seed, "samples": config.samples, "made": made})
+            save_tensors(folder / "latents.safetensors", {**latents, **asked}, {ORIGIN: origin})
         if config.pictures:
             captions = job.mixture.student.backbone.captions(conditioning.select(cond, slice(config.pictures)))
             shown = {name: video[: config.pictures] for name, video in videos.items()}
@@ -279,25 +294,54 @@ class EvaluateStage(Stage):
         job.say(f"  {folder}")
 
 
-def stored_samples(config: EvaluateConfig, cond: Mapping[str, Tensor] | None = None) -> Tensor:
+def fingerprint(config: EvaluateConfig, recipe: "Recipe", name: str) -> str:
+    """A hash of the settings that make a candidate's samples, but for noise and conditioning.
+
+    Those of the teacher are the backbone and the sigmas of its steps; the exact velocity is of the data too, and a
+    student of the whole recipe. Weights are known by their settings only: other ones in the same file go unnoticed.
+    """
+    [candidate] = [one for one in config.candidates if one.name == name]
+    steps = candidate.own_sample() or recipe.sample
+    assert steps is not None
+    sigmas = steps.resolve(recipe.trajectory.build(recipe.backbone.native_sigmas()))
+    resolved = recipe.resolved()
+    whole = [key for key in resolved if key not in ("name", "description", "stages", "sample")]
+    kept = {"teacher": ["backbone"], "exact": ["backbone", "data"], "student": whole}
+    settings: dict[str, Any] = {key: resolved[key] for key in kept[candidate.model]}
+    settings |= {"model": candidate.model, "sigmas": [round(value, 6) for value in sigmas.tolist()], "eta": steps.eta}
+    if candidate.model == "student":
+        stages = zip(recipe.stages, resolved["stages"], strict=True)
+        trained = [plain for stage, plain in stages if isinstance(stage, TrainingStageConfig)]
+        settings |= {"stages": trained, "stand_ins": candidate.stand_ins, "weights": config.weights}
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def stored_samples(config: EvaluateConfig, recipe: "Recipe", cond: Mapping[str, Tensor] | None = None) -> Tensor:
     """The reference's samples from `config.reference_samples`, `[N, C, T, H, W]`.
 
     Raises:
-        ValueError: the file is missing or lacks them, or they are of other noise or conditioning.
+        ValueError: the file is missing or lacks them, or they are of another model, other steps, noise or conditioning.
     """
     what = f"reference_samples {config.reference_samples}"
     try:
         with safe_open(config.reference_samples, "pt") as file:
-            stored, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names, origin = list(file.keys()), json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
+            wanted_names = {config.reference, *(f"conditioning.{name}" for name in cond or {})}
+            stored = {name: file.get_tensor(name) for name in names if name in wanted_names}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{what}: cannot be read ({error}); give an evaluation's latents.safetensors") from error
     if config.reference not in stored:
-        names = ", ".join(name for name in stored if not name.startswith("conditioning."))
-        raise ValueError(f"{what}: it has no {config.reference!r}; there are {names}")
-    drawn, wanted = (metadata.get("seed"), metadata.get("samples")), (str(config.seed), str(config.samples))
+        others = ", ".join(name for name in names if not name.startswith("conditioning."))
+        raise ValueError(f"{what}: it has no {config.reference!r}; there are {others}")
+    drawn, wanted = (origin.get("seed"), origin.get("samples")), (config.seed, config.samples)
     if drawn != wanted:
         raise ValueError(
             f"{what}: made with seed {drawn[0]} and {drawn[1]} samples, not seed {wanted[0]} and {wanted[1]}; "
+            "use the same, or leave the key out"
+        )
+    if origin["made"].get(config.reference) != fingerprint(config, recipe, config.reference):
+        raise ValueError(
+            f"{what}: its {config.reference!r} was made with other settings (backbone, guidance or steps); "
             "use the same, or leave the key out"
         )
     for name, value in (cond or {}).items():

@@ -47,7 +47,7 @@ class SampleStageConfig(StageConfig):
     def build(self) -> "SampleStage":
         return SampleStage(self)
 
-    def look_ahead(self) -> None:
+    def look_ahead(self, recipe: "Recipe") -> None:
         if isinstance(self.prompts, str):
             read_prompts(self.prompts)
 

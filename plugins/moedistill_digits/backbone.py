@@ -70,6 +70,8 @@ class DigitsBackbone(Backbone):
 
     lora_targets: Mapping[str, str] = {"attention": r"blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out)"}
     time_dependent: Sequence[str] = ("time_embed", "norm_out", "proj_out")
+    # It tells the overview what to look for, by an embedding of which every expert makes the time's part itself.
+    time_shared: Sequence[str] = ("overview.condition",)
     example_prompts: Sequence[str] = ("3 right", "7 up", "0 down")
 
     def __init__(self, network: DigitsTransformer) -> None:
