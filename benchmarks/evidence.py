@@ -48,7 +48,6 @@ EXTENSIONS = 3
 TUNING_SEED = 1000
 """Of training and of the evaluation's noise, so that neither is part of the result."""
 TUNED_BY = ("4 steps", "frechet")
-REFERENCE = "teacher, 50 steps"
 STEPS = {"1 step": 1, "2 steps": 2, "4 steps": 4, "8 steps": 8}
 """Candidates that every evaluation has."""
 RESAMPLES = 200
@@ -100,10 +99,7 @@ CHILDREN: list[subprocess.Popen[bytes]] = []
 
 
 def stop(*_: object) -> None:
-    """Stops all runs under way, which save themselves, and then this process."""
-    for child in CHILDREN:
-        if child.poll() is None:
-            child.terminate()
+    """The answer to SIGTERM."""
     raise SystemExit("stopped; the same command goes on")
 
 
@@ -160,8 +156,12 @@ class Evidence:
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
+                # What is under way saves itself; what has not begun never does.
                 pool.shutdown(wait=False, cancel_futures=True)
-                stop()
+                for child in CHILDREN:
+                    if child.poll() is None:
+                        child.terminate()
+                raise
 
     def state_cost(self, jobs: Sequence[Job], what: str) -> None:
         rate = self.seconds_per_forward()
@@ -240,7 +240,7 @@ def plot_steps(table: Table, file: Path) -> None:
             spread = [[v.mean - v.low for v in values], [v.high - v.mean for v in values]]
             axes.errorbar(
                 [STEPS[line.candidate] for line in shown], [v.mean for v in values], spread,
-                marker="o", capsize=3, label=method, linestyle="--" if method in TEACHER else "-",
+                marker="o", capsize=3, label=method, linestyle="--" if method == _short(TEACHER) else "-",
             )  # fmt: skip
         axes.set(xlabel="sampling steps", ylabel=title, xscale="log", yscale="log")
         axes.set_xticks(list(STEPS.values()), [str(steps) for steps in STEPS.values()])

@@ -284,24 +284,6 @@ def dump_yaml(data: Mapping[str, Any]) -> str:
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def flat(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved recipe as one value per dotted key; items of lists go by their number."""
-    values: dict[str, Any] = {}
-
-    def walk(tree: Any, path: str) -> None:
-        if isinstance(tree, dict) and tree:
-            for key, value in tree.items():
-                walk(value, f"{path}.{key}" if path else str(key))
-        elif isinstance(tree, (list, tuple)) and tree:
-            for index, value in enumerate(tree):
-                walk(value, f"{path}.{index}")
-        else:
-            values[path] = tree
-
-    walk(resolved, "")
-    return values
-
-
 # -- rules between fields ---------------------------------------------------------------------------------------------
 
 Finding = tuple[tuple[str | int, ...], str, str]

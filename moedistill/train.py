@@ -22,7 +22,7 @@ from moedistill.heldout import HeldOut
 from moedistill.mixture import Mixture
 from moedistill.plugins import Plugins, load_plugins
 from moedistill.randomness import torch_seed
-from moedistill.recipe import Recipe, flat, load_recipe
+from moedistill.recipe import Recipe, load_recipe
 from moedistill.signals import Interruption
 from moedistill.smoke import miniature
 from moedistill.stages.base import Stage, TrainingStage, TrainingStageConfig
@@ -439,8 +439,21 @@ def _check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
 
 def comparable(resolved: dict[str, Any]) -> dict[str, Any]:
     """A resolved recipe as dotted keys, without what may differ."""
+    flat: dict[str, Any] = {}
+
+    def walk(tree: Any, path: str) -> None:
+        if isinstance(tree, dict) and tree:
+            for key, value in tree.items():
+                walk(value, f"{path}.{key}" if path else str(key))
+        elif isinstance(tree, (list, tuple)) and tree:
+            for index, value in enumerate(tree):
+                walk(value, f"{path}.{index}")
+        else:
+            flat[path] = tree
+
+    walk(resolved, "")
     operational = tuple(f"training.{key}." for key in OPERATIONAL)
-    return {path: value for path, value in flat(resolved).items() if not f"{path}.".startswith(operational)}
+    return {path: value for path, value in flat.items() if not f"{path}.".startswith(operational)}
 
 
 def make_accelerator(recipe: Recipe, device: str | None) -> "Accelerator":

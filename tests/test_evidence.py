@@ -78,6 +78,17 @@ def test_a_grid_grows_until_its_best_rate_lies_inside(tmp_path, monkeypatch, bes
     assert len(asked) == grid
 
 
+def test_a_run_that_fails_ends_the_study_with_its_own_message(tmp_path, monkeypatch):
+    study = evidence.Evidence(tmp_path, 1.0, 1)
+
+    def fail(job):
+        raise SystemExit("see log.txt")
+
+    monkeypatch.setattr(evidence.Job, "execute", fail)
+    with pytest.raises(SystemExit, match=r"see log\.txt"):
+        study.execute(study.finals(evidence.DCM, 1e-5, [0, 1, 2]))
+
+
 def test_a_folder_of_another_recipe_is_not_taken_for_done(tmp_path, in_process):
     study = evidence.Evidence(tmp_path, 1.0, 1)
     [job] = study.finals(evidence.TEACHER, 1e-5, [0])
