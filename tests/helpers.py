@@ -146,6 +146,17 @@ def set_up(recipe, number=0):
     return run, stage
 
 
+def set_up_trained(expert, changes=(), **stage):
+    """The stage of `expert`, with the keys `stage`, in a mixture whose experts are as if trained: `Run` and stage."""
+    stages = [distil("semantic"), distil("detail")]
+    number = ["semantic", "detail"].index(expert)
+    stages[number].update(stage)
+    run, built = set_up(tiny_recipe(stages, changes), number)
+    for seed, name in enumerate(["semantic", "detail"]):
+        as_if_trained(run.student.experts[name], seed)
+    return run, built
+
+
 def digits_batch(run, batch=4, seed=0):
     """A batch for a step of `run`, of random latents."""
     x, _, cond = digits_inputs(batch, seed)

@@ -12,6 +12,7 @@ from helpers import (
     distil,
     evaluate,
     set_up,
+    set_up_trained,
     tiny_recipe,
     velocity_of,
 )
@@ -98,12 +99,7 @@ class Spy:
 
 def one_step(expert="semantic", changes=(), batch=8, **stage):
     """One step of a stage whose experts are as if trained: its run, what was seen, and where it started."""
-    stages = [distil("semantic"), distil("detail")]
-    number = ["semantic", "detail"].index(expert)
-    stages[number].update(stage)
-    run, built = set_up(tiny_recipe(stages, changes), number)
-    for seed, name in enumerate(["semantic", "detail"]):
-        as_if_trained(run.student.experts[name], seed)
+    run, built = set_up_trained(expert, changes, **stage)
     spy, inputs = Spy(run), digits_batch(run, batch)
     with run.student.using(expert):
         built.step(run, inputs)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import as_if_trained, dcm_recipe, distil, equal, set_up, tiny_recipe, velocity_of
+from helpers import as_if_trained, dcm_recipe, distil, equal, set_up, set_up_trained, tiny_recipe, velocity_of
 from test_processes import start_pair
 
 from moedistill import hookimpl
@@ -31,12 +31,7 @@ def measured(line):
 
 def monitor(expert="semantic", changes=(), config=None, **stage):
     """The monitor of a stage whose experts, and average, are as if trained."""
-    stages = [distil("semantic"), distil("detail")]
-    number = ["semantic", "detail"].index(expert)
-    stages[number].update(stage)
-    run, built = set_up(tiny_recipe(stages, changes), number)
-    for seed, name in enumerate(["semantic", "detail"]):
-        as_if_trained(run.student.experts[name], seed)
+    run, built = set_up_trained(expert, changes, **stage)
     return run, HeldOut(config or HeldOutConfig(), run, built)
 
 
