@@ -8,8 +8,9 @@ It may be stopped at any time: called again, it goes on where it was and skips w
 
 Rules. DCM and its baselines spend the same number of network forwards in training; ablations do, where what they leave
 out can be made up for in steps. Each method has its learning rate tuned on the same grid, by the Fréchet distance at 4
-steps, with a training seed and evaluation noise of their own. A grid whose best rate lies at its edge is extended
-there. Then every method is trained once for each seed, and all are evaluated on the same noise.
+steps, with a training seed and evaluation noise of their own; sampling along the ODE and sampling with fresh noise are
+tuned apart. A grid whose best rate lies at its edge is extended there. Then every method is trained once for each seed,
+and all are evaluated on the same noise.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,35 @@ from moedistill.report import Table, read_records, tabulate
 from moedistill.stages.base import TrainingStageConfig
 from moedistill.train import comparable
 
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe, and which of its candidates stand for the method: those whose names end in `sampling`."""
+
+    recipe: str
+    sampling: str = ""
+
+    @property
+    def name(self) -> str:
+        return _short(self.recipe) + self.sampling
+
+    def candidate(self, steps: str) -> str:
+        return steps + self.sampling
+
+
 TEACHER = "baselines/digits_few_step_teacher"
-DCM = "evidence_digits"
-BASELINES = (
-    "baselines/digits_lcm",
-    "baselines/digits_pcm",
-    "baselines/digits_two_phase",
-    "baselines/digits_progressive",
+DCM = Method("evidence_digits")
+METHODS = (
+    DCM,
+    Method("baselines/digits_lcm"),
+    Method("baselines/digits_lcm", ", re-noised"),
+    Method("baselines/digits_pcm"),
+    Method("baselines/digits_two_phase"),
+    Method("baselines/digits_progressive"),
+    Method("baselines/digits_progressive", ", re-noised"),
 )
+TEACHERS = (Method(TEACHER), Method(TEACHER, ", shift 5"))
+"""Untrained, for the plot."""
 SEEDS = (0, 1, 2)
 RATES = (3e-5, 1e-4, 3e-4)
 FACTOR = 10**0.5
@@ -49,7 +71,6 @@ TUNING_SEED = 1000
 """Of training and of the evaluation's noise, so that neither is part of the result."""
 TUNED_BY = ("4 steps", "frechet")
 STEPS = {"1 step": 1, "2 steps": 2, "4 steps": 4, "8 steps": 8}
-"""Candidates that every evaluation has."""
 RESAMPLES = 200
 """Of the evaluation's samples, for intervals."""
 SECONDS_PER_FORWARD = 1.2e-3
@@ -136,18 +157,23 @@ class Evidence:
     def teachers(self) -> list[Job]:
         return [self.job(TEACHER, self.teacher(noise), None, 0, noise) for noise in (0, TUNING_SEED)]
 
-    def tuning(self, recipe: str, rate: float) -> Job:
-        return self.job(recipe, self.folder / "tuning" / _short(recipe) / f"{rate:.1e}", rate, TUNING_SEED, TUNING_SEED)
+    def tuning(self, method: Method, rate: float) -> Job:
+        return self._trained("tuning", method, rate, TUNING_SEED, TUNING_SEED)
 
-    def finals(self, recipe: str, rate: float, seeds: Sequence[int]) -> list[Job]:
-        return [self.job(recipe, self.folder / "final" / _short(recipe) / f"seed{s}", rate, s, 0) for s in seeds]
+    def finals(self, method: Method, rate: float, seeds: Sequence[int]) -> list[Job]:
+        return [self._trained("final", method, rate, seed, 0) for seed in seeds]
 
-    def smaller(self, recipe: str, rate: float, seed: int, budget: float) -> Job:
+    def smaller(self, method: Method, rate: float, seed: int, budget: float) -> Job:
         """The run with this share of its steps."""
-        return self.job(recipe, self.folder / "budgets" / f"{budget:g}" / _short(recipe), rate, seed, 0, budget)
+        return self._trained(f"budgets/{budget:g}", method, rate, seed, 0, budget)
+
+    def _trained(self, kind: str, method: Method, rate: float, seed: int, noise: int, scale: float = 1.0) -> Job:
+        folder = self.folder / kind / _short(method.recipe) / f"{rate:.1e}" / f"seed{seed}"
+        return self.job(method.recipe, folder, rate, seed, noise, scale)
 
     def execute(self, jobs: Sequence[Job]) -> None:
         """What is not done of `jobs`, several at a time."""
+        jobs = _distinct(jobs)
         open_jobs = [job for job in jobs if job.metrics is None]
         self.state_cost(open_jobs, f"of {len(jobs)} to do")
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -178,12 +204,12 @@ class Evidence:
         timed = [sum(s["seconds"] for s in cost) / sum(s["forwards"] for s in cost) for cost in costs if cost]
         return statistics.median(timed) if timed else SECONDS_PER_FORWARD
 
-    def tune(self, recipes: Sequence[str], rates: Sequence[float], extensions: int) -> dict[str, float]:
-        """The best rate of each recipe; grids are extended until it lies inside, at most `extensions` times."""
-        grids = {recipe: sorted(rates) for recipe in recipes}
+    def tune(self, methods: Sequence[Method], rates: Sequence[float], extensions: int) -> dict[Method, float]:
+        """The best rate of each method; grids are extended until it lies inside, at most `extensions` times."""
+        grids = {method: sorted(rates) for method in methods}
         for remaining in range(extensions, -1, -1):
-            self.execute([self.tuning(recipe, rate) for recipe, grid in grids.items() for rate in grid])
-            best = {recipe: min(grid, key=lambda rate: self.score(recipe, rate)) for recipe, grid in grids.items()}
+            self.execute([self.tuning(method, rate) for method, grid in grids.items() for rate in grid])
+            best = {method: min(grid, key=lambda rate: self.score(method, rate)) for method, grid in grids.items()}
             wider = dict(self._widened(grids, best))
             if not wider or not remaining:
                 break
@@ -191,62 +217,75 @@ class Evidence:
         return best
 
     @staticmethod
-    def _widened(grids: dict[str, list[float]], best: dict[str, float]) -> Iterator[tuple[str, list[float]]]:
-        for recipe, grid in grids.items():
-            if best[recipe] == grid[0]:
-                yield recipe, [float(f"{grid[0] / FACTOR:.1e}"), *grid]
-            elif best[recipe] == grid[-1]:
-                yield recipe, [*grid, float(f"{grid[-1] * FACTOR:.1e}")]
+    def _widened(grids: dict[Method, list[float]], best: dict[Method, float]) -> Iterator[tuple[Method, list[float]]]:
+        for method, grid in grids.items():
+            if best[method] == grid[0]:
+                yield method, [float(f"{grid[0] / FACTOR:.1e}"), *grid]
+            elif best[method] == grid[-1]:
+                yield method, [*grid, float(f"{grid[-1] * FACTOR:.1e}")]
 
-    def score(self, recipe: str, rate: float) -> float:
-        metrics = self.tuning(recipe, rate).metrics
-        assert metrics is not None
-        candidate, metric = TUNED_BY
-        return metrics[candidate][metric]
+    def score(self, method: Method, rate: float) -> float:
+        return _score(method, self.tuning(method, rate))
+
+
+def _score(method: Method, job: Job) -> float:
+    """What rates are tuned by, of a finished run."""
+    assert job.metrics is not None
+    steps, metric = TUNED_BY
+    return job.metrics[method.candidate(steps)][metric]
+
+
+def _distinct(jobs: Iterable[Job]) -> list[Job]:
+    """Each run once: methods that differ in their sampling share their training."""
+    return list({job.folder: job for job in jobs}.values())
 
 
 def _short(recipe: str) -> str:
     return recipe.rpartition("/")[2]
 
 
-def ablations() -> list[str]:
+def ablations() -> list[Method]:
     """The shipped ablations on digits."""
-    return [name for name in shipped_recipes() if name.startswith("ablations/digits_")]
+    return [Method(name) for name in shipped_recipes() if name.startswith("ablations/digits_")]
 
 
-def write(folder: Path, name: str, runs: Sequence[Path], against: str) -> None:
-    """The table of `runs` as Markdown and JSON, and its plot."""
-    table = tabulate(read_records(runs), against=against, resamples=RESAMPLES)
+def tabulated(folder: Path, name: str, jobs: Sequence[Job]) -> Table:
+    """The table of `jobs`, also written as Markdown and JSON."""
+    runs = [job.folder for job in _distinct(jobs)]
+    table = tabulate(read_records(runs), against=DCM.name, resamples=RESAMPLES)
     (folder / f"{name}.md").write_text(table.markdown() + "\n")
     (folder / f"{name}.json").write_text(json.dumps(table.plain(), indent=1))
-    plot_steps(table, folder / f"{name}.png")
     print(f"{folder / name}.md")
+    return table
 
 
-def plot_steps(table: Table, file: Path) -> None:
-    """Quality against sampling steps."""
+def plot_steps(table: Table, methods: Mapping[Method, Job], file: Path) -> None:
+    """Quality against sampling steps; `methods` gives one run of each."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    ran = {run["folder"]: run["method"] for run in table.runs}
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, kind, title in zip(
         figure.subplots(1, 2),
         ("frechet", "paired_distance"),
         ("Fréchet distance to real videos", "distance to the teacher's 50 steps"),
         strict=True,
     ):
-        for method in dict.fromkeys(line.method for line in table.lines):
-            shown = [line for line in table.lines if line.method == method and line.candidate in STEPS]
-            values = [line.values[kind] for line in shown]
-            spread = [[v.mean - v.low for v in values], [v.high - v.mean for v in values]]
+        for method, job in methods.items():
+            names = {method.candidate(steps): count for steps, count in STEPS.items()}
+            of_method = [line for line in table.lines if line.method == ran[str(job.folder)]]
+            shown = [(names[line.candidate], line.values[kind]) for line in of_method if line.candidate in names]
             axes.errorbar(
-                [STEPS[line.candidate] for line in shown], [v.mean for v in values], spread,
-                marker="o", capsize=3, label=method, linestyle="--" if method == _short(TEACHER) else "-",
+                [steps for steps, _ in shown], [value.mean for _, value in shown],
+                [[v.mean - v.low for _, v in shown], [v.high - v.mean for _, v in shown]],
+                marker="o", capsize=3, label=method.name, linestyle=":" if method.sampling else "-",
+                linewidth=3 if method == DCM else 1.5,
             )  # fmt: skip
         axes.set(xlabel="sampling steps", ylabel=title, xscale="log", yscale="log")
         axes.set_xticks(list(STEPS.values()), [str(steps) for steps in STEPS.values()])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(file, dpi=120)
 
 
@@ -254,11 +293,11 @@ def plot_compute(curves: dict[str, dict[float, float]], file: Path) -> None:
     """Fréchet distance at 4 steps against network forwards spent in training."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for method, curve in curves.items():
         axes.plot(list(curve), list(curve.values()), marker="o", label=method)
-    axes.set(xlabel="network forwards in training", ylabel="Fréchet distance, 4 steps", xscale="log")
+    axes.set(xlabel="network forwards in training", ylabel="Fréchet distance, 4 steps", xscale="log", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=120)
@@ -269,30 +308,27 @@ def run_baselines(
 ) -> None:
     """Tunes, trains and tabulates DCM and its baselines; then the same with smaller budgets, one seed each."""
     folder = evidence.folder
-    recipes = [DCM, *BASELINES]
-    plan = evidence.teachers() + [evidence.tuning(recipe, rate) for recipe in recipes for rate in rates]
-    plan += [job for recipe in recipes for job in evidence.finals(recipe, rates[0], seeds)]
-    plan += [evidence.smaller(recipe, rates[0], seeds[0], budget) for recipe in recipes for budget in budgets]
-    evidence.state_cost(plan, "in all, with what is done already, without extensions of grids")
+    plan = evidence.teachers() + [evidence.tuning(method, rate) for method in METHODS for rate in rates]
+    plan += [job for method in METHODS for job in evidence.finals(method, rates[0], seeds)]
+    plan += [evidence.smaller(method, rates[0], seeds[0], budget) for method in METHODS for budget in budgets]
+    evidence.state_cost(_distinct(plan), "in all, with what is done already, if no grid is extended")
     evidence.execute(evidence.teachers())
-    tuned = evidence.tune(recipes, rates, extensions)
-    (folder / "rates.json").write_text(json.dumps(tuned, indent=1))
+    tuned = evidence.tune(METHODS, rates, extensions)
+    (folder / "rates.json").write_text(json.dumps({method.name: rate for method, rate in tuned.items()}, indent=1))
     # Seed by seed: should it be stopped, all methods have as many.
-    finals = [job for seed in seeds for recipe, rate in tuned.items() for job in evidence.finals(recipe, rate, [seed])]
+    finals = [job for seed in seeds for method, rate in tuned.items() for job in evidence.finals(method, rate, [seed])]
     evidence.execute(finals)
-    write(folder, "evidence", [evidence.teacher(0), *(folder / "final" / _short(recipe) for recipe in recipes)], DCM)
+    [teacher, _] = evidence.teachers()
+    table = tabulated(folder, "evidence", [teacher, *finals])
+    one_each = {method: evidence.finals(method, rate, seeds)[0] for method, rate in tuned.items()}
+    plot_steps(table, dict.fromkeys(TEACHERS, teacher) | one_each, folder / "evidence.png")
 
-    smaller = {
-        (recipe, budget): evidence.smaller(recipe, rate, seeds[0], budget)
-        for recipe, rate in tuned.items()
-        for budget in budgets
+    smaller = {method: [evidence.smaller(method, rate, seeds[0], b) for b in budgets] for method, rate in tuned.items()}
+    evidence.execute([job for jobs in smaller.values() for job in jobs])
+    curves: dict[str, dict[float, float]] = {
+        method.name: {job.forwards: _score(method, job) for job in [*jobs, one_each[method]]}
+        for method, jobs in smaller.items()
     }
-    evidence.execute(list(smaller.values()))
-    curves: dict[str, dict[float, float]] = {}
-    for recipe, rate in tuned.items():
-        jobs = [smaller[recipe, budget] for budget in budgets] + evidence.finals(recipe, rate, seeds[:1])
-        candidate, metric = TUNED_BY
-        curves[_short(recipe)] = {job.forwards: (job.metrics or {})[candidate][metric] for job in jobs}
     plot_compute(curves, folder / "compute.png")
     (folder / "compute.json").write_text(json.dumps(curves, indent=1))
 
@@ -302,10 +338,11 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
     folder = evidence.folder
     if not (folder / "rates.json").is_file():
         raise SystemExit(f"{folder / 'rates.json'} is missing: run without --ablations first, it finds the rate")
-    rate = json.loads((folder / "rates.json").read_text())[DCM]
-    names = ablations()
-    evidence.execute([job for name in names for job in evidence.finals(name, rate, seeds)])
-    write(folder, "ablations", [folder / "final" / _short(name) for name in [DCM, *names]], DCM)
+    rate = json.loads((folder / "rates.json").read_text())[DCM.name]
+    # Seed by seed, as above.
+    jobs = [job for seed in seeds for method in ablations() for job in evidence.finals(method, rate, [seed])]
+    evidence.execute(jobs)
+    tabulated(folder, "ablations", [*evidence.finals(DCM, rate, seeds), *jobs])
 
 
 def main() -> None:

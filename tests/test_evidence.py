@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,42 +37,67 @@ def in_process(monkeypatch):
     return ran
 
 
+TWO_PHASE = evidence.Method("baselines/digits_two_phase")
+LCM = evidence.Method("baselines/digits_lcm")
+RENOISED = evidence.Method("baselines/digits_lcm", ", re-noised")
+RATES = [1e-5, 2e-5, 4e-5]
+BEST = {evidence.DCM: 2e-5, TWO_PHASE: 2e-5, LCM: 2e-5, RENOISED: 4e-5}
+
+
 def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(evidence, "RESAMPLES", 3)
-    monkeypatch.setattr(evidence, "BASELINES", ["baselines/digits_two_phase"])
-    monkeypatch.setattr(evidence, "ablations", lambda: ["ablations/digits_rank_4"])
-    monkeypatch.setattr(evidence.Evidence, "score", lambda self, recipe, rate: abs(rate - 2e-5))
+    monkeypatch.setattr(evidence, "METHODS", list(BEST))
+    monkeypatch.setattr(evidence, "ablations", lambda: [evidence.Method("ablations/digits_rank_4")])
+    monkeypatch.setattr(evidence.Evidence, "score", lambda self, method, rate: abs(rate - BEST[method]))
+    drawn = []
+    monkeypatch.setattr(
+        evidence, "plot_steps", lambda *args, real=evidence.plot_steps: drawn.append(args) or real(*args)
+    )
     study = evidence.Evidence(tmp_path, 1.0, 1)
-    evidence.run_baselines(study, [0, 1], [1e-5, 2e-5, 4e-5], 0, [])
-    # Two teachers' evaluations; three rates and two seeds of each method.
-    assert len(in_process) == 2 + 2 * (3 + 2)
+    evidence.run_baselines(study, [0, 1], RATES, 0, [])
+    # Two teachers' evaluations; three rates and two seeds of each recipe; two more seeds of LCM at its other rate.
+    assert len(in_process) == 2 + 3 * (3 + 2) + 2
     table = json.loads((tmp_path / "evidence.json").read_text())
+    lcm = [f"digits_lcm (stages.0.optimizer.lr={rate})" for rate in (2e-5, 4e-5)]
     assert {line["method"] for line in table["lines"]} == {
-        "digits_few_step_teacher", "evidence_digits", "digits_two_phase",
+        "digits_few_step_teacher", "evidence_digits", "digits_two_phase", *lcm,
     }  # fmt: skip
     assert {run["seed"] for run in table["runs"]} == {0, 1}
     assert all(line["differences"] for line in table["lines"] if line["method"] == "digits_two_phase")
-    recipe = load_recipe(tmp_path / "final" / "digits_two_phase" / "seed1" / "recipe.yaml")
+    recipe = load_recipe(tmp_path / "final/digits_two_phase/2.0e-05/seed1/recipe.yaml")
     assert (recipe.seed, recipe.stages[0].optimizer.lr) == (1, 2e-5)
-    for name in ("evidence.md", "evidence.png", "compute.png", "rates.json"):
+    assert json.loads((tmp_path / "rates.json").read_text())["digits_lcm, re-noised"] == 4e-5
+    for name in ("evidence.md", "evidence.png", "compute.png", "compute.json"):
         assert (tmp_path / name).stat().st_size > 0
+    # Every curve is of the runs at its own rate.
+    [(_, shown, _)] = drawn
+    assert shown[RENOISED].folder == tmp_path / "final/digits_lcm/4.0e-05/seed0"
+    assert set(evidence.TEACHERS) < set(shown)
 
+    done = len(in_process)
     evidence.run_ablations(study, [0])
-    assert in_process[-1] == tmp_path / "final" / "digits_rank_4" / "seed0"
-    assert len(in_process) == 13
+    assert in_process[done:] == [tmp_path / "final/digits_rank_4/2.0e-05/seed0"]
     # Killed while one run was under way, and called again: that one is done, and nothing else.
-    (tmp_path / "final" / "evidence_digits" / "seed1" / "result.json").unlink()
-    for checkpoint in (tmp_path / "final" / "evidence_digits" / "seed1" / "checkpoints").iterdir():
+    killed = tmp_path / "final/evidence_digits/2.0e-05/seed1"
+    (killed / "result.json").unlink()
+    for checkpoint in (killed / "checkpoints").iterdir():
         checkpoint.rename(tmp_path / checkpoint.name)
-    evidence.run_baselines(study, [0, 1], [1e-5, 2e-5, 4e-5], 0, [])
-    assert in_process[13:] == [tmp_path / "final" / "evidence_digits" / "seed1"]
+    evidence.run_baselines(study, [0, 1], RATES, 0, [])
+    assert in_process[done + 1 :] == [killed]
+
+
+def test_rates_are_tuned_by_the_methods_own_sampling(tmp_path, monkeypatch):
+    done = SimpleNamespace(metrics={"4 steps": {"frechet": 5.0}, "4 steps, re-noised": {"frechet": 3.0}})
+    monkeypatch.setattr(evidence.Evidence, "tuning", lambda self, method, rate: done)
+    study = evidence.Evidence(tmp_path, 1.0, 1)
+    assert (study.score(LCM, 1e-5), study.score(RENOISED, 1e-5)) == (5.0, 3.0)
 
 
 @pytest.mark.parametrize(("best", "grid"), [(1e-5, 3), (1e-6, 4), (1e-4, 4), (1e-9, 5)])
 def test_a_grid_grows_until_its_best_rate_lies_inside(tmp_path, monkeypatch, best, grid):
     asked = set()
     monkeypatch.setattr(evidence.Evidence, "execute", lambda self, jobs: asked.update(job.folder for job in jobs))
-    monkeypatch.setattr(evidence.Evidence, "score", lambda self, recipe, rate: abs(rate - best))
+    monkeypatch.setattr(evidence.Evidence, "score", lambda self, method, rate: abs(rate - best))
     monkeypatch.setattr(evidence, "FACTOR", 10.0)
     tuned = evidence.Evidence(tmp_path, 1.0, 1).tune([evidence.DCM], [1e-6, 1e-5, 1e-4], 2)
     assert tuned[evidence.DCM] == pytest.approx(max(best, 1e-8))  # two extensions, and no more
@@ -91,7 +117,7 @@ def test_a_run_that_fails_ends_the_study_with_its_own_message(tmp_path, monkeypa
 
 def test_a_folder_of_another_recipe_is_not_taken_for_done(tmp_path, in_process):
     study = evidence.Evidence(tmp_path, 1.0, 1)
-    [job] = study.finals(evidence.TEACHER, 1e-5, [0])
+    job = study.teachers()[0]
     job.execute()
     assert job.metrics is not None
     other = replace(job, settings=(*job.settings, "stages.evaluate.seed=5"))
@@ -101,8 +127,12 @@ def test_a_folder_of_another_recipe_is_not_taken_for_done(tmp_path, in_process):
 
 def test_everything_that_is_compared_is_shipped_and_spends_the_same(tmp_path):
     study = evidence.Evidence(tmp_path, 1.0, 1)
-    assert set(evidence.BASELINES) | {evidence.DCM, evidence.TEACHER} <= set(shipped_recipes())
+    compared = [*evidence.METHODS, *evidence.TEACHERS]
+    assert {method.recipe for method in compared} <= set(shipped_recipes())
+    for method in compared:
+        [stage] = [stage for stage in load_recipe(method.recipe).stages if stage.kind == "evaluate"]
+        assert method.candidate("4 steps") in {candidate.name for candidate in stage.candidates}
     assert len(evidence.ablations()) > 15
-    spent = [study.tuning(recipe, 1e-5).forwards for recipe in (evidence.DCM, *evidence.BASELINES)]
+    spent = [study.tuning(method, 1e-5).forwards for method in evidence.METHODS]
     assert max(spent) / min(spent) < 1.01
     assert study.teachers()[0].forwards == 0
