@@ -19,7 +19,7 @@ help:
 	@echo "make teacher   train the digits teacher: about an hour of one core"
 	@echo "make evidence  DCM against its baselines, with tuned rates and three seeds: hours; goes on where it was"
 	@echo "make ablations DCM with one thing changed, at the rate that make evidence has found"
-	@echo "               (evidence-quick and ablations-quick: a quarter of the steps, two seeds)"
+	@echo "               (evidence-quick and ablations-quick: a quarter of the steps, half of the samples)"
 	@echo "make test      environment, then the tests"
 	@echo "make torture   repeated kills and resumes"
 	@echo "make coverage  the tests, with line coverage of the core"

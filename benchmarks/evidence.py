@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py                 baselines and DCM
     python benchmarks/evidence.py --ablations     DCM with one thing changed, at DCM's rate
-    python benchmarks/evidence.py --quick         a quarter of the steps, two seeds, two rates; no grid is extended
+    python benchmarks/evidence.py --quick         a quarter of the steps, half of the samples, two seeds, two rates
 
 It may be stopped at any time: called again, it goes on where it was and skips what is done. The cost is stated first.
 
@@ -127,12 +127,14 @@ def stop(*_: object) -> None:
 class Evidence:
     """All runs of one study below one folder."""
 
-    def __init__(self, folder: Path, scale: float, jobs: int) -> None:
-        self.folder, self.scale, self.jobs = folder, scale, jobs
+    def __init__(self, folder: Path, jobs: int = 1, scale: float = 1.0, samples: int | None = None) -> None:
+        self.folder, self.jobs, self.scale, self.samples = folder, jobs, scale, samples
 
     def job(self, recipe: str, folder: Path, rate: float | None, seed: int, noise: int, scale: float = 1.0) -> Job:
         """A run of `recipe` with `scale` of its steps."""
         settings = [f"seed={seed}", f"stages.evaluate.seed={noise}", "stages.evaluate.pictures=0"]
+        if self.samples is not None:
+            settings.append(f"stages.evaluate.samples={self.samples}")
         forwards = 0
         loaded = load_recipe(recipe)
         guided = loaded.backbone.guidance.classifier_free_scale(loaded.backbone.bases()[0]) != 1.0
@@ -348,7 +350,9 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablations", action="store_true", help="DCM's ablations in place of the baselines")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the steps, two seeds, two rates of the grid")
+    parser.add_argument(
+        "--quick", action="store_true", help="a quarter of the steps, half of the samples, two seeds, two rates"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"))
     args = parser.parse_args()
@@ -357,7 +361,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
 
     output = args.output.with_name(f"{args.output.name}-quick") if args.quick else args.output
-    evidence = Evidence(output.resolve(), 0.25 if args.quick else 1.0, args.jobs)
+    quick = {"scale": 0.25, "samples": 520} if args.quick else {}
+    evidence = Evidence(output.resolve(), args.jobs, **quick)
     seeds = SEEDS[:2] if args.quick else SEEDS
     if args.ablations:
         run_ablations(evidence, seeds)

@@ -53,7 +53,7 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
     monkeypatch.setattr(
         evidence, "plot_steps", lambda *args, real=evidence.plot_steps: drawn.append(args) or real(*args)
     )
-    study = evidence.Evidence(tmp_path, 1.0, 1)
+    study = evidence.Evidence(tmp_path)
     evidence.run_baselines(study, [0, 1], RATES, 0, [])
     # Two teachers' evaluations; three rates and two seeds of each recipe; two more seeds of LCM at its other rate.
     assert len(in_process) == 2 + 3 * (3 + 2) + 2
@@ -89,7 +89,7 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
 def test_rates_are_tuned_by_the_methods_own_sampling(tmp_path, monkeypatch):
     done = SimpleNamespace(metrics={"4 steps": {"frechet": 5.0}, "4 steps, re-noised": {"frechet": 3.0}})
     monkeypatch.setattr(evidence.Evidence, "tuning", lambda self, method, rate: done)
-    study = evidence.Evidence(tmp_path, 1.0, 1)
+    study = evidence.Evidence(tmp_path)
     assert (study.score(LCM, 1e-5), study.score(RENOISED, 1e-5)) == (5.0, 3.0)
 
 
@@ -99,13 +99,13 @@ def test_a_grid_grows_until_its_best_rate_lies_inside(tmp_path, monkeypatch, bes
     monkeypatch.setattr(evidence.Evidence, "execute", lambda self, jobs: asked.update(job.folder for job in jobs))
     monkeypatch.setattr(evidence.Evidence, "score", lambda self, method, rate: abs(rate - best))
     monkeypatch.setattr(evidence, "FACTOR", 10.0)
-    tuned = evidence.Evidence(tmp_path, 1.0, 1).tune([evidence.DCM], [1e-6, 1e-5, 1e-4], 2)
+    tuned = evidence.Evidence(tmp_path).tune([evidence.DCM], [1e-6, 1e-5, 1e-4], 2)
     assert tuned[evidence.DCM] == pytest.approx(max(best, 1e-8))  # two extensions, and no more
     assert len(asked) == grid
 
 
 def test_a_run_that_fails_ends_the_study_with_its_own_message(tmp_path, monkeypatch):
-    study = evidence.Evidence(tmp_path, 1.0, 1)
+    study = evidence.Evidence(tmp_path)
 
     def fail(job):
         raise SystemExit("see log.txt")
@@ -116,7 +116,7 @@ def test_a_run_that_fails_ends_the_study_with_its_own_message(tmp_path, monkeypa
 
 
 def test_a_folder_of_another_recipe_is_not_taken_for_done(tmp_path, in_process):
-    study = evidence.Evidence(tmp_path, 1.0, 1)
+    study = evidence.Evidence(tmp_path)
     job = study.teachers()[0]
     job.execute()
     assert job.metrics is not None
@@ -126,7 +126,7 @@ def test_a_folder_of_another_recipe_is_not_taken_for_done(tmp_path, in_process):
 
 
 def test_everything_that_is_compared_is_shipped_and_spends_the_same(tmp_path):
-    study = evidence.Evidence(tmp_path, 1.0, 1)
+    study = evidence.Evidence(tmp_path)
     compared = [*evidence.METHODS, *evidence.TEACHERS]
     assert {method.recipe for method in compared} <= set(shipped_recipes())
     for method in compared:
@@ -136,3 +136,11 @@ def test_everything_that_is_compared_is_shipped_and_spends_the_same(tmp_path):
     spent = [study.tuning(method, 1e-5).forwards for method in evidence.METHODS]
     assert max(spent) / min(spent) < 1.01
     assert study.teachers()[0].forwards == 0
+
+
+def test_the_quick_form_is_smaller_in_every_way(tmp_path):
+    whole, quick = evidence.Evidence(tmp_path), evidence.Evidence(tmp_path, scale=0.25, samples=520)
+    [job], [small] = (study.finals(evidence.DCM, 1e-5, [0]) for study in (whole, quick))
+    assert small.forwards == job.forwards / 4
+    assert "stages.evaluate.samples=520" in small.settings
+    assert load_recipe(small.recipe, [s for s in small.settings if "reference" not in s]).stages[0].steps == 75
