@@ -30,7 +30,7 @@ import torch
 from moedistill import load_recipe, plotting
 from moedistill.checkpoint import Checkpoints
 from moedistill.recipe import shipped_recipes
-from moedistill.report import Table, read_records, tabulate
+from moedistill.report import Line, Table, read_records, tabulate
 from moedistill.stages.base import TrainingStageConfig
 from moedistill.train import comparable
 
@@ -62,7 +62,9 @@ METHODS = (
     Method("baselines/digits_progressive", ", re-noised"),
 )
 TEACHERS = (Method(TEACHER), Method(TEACHER, ", shift 5"))
-"""Untrained, for the plot."""
+"""Untrained."""
+SEMANTIC = ", semantic + teacher"
+"""A sampling with the untouched teacher in place of all experts but the semantic one."""
 SEEDS = (0, 1, 2)
 RATES = (3e-5, 1e-4, 3e-4)
 FACTOR = 10**0.5
@@ -71,6 +73,7 @@ TUNING_SEED = 1000
 """Of training and of the evaluation's noise, so that neither is part of the result."""
 TUNED_BY = ("4 steps", "frechet")
 STEPS = {"1 step": 1, "2 steps": 2, "4 steps": 4, "8 steps": 8}
+TITLES = {"frechet": "Fréchet distance to real videos", "paired_distance": "distance to the teacher's 50 steps"}
 RESAMPLES = 200
 """Of the evaluation's samples, for intervals."""
 SECONDS_PER_FORWARD = 1.2e-3
@@ -229,6 +232,16 @@ class Evidence:
     def score(self, method: Method, rate: float) -> float:
         return _score(method, self.tuning(method, rate))
 
+    def tuning_table(self) -> str:
+        """What every run of the tuning scored, by method and rate."""
+        scores: dict[Method, dict[float, float]] = {}
+        for method in METHODS:
+            tried = [float(folder.name) for folder in (self.folder / "tuning" / _short(method.recipe)).iterdir()]
+            scores[method] = {rate: self.score(method, rate) for rate in tried}
+        rates = sorted({rate for of_method in scores.values() for rate in of_method})
+        rows = [[m.name, *(f"{s[rate]:.0f}" if rate in s else "" for rate in rates)] for m, s in scores.items()]
+        return _markdown(["method", *(f"{rate:.1e}" for rate in rates)], rows)
+
 
 def _score(method: Method, job: Job) -> float:
     """What rates are tuned by, of a finished run."""
@@ -251,35 +264,93 @@ def ablations() -> list[Method]:
     return [Method(name) for name in shipped_recipes() if name.startswith("ablations/digits_")]
 
 
-def tabulated(folder: Path, name: str, jobs: Sequence[Job]) -> Table:
-    """The table of `jobs`, also written as Markdown and JSON."""
-    runs = [job.folder for job in _distinct(jobs)]
-    table = tabulate(read_records(runs), against=DCM.name, resamples=RESAMPLES)
-    (folder / f"{name}.md").write_text(table.markdown() + "\n")
+def tabulated(jobs: Sequence[Job]) -> Table:
+    """Means, intervals and differences to DCM with as many steps, however the steps are taken."""
+    records = read_records([job.folder for job in _distinct(jobs)])
+    return tabulate(records, against=DCM.name, resamples=RESAMPLES, counterpart=lambda name: name.partition(",")[0])
+
+
+class Results:
+    """What tables and plots show: for each method the lines of the runs at its own rate.
+
+    Args:
+        table: of all runs.
+        jobs: one finished run of each method.
+    """
+
+    def __init__(self, table: Table, jobs: Mapping[Method, Job]) -> None:
+        self.methods = list(jobs)
+        ran = {run["folder"]: run["method"] for run in table.runs}
+        lines = {(line.method, line.candidate): line for line in table.lines}
+        self._lines = {
+            (method, steps): lines[key]
+            for method, job in jobs.items()
+            for steps in STEPS
+            if (key := (ran[str(job.folder)], method.candidate(steps))) in lines
+        }
+
+    def __call__(self, method: Method, steps: str) -> Line | None:
+        return self._lines.get((method, steps))
+
+    def by_steps(self, kind: str, differences: bool = False) -> str:
+        """One row for each method, one column for each number of steps."""
+        rows = []
+        for method in self.methods:
+            lines = [self(method, steps) for steps in STEPS]
+            values = [(line.differences if differences else line.values) if line else {} for line in lines]
+            rows.append([method.name, *(str(value.get(kind, "")) for value in values)])
+        return _markdown(["method", *STEPS], [row for row in rows if any(row[1:])])
+
+    def by_metric(self, steps: str) -> str:
+        """One row for each method, one column for each metric, as means."""
+        lines = {method.name: line for method in self.methods if (line := self(method, steps))}
+        kinds = list(dict.fromkeys(kind for line in lines.values() for kind in line.values))
+        head = ["method", *(kind.replace("_", " ") for kind in kinds)]
+        rows = [[n, *(f"{line.values[kind].mean:.3g}" for kind in kinds)] for n, line in lines.items()]
+        return _markdown(head, rows)
+
+    def markdown(self) -> str:
+        parts = []
+        for kind, title in TITLES.items():
+            parts += [f"{title}:", self.by_steps(kind), "Difference to DCM:", self.by_steps(kind, differences=True)]
+        return "\n\n".join([*parts, "All metrics, 4 steps:", self.by_metric("4 steps")])
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def every_run(table: Table, folder: Path) -> str:
+    """Each run with its training and its Fréchet distance at 4 steps."""
+    lines = {(line.method, line.candidate): line for line in table.lines}
+    rows = []
+    for run in table.runs:
+        seeds = [other["seed"] for other in table.runs if other["method"] == run["method"]]
+        scored = lines[run["method"], "4 steps"].values["frechet"].seeds[seeds.index(run["seed"])]
+        costs = [f"{run[what]:.0f}" for what in ("steps", "forwards", "seconds")]
+        rows.append([str(Path(run["folder"]).relative_to(folder)), *costs, f"{scored:.0f}"])
+    return _markdown(["run", "steps", "forwards", "seconds of training", "FD, 4 steps"], rows)
+
+
+def write(folder: Path, name: str, table: Table, parts: Sequence[str]) -> None:
+    """`parts` and all of `table` as Markdown, and the table as JSON."""
+    parts = [*parts, "Every run:", every_run(table, folder), "Everything:", table.markdown()]
+    (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n")
     (folder / f"{name}.json").write_text(json.dumps(table.plain(), indent=1))
     print(f"{folder / name}.md")
-    return table
 
 
-def plot_steps(table: Table, methods: Mapping[Method, Job], file: Path) -> None:
-    """Quality against sampling steps; `methods` gives one run of each."""
+def plot_steps(results: Results, file: Path) -> None:
+    """Quality against sampling steps."""
     from matplotlib.figure import Figure
 
-    ran = {run["folder"]: run["method"] for run in table.runs}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, kind, title in zip(
-        figure.subplots(1, 2),
-        ("frechet", "paired_distance"),
-        ("Fréchet distance to real videos", "distance to the teacher's 50 steps"),
-        strict=True,
-    ):
-        for method, job in methods.items():
-            names = {method.candidate(steps): count for steps, count in STEPS.items()}
-            of_method = [line for line in table.lines if line.method == ran[str(job.folder)]]
-            shown = [(names[line.candidate], line.values[kind]) for line in of_method if line.candidate in names]
+    for axes, (kind, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
+        for method in results.methods:
+            shown = {steps: line.values[kind] for steps in STEPS if (line := results(method, steps))}
             axes.errorbar(
-                [steps for steps, _ in shown], [value.mean for _, value in shown],
-                [[v.mean - v.low for _, v in shown], [v.high - v.mean for _, v in shown]],
+                [STEPS[steps] for steps in shown], [value.mean for value in shown.values()],
+                [[v.mean - v.low for v in shown.values()], [v.high - v.mean for v in shown.values()]],
                 marker="o", capsize=3, label=method.name, linestyle=":" if method.sampling else "-",
                 linewidth=3 if method == DCM else 1.5,
             )  # fmt: skip
@@ -321,9 +392,12 @@ def run_baselines(
     finals = [job for seed in seeds for method, rate in tuned.items() for job in evidence.finals(method, rate, [seed])]
     evidence.execute(finals)
     [teacher, _] = evidence.teachers()
-    table = tabulated(folder, "evidence", [teacher, *finals])
+    table = tabulated([teacher, *finals])
     one_each = {method: evidence.finals(method, rate, seeds)[0] for method, rate in tuned.items()}
-    plot_steps(table, dict.fromkeys(TEACHERS, teacher) | one_each, folder / "evidence.png")
+    shown = dict.fromkeys(TEACHERS, teacher) | one_each
+    results = Results(table, shown | {Method(DCM.recipe, SEMANTIC): one_each[DCM]})
+    write(folder, "evidence", table, [results.markdown(), "Tuning:", evidence.tuning_table()])
+    plot_steps(results, folder / "evidence.png")
 
     smaller = {method: [evidence.smaller(method, rate, seeds[0], b) for b in budgets] for method, rate in tuned.items()}
     evidence.execute([job for jobs in smaller.values() for job in jobs])
@@ -344,7 +418,10 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
     # Seed by seed, as above.
     jobs = [job for seed in seeds for method in ablations() for job in evidence.finals(method, rate, [seed])]
     evidence.execute(jobs)
-    tabulated(folder, "ablations", [*evidence.finals(DCM, rate, seeds), *jobs])
+    table = tabulated([*evidence.finals(DCM, rate, seeds), *jobs])
+    one_each = {method: evidence.finals(method, rate, seeds)[0] for method in [DCM, *ablations()]}
+    semantic = {Method(method.recipe, SEMANTIC): job for method, job in one_each.items()}
+    write(folder, "ablations", table, [Results(table, one_each | semantic).markdown()])
 
 
 def main() -> None:

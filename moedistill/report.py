@@ -12,7 +12,7 @@ that what they share cancels.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -110,7 +110,7 @@ class Table:
         parts = [_markdown([(line, line.values) for line in self.lines])]
         compared = [(line, line.differences) for line in self.lines if line.differences]
         if compared:
-            parts.append(f"Difference to {self.against} at the same candidate:\n\n{_markdown(compared)}")
+            parts.append(f"Difference to {self.against}:\n\n{_markdown(compared)}")
         return "\n\n".join(parts)
 
     def plain(self) -> dict[str, Any]:
@@ -213,15 +213,18 @@ def tabulate(
     metrics: Sequence[str] | None = None,
     resamples: int = 200,
     seed: int = 0,
+    counterpart: Callable[[str], str] = str,
 ) -> Table:
     """Every method's candidates by metric, with intervals.
 
     Args:
         records: runs; those of one method are its training seeds.
-        against: a method, to which the others' differences are taken, candidate by candidate.
+        against: a method, to which differences are taken.
         metrics: kinds to tabulate, in this order; all if not given.
         resamples: bootstrap draws.
         seed: of these draws.
+        counterpart: names the candidate of `against` that a candidate's difference is taken to: the one of its own
+            name, if not given.
 
     Raises:
         UserError: `against` is no method of theirs, or the runs cannot be compared because their noise differs.
@@ -247,8 +250,8 @@ def tabulate(
         forwards = fmean(record.total("forwards") for record in alike)
         for candidate, values in measured[method].items():
             line = Line(method, candidate, forwards, {kind: _estimate(value) for kind, value in values.items()})
-            if against is not None and method != against:
-                base = measured[against].get(candidate, {})
+            if against is not None and (method, candidate) != (against, counterpart(candidate)):
+                base = measured[against].get(counterpart(candidate), {})
                 paired = seeds[method] == seeds[against]
                 line.differences = {k: _difference(v, base[k], paired) for k, v in values.items() if k in base}
             lines.append(line)

@@ -49,10 +49,8 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
     monkeypatch.setattr(evidence, "METHODS", list(BEST))
     monkeypatch.setattr(evidence, "ablations", lambda: [evidence.Method("ablations/digits_rank_4")])
     monkeypatch.setattr(evidence.Evidence, "score", lambda self, method, rate: abs(rate - BEST[method]))
-    drawn = []
-    monkeypatch.setattr(
-        evidence, "plot_steps", lambda *args, real=evidence.plot_steps: drawn.append(args) or real(*args)
-    )
+    drawn, plot_steps = [], evidence.plot_steps
+    monkeypatch.setattr(evidence, "plot_steps", lambda *args: drawn.append(args) or plot_steps(*args))
     study = evidence.Evidence(tmp_path)
     evidence.run_baselines(study, [0, 1], RATES, 0, [])
     # Two teachers' evaluations; three rates and two seeds of each recipe; two more seeds of LCM at its other rate.
@@ -63,16 +61,28 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
         "digits_few_step_teacher", "evidence_digits", "digits_two_phase", *lcm,
     }  # fmt: skip
     assert {run["seed"] for run in table["runs"]} == {0, 1}
-    assert all(line["differences"] for line in table["lines"] if line["method"] == "digits_two_phase")
     recipe = load_recipe(tmp_path / "final/digits_two_phase/2.0e-05/seed1/recipe.yaml")
     assert (recipe.seed, recipe.stages[0].optimizer.lr) == (1, 2e-5)
     assert json.loads((tmp_path / "rates.json").read_text())["digits_lcm, re-noised"] == 4e-5
     for name in ("evidence.md", "evidence.png", "compute.png", "compute.json"):
         assert (tmp_path / name).stat().st_size > 0
-    # Every curve is of the runs at its own rate.
-    [(_, shown, _)] = drawn
-    assert shown[RENOISED].folder == tmp_path / "final/digits_lcm/4.0e-05/seed0"
-    assert set(evidence.TEACHERS) < set(shown)
+    # Every line is of the runs at its own rate; sampling that DCM lacks is compared with its own steps.
+    [(results, _)] = drawn
+    assert results(RENOISED, "4 steps").method == lcm[1]
+    assert results(RENOISED, "4 steps").candidate == "4 steps, re-noised"
+    assert results(LCM, "4 steps").method == lcm[0]
+    assert results(RENOISED, "1 step") is None
+    base, mine = (results(method, "4 steps").values["frechet"] for method in (evidence.DCM, RENOISED))
+    assert results(RENOISED, "4 steps").differences["frechet"].mean == pytest.approx(mine.mean - base.mean)
+    assert set(evidence.TEACHERS) < set(results.methods)
+    shown = (tmp_path / "evidence.md").read_text()
+    for row in (
+        f"| digits_lcm, re-noised |  | {results(RENOISED, '2 steps').values['frechet']}",
+        "| final/evidence_digits/2.0e-05/seed1 | ",
+        "| method | 1.0e-05 | 2.0e-05 | 4.0e-05 |",
+        "| evidence_digits, semantic + teacher |  | ",
+    ):
+        assert row in shown
 
     done = len(in_process)
     evidence.run_ablations(study, [0])

@@ -128,6 +128,24 @@ def test_what_samples_and_seeds_share_cancels_in_a_difference(finished, tmp_path
     assert other.values["paired_distance"].high - other.values["paired_distance"].low > 100
 
 
+def test_a_difference_can_be_taken_to_another_candidate(finished, tmp_path):
+    """Also within the method that differences are taken to; never of a candidate to itself."""
+    rows = normal(1)
+    for name, shift in (("base", 0.0), ("other", 3.0)):
+        folder = copy_of(finished, tmp_path / name, name=name, rows=rows + shift)
+        values = {"paired_distance/student": rows + shift, "paired_distance/teacher": rows + 2 * shift + 1}
+        save_file({key: value.double()[:, None] for key, value in values.items()}, folder / "evaluate/rows.safetensors")
+    lines = tabulate(read_records([tmp_path]), against="base", counterpart=lambda name: "student").lines
+    differences = {
+        (line.method, line.candidate): line.differences["paired_distance"].mean for line in lines if line.differences
+    }
+    assert differences == {
+        ("base", "teacher"): pytest.approx(1.0),
+        ("other", "student"): pytest.approx(3.0),
+        ("other", "teacher"): pytest.approx(7.0),
+    }
+
+
 def test_other_seeds_are_no_pairs(finished, tmp_path):
     """Each method's seeds then add their own spread; a single run adds none."""
     for name, seeds in (("base", (0, 1)), ("other", (2, 3)), ("single", (0,))):
