@@ -63,8 +63,8 @@ METHODS = (
 )
 TEACHERS = (Method(TEACHER), Method(TEACHER, ", shift 5"))
 """Untrained."""
-SEMANTIC = ", semantic + teacher"
-"""A sampling with the untouched teacher in place of all experts but the semantic one."""
+CONTROLS = (", semantic + teacher", ", semantic alone")
+"""Samplings with the untouched teacher, or the semantic expert, in place of the other experts."""
 SEEDS = (0, 1, 2)
 RATES = (3e-5, 1e-4, 3e-4)
 FACTOR = 10**0.5
@@ -134,23 +134,27 @@ class Evidence:
         self.folder, self.jobs, self.scale, self.samples = folder, jobs, scale, samples
 
     def job(self, recipe: str, folder: Path, rate: float | None, seed: int, noise: int, scale: float = 1.0) -> Job:
-        """A run of `recipe` with `scale` of its steps."""
+        """A run of `recipe` with `scale` of its steps.
+
+        `rate` is that of its first stage; the rates of its other stages keep their ratio to that.
+        """
         settings = [f"seed={seed}", f"stages.evaluate.seed={noise}", "stages.evaluate.pictures=0"]
         if self.samples is not None:
             settings.append(f"stages.evaluate.samples={self.samples}")
         forwards = 0
         loaded = load_recipe(recipe)
         guided = loaded.backbone.guidance.classifier_free_scale(loaded.backbone.bases()[0]) != 1.0
-        for stage in loaded.stages:
-            if isinstance(stage, TrainingStageConfig):
-                steps = max(1, round(stage.steps * self.scale * scale))
-                settings.append(f"stages.{stage.name}.steps={steps}")
-                if rate is not None:
-                    settings.append(f"stages.{stage.name}.optimizer.lr={rate:.2e}")
-                # Student, target and teacher, guided; the probe reads two more, or three.
-                data = any(loss.needs_data_probe for loss in stage.losses)
-                per_sample = (4 + data if stage.probe else 2) + (2 if guided else 1)
-                forwards += steps * loaded.training.batch_size * per_sample
+        trained = [stage for stage in loaded.stages if isinstance(stage, TrainingStageConfig)]
+        for stage in trained:
+            steps = max(1, round(stage.steps * self.scale * scale))
+            settings.append(f"stages.{stage.name}.steps={steps}")
+            if rate is not None:
+                scaled = rate * stage.optimizer.lr / trained[0].optimizer.lr
+                settings.append(f"stages.{stage.name}.optimizer.lr={scaled:.2e}")
+            # Student, target and teacher, guided; the probe reads two more, or three.
+            data = any(loss.needs_data_probe for loss in stage.losses)
+            per_sample = (4 + data if stage.probe else 2) + (2 if guided else 1)
+            forwards += steps * loaded.training.batch_size * per_sample
         if recipe != TEACHER:
             settings.append(f"stages.evaluate.reference_samples={self.teacher(noise) / 'evaluate/latents.safetensors'}")
         return Job(recipe, folder, tuple(settings), forwards)
@@ -320,6 +324,10 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
+def _controls(jobs: Mapping[Method, Job]) -> dict[Method, Job]:
+    return {Method(method.recipe, control): job for method, job in jobs.items() for control in CONTROLS}
+
+
 def every_run(table: Table, folder: Path) -> str:
     """Each run with its training and its Fréchet distance at 4 steps."""
     lines = {(line.method, line.candidate): line for line in table.lines}
@@ -395,7 +403,7 @@ def run_baselines(
     table = tabulated([teacher, *finals])
     one_each = {method: evidence.finals(method, rate, seeds)[0] for method, rate in tuned.items()}
     shown = dict.fromkeys(TEACHERS, teacher) | one_each
-    results = Results(table, shown | {Method(DCM.recipe, SEMANTIC): one_each[DCM]})
+    results = Results(table, shown | _controls({DCM: one_each[DCM]}))
     write(folder, "evidence", table, [results.markdown(), "Tuning:", evidence.tuning_table()])
     plot_steps(results, folder / "evidence.png")
 
@@ -420,8 +428,7 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
     evidence.execute(jobs)
     table = tabulated([*evidence.finals(DCM, rate, seeds), *jobs])
     one_each = {method: evidence.finals(method, rate, seeds)[0] for method in [DCM, *ablations()]}
-    semantic = {Method(method.recipe, SEMANTIC): job for method, job in one_each.items()}
-    write(folder, "ablations", table, [Results(table, one_each | semantic).markdown()])
+    write(folder, "ablations", table, [Results(table, one_each | _controls(one_each)).markdown()])
 
 
 def main() -> None:

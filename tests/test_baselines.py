@@ -110,6 +110,7 @@ def test_budgets_of_the_other_guided_models_are_wan_s(model):
 def test_ablations_that_cost_something_else(forwards):
     assert forwards("ablations/digits_three_experts") == forwards("evidence_digits")
     costs = {"without_gan_fm": 375 * 4 * 2, "huber_only": 375 * 4 * 2, "gan_data": 300 * 4 + 257 * 7}
+    costs["semantic_only"] = 750 * 4
     for name, expected in costs.items():
         assert forwards(f"ablations/digits_{name}") == expected
         assert expected == pytest.approx(forwards("evidence_digits"), rel=0.01)
@@ -232,9 +233,10 @@ FULL = {"kind": "full", "from": "teacher", "base": None}
 
 
 def steps(**points):
-    """The changed steps of candidates: `two` and `four` are those with and without the teacher below the boundary."""
-    names = {"two": ("2 steps", "2 steps, semantic + teacher"), "four": ("4 steps", "4 steps, semantic + teacher")}
-    names["eight"] = ("8 steps",)
+    """The changed steps of candidates, and of those with a stand-in below the boundary."""
+    names = {"eight": ["8 steps"]}
+    for key, count in (("two", "2 steps"), ("four", "4 steps")):
+        names[key] = [count, f"{count}, semantic + teacher", f"{count}, semantic alone"]
     changed = {f"stages.evaluate.candidates.{name}.sample.points": points[key] for key in points for name in names[key]}
     return changed | {"sample.points": points["four"]}
 
@@ -264,7 +266,7 @@ CHANGES = {
         "stages.detail.losses.feature_matching": GONE,
         "stages.detail.probe": None,
     },
-    "two_full_experts": {"experts.detail": FULL},
+    "two_full_experts": {"experts.detail": FULL, "stages.detail.optimizer.lr": 1e-3},
     "semantic_lora": {"experts.semantic": LORA},
     "three_experts": {
         "experts.middle": {**LORA, "from": "semantic"},
@@ -273,12 +275,15 @@ CHANGES = {
             {"point": point, "sigma": None, "timestep": None, "ratio": None, "snr": None} for point in (35, 20)
         ],
         "stages.semantic.steps": 225,
-        "stages.middle": {"expert": "middle", "steps": 225},
+        "stages.middle": {"expert": "middle", "steps": 225, "lr": 1e-4},
         "stages.detail.steps": 200,
         "stages.evaluate.candidates.4 steps.sample.points": [50, 35, 20, 10],
         "stages.evaluate.candidates.2 steps, semantic + teacher.stand_ins.middle": "teacher",
         "stages.evaluate.candidates.4 steps, semantic + teacher.stand_ins.middle": "teacher",
         "stages.evaluate.candidates.4 steps, semantic + teacher.sample.points": [50, 35, 20, 10],
+        "stages.evaluate.candidates.2 steps, semantic alone.stand_ins.middle": "semantic",
+        "stages.evaluate.candidates.4 steps, semantic alone.stand_ins.middle": "semantic",
+        "stages.evaluate.candidates.4 steps, semantic alone.sample.points": [50, 35, 20, 10],
         "stages.evaluate.candidates.8 steps.sample.points": [50, 45, 40, 35, 28, 20, 14, 7],
         "sample.points": [50, 35, 20, 10],
     },
@@ -293,6 +298,8 @@ CHANGES = {
     "fm_hidden": {"stages.detail.losses.feature_matching.space": "hidden"},
     "end_zero": {"trajectory.end": "zero"},
     "detail_from_teacher": {"experts.detail.from": "teacher"},
+    "one_rate": {"stages.detail.optimizer.lr": 1e-3},
+    "semantic_only": {"stages.semantic.steps": 750, "stages.detail": GONE},
     "gan_data": {"stages.detail.steps": 257, "stages.detail.losses.gan.real": "data"},
     "student_target": {
         "stages.semantic.target": "student",
@@ -336,6 +343,6 @@ def test_an_ablation_changes_what_its_name_says(name):
     if name == "three_experts":
         middle = found["stages.middle"]
         assert (middle["losses"], middle["target"]) == (child["stages"]["semantic"]["losses"], "ema")
-        assert middle["optimizer"] == child["stages"]["semantic"]["optimizer"]
-        found["stages.middle"] = {key: middle[key] for key in ("expert", "steps")}
+        assert middle["optimizer"] == child["stages"]["detail"]["optimizer"]
+        found["stages.middle"] = {key: middle[key] for key in ("expert", "steps")} | {"lr": middle["optimizer"]["lr"]}
     assert found == CHANGES[name]

@@ -154,3 +154,11 @@ def test_the_quick_form_is_smaller_in_every_way(tmp_path):
     assert small.forwards == job.forwards / 4
     assert "stages.evaluate.samples=520" in small.settings
     assert load_recipe(small.recipe, [s for s in small.settings if "reference" not in s]).stages[0].steps == 75
+
+
+def test_the_rates_of_stages_keep_their_ratio(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    rates = "semantic: {optimizer: {lr: 0.5}}, detail: {optimizer: {lr: 0.25}}"
+    recipe.write_text(f"extends: {shipped_recipes()['evidence_digits']}\nname: mine\nstages: {{{rates}}}\n")
+    [job] = evidence.Evidence(tmp_path).finals(evidence.Method(str(recipe)), 1e-4, [0])
+    assert {"stages.semantic.optimizer.lr=1.00e-04", "stages.detail.optimizer.lr=5.00e-05"} < set(job.settings)
