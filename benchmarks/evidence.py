@@ -21,18 +21,17 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moedistill import load_recipe, plotting
 from moedistill.checkpoint import Checkpoints
-from moedistill.recipe import shipped_recipes
+from moedistill.recipe import Recipe, shipped_recipes
 from moedistill.report import Line, Table, read_records, tabulate
 from moedistill.stages.base import TrainingStageConfig
-from moedistill.train import comparable
+from moedistill.train import COST, changed_keys, comparable
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,8 @@ class Job:
     folder: Path
     settings: tuple[str, ...]
     forwards: int
+    begun: Path | None = None
+    """A checkpoint of another run to go on from."""
 
     @property
     def metrics(self) -> dict[str, dict[str, float]] | None:
@@ -97,20 +98,34 @@ class Job:
         file = self.folder / "result.json"
         results = json.loads(file.read_text()) if file.is_file() else {}
         metrics: dict[str, dict[str, float]] | None = results.get("evaluate")
-        if metrics is not None and comparable(load_recipe(self.folder / "recipe.yaml").resolved()) != self._wanted():
+        if metrics is None:
+            return None
+        found = load_recipe(self.folder / "recipe.yaml")
+        if comparable(found.resolved()) != comparable(self.load().resolved()):
             raise SystemExit(
                 f"{self.folder} is of another recipe or other settings: move it away, or use another --output"
             )
         return metrics
 
-    def _wanted(self) -> dict[str, Any]:
-        return comparable(load_recipe(self.recipe, self.settings).resolved())
+    def load(self) -> Recipe:
+        return load_recipe(self.recipe, self.settings)
+
+    def branching(self, other: "Job") -> "Job":
+        """The same run, begun at the end of the first stage of `other`, which is finished, if that is its own too."""
+        checkpoints = (other.folder / "checkpoints").glob("00_*")
+        begun = max(checkpoints, default=None)
+        if begun is None or changed_keys(self.load(), begun)[0]:
+            return self
+        first, *_ = json.loads((other.folder / COST).read_text()).values()
+        return replace(self, begun=begun, forwards=self.forwards - first["forwards"])
 
     def execute(self) -> None:
         command = [sys.executable, "-m", "moedistill", "run", self.recipe, "--output", str(self.folder)]
         command += [f"--set={setting}" for setting in self.settings]
         if Checkpoints(self.folder / "checkpoints", keep=1).all():
             command.append("--resume")
+        elif self.begun is not None:
+            command.append(f"--resume-from={self.begun}")
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("a") as log, subprocess.Popen(command, stdout=log, stderr=log) as child:
             CHILDREN.append(child)
@@ -209,7 +224,7 @@ class Evidence:
 
     def seconds_per_forward(self) -> float:
         """As measured in the runs that are done."""
-        costs = [json.loads(file.read_text()).values() for file in self.folder.rglob("cost.json")]
+        costs = [json.loads(file.read_text()).values() for file in self.folder.rglob(COST)]
         timed = [sum(s["seconds"] for s in cost) / sum(s["forwards"] for s in cost) for cost in costs if cost]
         return statistics.median(timed) if timed else SECONDS_PER_FORWARD
 
@@ -418,13 +433,19 @@ def run_baselines(
 
 
 def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
-    """Trains and tabulates every ablation at the rate that was found for DCM."""
+    """Trains and tabulates every ablation at the rate that was found for DCM.
+
+    Those that change nothing before DCM's first stage ends begin there.
+    """
     folder = evidence.folder
     if not (folder / "rates.json").is_file():
         raise SystemExit(f"{folder / 'rates.json'} is missing: run without --ablations first, it finds the rate")
     rate = json.loads((folder / "rates.json").read_text())[DCM.name]
     # Seed by seed, as above.
-    jobs = [job for seed in seeds for method in ablations() for job in evidence.finals(method, rate, [seed])]
+    jobs = []
+    for seed in seeds:
+        [base] = evidence.finals(DCM, rate, [seed])
+        jobs += [evidence.finals(method, rate, [seed])[0].branching(base) for method in ablations()]
     evidence.execute(jobs)
     table = tabulated([*evidence.finals(DCM, rate, seeds), *jobs])
     one_each = {method: evidence.finals(method, rate, seeds)[0] for method in [DCM, *ablations()]}

@@ -66,6 +66,7 @@ def run(
       moedistill run dcm_digits
       moedistill run dcm_digits --smoke --set stages.detail.optimizer.lr=1e-5
       moedistill run my_recipe.yaml --output runs/mine --resume
+      moedistill run other_detail.yaml --resume-from runs/mine/checkpoints/00_semantic_00001000 --output runs/other
     """
     if resume and resume_from is not None:
         raise click.UsageError("give --resume or --resume-from, not both")

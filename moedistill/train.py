@@ -80,7 +80,8 @@ def run(
         recipe: a recipe, its file or name, or its content.
         output: the run's folder; `runs/<name>/<time>` if not given (`runs/<name>-smoke/…` for a smoke run).
         resume: go on with the newest checkpoint of `output`, or of the newest run of this name.
-        resume_from: go on with this checkpoint, or the newest one of this run.
+        resume_from: go on with this checkpoint, or the newest one of this run. With another `output` than its own, the
+            recipe may differ in what comes later: see `changed_keys`.
         smoke: replace sizes, never code: a miniature backbone, few samples, few steps.
         device: as torch names it; the accelerator if there is one, else "cpu".
         plugins: as loaded by `load_plugins`; all installed ones if not given.
@@ -99,7 +100,8 @@ def run(
         recipe = miniature(recipe)
     checkpoint = _checkpoint_to_resume(recipe, output, resume, resume_from, smoke)
     if checkpoint is not None:
-        _check_same_recipe(recipe, checkpoint)
+        branch = output is not None and not _belongs_to(checkpoint, Path(output))
+        _check_same_recipe(recipe, checkpoint, branch)
     accelerator = make_accelerator(recipe, device)
     folder = _output_folder(recipe, output, checkpoint, smoke)
     accelerator.wait_for_everyone()  # nobody writes there before all have looked
@@ -427,14 +429,40 @@ def _output_folder(recipe: Recipe, output: str | Path | None, checkpoint: Path |
     return folder
 
 
-def _check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
-    saved, now = (comparable(tree) for tree in (load_tree(checkpoint, "state")["recipe"], recipe.resolved()))
-    keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
-    if keys:
+def _check_same_recipe(recipe: Recipe, checkpoint: Path, branch: bool) -> None:
+    """Raises a UserError if `recipe` cannot go on from `checkpoint`; a branch may differ in what comes later."""
+    before, after = changed_keys(recipe, checkpoint)
+    if before or (after and not branch):
+        rescue = "" if before else ", give a new --output, where what comes later may differ"
         raise UserError(
-            f"the recipe is not the one that {checkpoint} was made with: {', '.join(sorted(keys))} differ. Resume with "
-            f"the recipe.yaml in its run's folder, or start a new run"
+            f"the recipe is not the one that {checkpoint} was made with: {', '.join(sorted(before + after))} differ. "
+            f"Resume with the recipe.yaml in its run's folder{rescue}, or start a new run"
         )
+
+
+def changed_keys(recipe: Recipe, checkpoint: str | Path) -> tuple[list[str], list[str]]:
+    """Keys in which `recipe` differs from the one that `checkpoint` was made with, as dotted paths.
+
+    The second list are those on which nothing in the checkpoint depends: later stages, experts that no stage up to the
+    checkpoint's has trained, sampling, names. A recipe that differs in these alone can go on from there in a folder of
+    its own, and gives what it would have given from its beginning.
+    """
+    state = load_tree(Path(checkpoint), "state")
+    made, number = state["recipe"], state["stage"]
+    settled = {stage["expert"] for stage in made["stages"][: number + 1] if "expert" in stage}
+    while parents := {made["experts"][name]["from"] for name in settled & made["experts"].keys()} - settled:
+        settled |= parents
+    saved, now = comparable(made), comparable(recipe.resolved())
+
+    def later(key: str) -> bool:
+        top, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        if top == "stages":
+            return int(name) > number
+        return top in ("name", "description", "sample") or (top == "experts" and name not in settled)
+
+    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    return [key for key in changed if not later(key)], [key for key in changed if later(key)]
 
 
 def comparable(resolved: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from moedistill.recipe import load_recipe, shipped_recipes
 from moedistill.smoke import miniature
-from moedistill.train import comparable, run
+from moedistill.train import run
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "evidence.py"
 spec = importlib.util.spec_from_file_location("evidence", FILE)
@@ -25,15 +25,16 @@ def in_process(monkeypatch):
     """Jobs run here, as miniatures; gives the folders of those that ran."""
     ran = []
 
-    def recipe(job):
-        return load_recipe(job.recipe, [setting for setting in job.settings if "reference_samples" not in setting])
+    def load(job):
+        settings = [setting for setting in job.settings if "reference_samples" not in setting]
+        return miniature(load_recipe(job.recipe, settings))
 
     def execute(job):
         ran.append(job.folder)
-        run(recipe(job), output=job.folder, smoke=True, device="cpu")
+        run(job.load(), output=job.folder, resume_from=job.begun, device="cpu")
 
     monkeypatch.setattr(evidence.Job, "execute", execute)
-    monkeypatch.setattr(evidence.Job, "_wanted", lambda job: comparable(miniature(recipe(job)).resolved()))
+    monkeypatch.setattr(evidence.Job, "load", load)
     return ran
 
 
@@ -47,7 +48,8 @@ BEST = {evidence.DCM: 2e-5, TWO_PHASE: 2e-5, LCM: 2e-5, RENOISED: 4e-5}
 def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(evidence, "RESAMPLES", 3)
     monkeypatch.setattr(evidence, "METHODS", list(BEST))
-    monkeypatch.setattr(evidence, "ablations", lambda: [evidence.Method("ablations/digits_rank_4")])
+    ablations = [evidence.Method(f"ablations/digits_{name}") for name in ("rank_4", "without_tc")]
+    monkeypatch.setattr(evidence, "ablations", lambda: ablations)
     monkeypatch.setattr(evidence.Evidence, "score", lambda self, method, rate: abs(rate - BEST[method]))
     drawn, plot_steps = [], evidence.plot_steps
     monkeypatch.setattr(evidence, "plot_steps", lambda *args: drawn.append(args) or plot_steps(*args))
@@ -86,14 +88,22 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
 
     done = len(in_process)
     evidence.run_ablations(study, [0])
-    assert in_process[done:] == [tmp_path / "final/digits_rank_4/2.0e-05/seed0"]
+    rank_4, without_tc = (tmp_path / f"final/digits_{name}/2.0e-05/seed0" for name in ("rank_4", "without_tc"))
+    assert in_process[done:] == [rank_4, without_tc]
+    # What changes nothing in the first stage has it from DCM's run; every run has its whole cost.
+    times = [
+        json.loads((folder / "cost.json").read_text())
+        for folder in (tmp_path / "final/evidence_digits/2.0e-05/seed0", rank_4, without_tc)
+    ]
+    assert times[0]["semantic"] == times[1]["semantic"] != times[2]["semantic"]
+    assert len({sum(cost["forwards"] for cost in one.values()) for one in times}) == 1
     # Killed while one run was under way, and called again: that one is done, and nothing else.
     killed = tmp_path / "final/evidence_digits/2.0e-05/seed1"
     (killed / "result.json").unlink()
     for checkpoint in (killed / "checkpoints").iterdir():
         checkpoint.rename(tmp_path / checkpoint.name)
     evidence.run_baselines(study, [0, 1], RATES, 0, [])
-    assert in_process[done + 1 :] == [killed]
+    assert in_process[done + 2 :] == [killed]
 
 
 def test_rates_are_tuned_by_the_methods_own_sampling(tmp_path, monkeypatch):

@@ -216,6 +216,65 @@ def test_a_second_stage_goes_on_with_its_expert(tmp_path):
     assert all((a["semantic"][name] - weight).abs().max() < 1e-9 for name, weight in b["semantic"].items())
 
 
+# -- branches ---------------------------------------------------------------------------------------------------------
+
+OTHER = {
+    "name": "other",
+    "experts.detail.rank": 4,
+    "experts.detail.from": "teacher",
+    "stages.1.name": "fine",
+    "stages.1.losses": [{"kind": "huber", "c": 0.1}],
+    "stages.1.probe": None,
+    "stages.1.steps": 3,
+    "sample.points": [4, 2, 1],
+}
+
+
+def test_a_branch_ends_as_a_run_of_its_own(whole, tmp_path):
+    """Other later stages and experts, from the end of the first stage of another run, whose later lines are dropped."""
+    begun = whole.output / "checkpoints" / f"00_semantic_{STEPS:08d}"
+    branch = run(recipe(**OTHER), output=tmp_path / "branch", resume_from=begun, device="cpu")
+    alone = run(recipe(**OTHER), output=tmp_path / "alone", device="cpu")
+    assert (branch.checkpoint.name, alone.checkpoint.name) == ("01_fine_00000003",) * 2
+    assert equal(trees(branch.checkpoint), trees(alone.checkpoint))
+    assert branch.metrics["evaluate"] == alone.metrics["evaluate"]
+    spent = [{stage: (c["steps"], c["forwards"]) for stage, c in one.cost.items()} for one in (branch, alone)]
+    assert spent[0] == spent[1]
+    assert lines(branch.output) == lines(alone.output)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"stages.0.steps": 9}, "stages.0.steps"),
+        ({"experts.semantic.kind": "lora", "experts.semantic.rank": 2}, "experts.semantic.kind"),
+        ({"router.boundaries": [{"point": 3}], **OTHER}, "router.boundaries"),
+        ({"seed": 1}, "seed"),
+    ],
+)
+def test_a_branch_keeps_what_its_beginning_was_trained_with(whole, tmp_path, changes, named):
+    begun = whole.output / "checkpoints" / f"00_semantic_{STEPS:08d}"
+    with pytest.raises(UserError, match=named) as caught:
+        run(recipe(**changes), output=tmp_path / "branch", resume_from=begun, device="cpu")
+    assert "new --output" not in str(caught.value)
+    assert not (tmp_path / "branch").exists()
+
+
+def test_a_branch_needs_a_folder_of_its_own(whole):
+    begun = whole.output / "checkpoints" / f"00_semantic_{STEPS:08d}"
+    with pytest.raises(UserError, match="give a new --output"):
+        run(recipe(**OTHER), resume_from=begun, device="cpu")
+
+
+def test_the_expert_under_way_is_settled(whole, tmp_path):
+    """Amid the second stage its expert, and what that starts from, can no longer be others."""
+    with pytest.raises(UserError, match=r"experts\.detail\.rank"):
+        run(
+            recipe(**{"experts.detail.rank": 4}), output=tmp_path / "branch", device="cpu",
+            resume_from=whole.output / "checkpoints" / "01_detail_00000002",
+        )  # fmt: skip
+
+
 # -- what must not be resumed -----------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """metrics.jsonl: one line per logged step."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class MetricsFile:
                 line = json.loads(text)
             except json.JSONDecodeError:  # cut off by a crash
                 continue
-            if (order[line["stage"]], line["step"]) <= here:
+            # A branch has the lines of the run that it comes from, whose later stages may be others.
+            if (order.get(line["stage"], math.inf), line["step"]) <= here:
                 kept.append(text + "\n")
         write_text(self._path, "".join(kept))
 
