@@ -43,7 +43,7 @@ def cli() -> None:
 @set_option
 @click.option("--smoke", is_flag=True, help="The same run in miniature: seconds, on a CPU.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
-@click.option("--resume-from", metavar="PATH", help="Go on from this run or checkpoint.")
+@click.option("--resume-from", metavar="PATH", help="Go on from this run or checkpoint; with --output, elsewhere.")
 @click.option("--output", metavar="DIR", help="The run's folder; runs/NAME/TIME if not given.")
 @click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
 @device_option

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moedistill.callbacks import MetricsFile, Progress, Trackers
+from moedistill.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.checkpoint import Checkpoints, find_checkpoint, load_tree, write_text
 from moedistill.context import Job, Run
 from moedistill.data.base import Dataset
@@ -225,7 +225,11 @@ class _Runner:
         if self.job.main and not (self.folder / METRICS).exists() and history.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(history, self.folder / METRICS)  # a run that goes on in another folder
+            stages = [stage["name"] for stage in state["recipe"]["stages"]]
+            drop_later_lines(self.folder / METRICS, stages, state["stage"], state["step"])
         self.job.say(f"resuming from {checkpoint}: stage {state['stage_name']}, step {state['step']}")
+        if others := sorted({".".join(key.split(".")[:2]) for key in changed_keys(self.recipe, checkpoint)[1]}):
+            self.job.say(f"other than there: {', '.join(others)}")
         return state["stage"], state["step"]
 
     def _stages(self, first: int, first_step: int, checkpoint: Path | None) -> None:
@@ -432,23 +436,27 @@ def _output_folder(recipe: Recipe, output: str | Path | None, checkpoint: Path |
 def _check_same_recipe(recipe: Recipe, checkpoint: Path, branch: bool) -> None:
     """Raises a UserError if `recipe` cannot go on from `checkpoint`; a branch may differ in what comes later."""
     before, after = changed_keys(recipe, checkpoint)
-    if before or (after and not branch):
-        rescue = "" if before else ", give a new --output, where what comes later may differ"
+    if keys := before if branch else before + after:
+        ways = "Resume with the recipe.yaml in its run's folder"
+        if not before:
+            ways += f"; use --resume-from {checkpoint} with a new --output, where what comes later may differ"
         raise UserError(
-            f"the recipe is not the one that {checkpoint} was made with: {', '.join(sorted(before + after))} differ. "
-            f"Resume with the recipe.yaml in its run's folder{rescue}, or start a new run"
+            f"the recipe is not the one that {checkpoint} was made with: {', '.join(sorted(keys))} differ. "
+            f"{ways}; or start a new run"
         )
 
 
 def changed_keys(recipe: Recipe, checkpoint: str | Path) -> tuple[list[str], list[str]]:
     """Keys in which `recipe` differs from the one that `checkpoint` was made with, as dotted paths.
 
-    The second list are those on which nothing in the checkpoint depends: later stages, experts that no stage up to the
-    checkpoint's has trained, sampling, names. A recipe that differs in these alone can go on from there in a folder of
-    its own, and gives what it would have given from its beginning.
+    The second list are those on which nothing before the checkpoint depends: later stages and names; also sampling and
+    experts that no stage has trained so far, unless a stage has evaluated, sampled or exported in between. A recipe
+    that differs in these alone can go on from there in a folder of its own, and gives what it would have given from its
+    beginning.
     """
     state = load_tree(Path(checkpoint), "state")
     made, number = state["recipe"], state["stage"]
+    used = any("expert" not in stage for stage in made["stages"][:number])
     settled = {stage["expert"] for stage in made["stages"][: number + 1] if "expert" in stage}
     while parents := {made["experts"][name]["from"] for name in settled & made["experts"].keys()} - settled:
         settled |= parents
@@ -459,7 +467,9 @@ def changed_keys(recipe: Recipe, checkpoint: str | Path) -> tuple[list[str], lis
         name = rest.partition(".")[0]
         if top == "stages":
             return int(name) > number
-        return top in ("name", "description", "sample") or (top == "experts" and name not in settled)
+        if top == "sample" or (top == "experts" and name not in settled):
+            return not used
+        return top in ("name", "description")
 
     changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     return [key for key in changed if not later(key)], [key for key in changed if later(key)]

@@ -14,7 +14,8 @@ from moedistill import hookimpl
 from moedistill.checkpoint import find_checkpoint, load_tree
 from moedistill.errors import Interrupted, UserError
 from moedistill.plugins import load_plugins
-from moedistill.train import run
+from moedistill.recipe import load_recipe
+from moedistill.train import changed_keys, run
 
 STEPS = 5
 CANDIDATES = [{"name": "student"}, {"name": "teacher", "model": "teacher"}]
@@ -230,7 +231,7 @@ OTHER = {
 }
 
 
-def test_a_branch_ends_as_a_run_of_its_own(whole, tmp_path):
+def test_a_branch_ends_as_a_run_of_its_own(whole, tmp_path, capsys):
     """Other later stages and experts, from the end of the first stage of another run, whose later lines are dropped."""
     begun = whole.output / "checkpoints" / f"00_semantic_{STEPS:08d}"
     branch = run(recipe(**OTHER), output=tmp_path / "branch", resume_from=begun, device="cpu")
@@ -241,6 +242,7 @@ def test_a_branch_ends_as_a_run_of_its_own(whole, tmp_path):
     spent = [{stage: (c["steps"], c["forwards"]) for stage, c in one.cost.items()} for one in (branch, alone)]
     assert spent[0] == spent[1]
     assert lines(branch.output) == lines(alone.output)
+    assert "other than there: experts.detail, name, sample.points, stages.1\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -257,17 +259,49 @@ def test_a_branch_keeps_what_its_beginning_was_trained_with(whole, tmp_path, cha
     with pytest.raises(UserError, match=named) as caught:
         run(recipe(**changes), output=tmp_path / "branch", resume_from=begun, device="cpu")
     assert "new --output" not in str(caught.value)
+    assert "losses" not in str(caught.value)  # what may differ is not named
     assert not (tmp_path / "branch").exists()
 
 
 def test_a_branch_needs_a_folder_of_its_own(whole):
     begun = whole.output / "checkpoints" / f"00_semantic_{STEPS:08d}"
-    with pytest.raises(UserError, match="give a new --output"):
+    with pytest.raises(UserError, match=rf"--resume-from {begun} with a new --output"):
         run(recipe(**OTHER), resume_from=begun, device="cpu")
 
 
+def test_a_branch_without_training_keeps_the_lines_so_far(whole, tmp_path):
+    begun = whole.output / "checkpoints" / f"00_semantic_{STEPS:08d}"
+    only = dcm_recipe(STEPS)
+    only["stages"] = [only["stages"][0], evaluate(candidates=CANDIDATES, weights="ema")]
+    branch = run(only, output=tmp_path / "branch", resume_from=begun, device="cpu")
+    alone = run(only, output=tmp_path / "alone", device="cpu")
+    assert lines(branch.output) == lines(alone.output)
+    assert branch.metrics == alone.metrics
+
+
+def test_what_was_used_before_the_checkpoint_is_settled(tmp_path):
+    """Experts that others start from; where a stage has evaluated, sampling and every expert."""
+    grown = {
+        "router.experts": ["semantic", "middle", "detail"],
+        "router.boundaries": [{"point": 5}, {"point": 3}],
+        "experts.semantic": {"kind": "lora", "from": "middle", "rank": 2},
+        "experts.middle": {"kind": "lora", "from": "teacher", "rank": 2},
+    }
+    stages = [distil(steps=1), distil("detail", steps=1)]
+    begun = run(tiny_recipe(stages, grown), output=tmp_path / "a", device="cpu").checkpoint.parent
+    other = {**grown, "experts.middle": {"kind": "lora", "from": "teacher", "rank": 4}, "sample.points": [8, 2]}
+    before, after = changed_keys(load_recipe(tiny_recipe(stages, other)), begun / "00_semantic_00000001")
+    assert (before, after) == (["experts.middle.rank"], ["sample.points.1"])
+
+    stages.insert(1, evaluate(name="early", candidates=CANDIDATES))
+    begun = run(tiny_recipe(stages), output=tmp_path / "b", device="cpu").checkpoint
+    other = tiny_recipe(stages, {"sample.points": [8, 2], "experts.detail.rank": 4, "name": "other"})
+    before, after = changed_keys(load_recipe(other), begun)
+    assert (sorted(before), after) == (["experts.detail.rank", "sample.points.1"], ["name"])
+
+
 def test_the_expert_under_way_is_settled(whole, tmp_path):
-    """Amid the second stage its expert, and what that starts from, can no longer be others."""
+    """Amid the second stage its expert can no longer be another."""
     with pytest.raises(UserError, match=r"experts\.detail\.rank"):
         run(
             recipe(**{"experts.detail.rank": 4}), output=tmp_path / "branch", device="cpu",

@@ -1,7 +1,7 @@
 """metrics.jsonl: one line per logged step."""
 
 import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,26 @@ class MetricsFile:
 
     @hookimpl
     def on_stage_start(self, run: Any) -> None:
-        if not self._path.exists():
-            return
-        order = {stage.name: number for number, stage in enumerate(run.recipe.stages)}
-        # A stage that begins anew writes its line before the first step again.
-        here = (order[run.config.name], run.step if run.step else -1)
-        kept = []
-        for text in self._path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut off by a crash
-                continue
-            # A branch has the lines of the run that it comes from, whose later stages may be others.
-            if (order.get(line["stage"], math.inf), line["step"]) <= here:
-                kept.append(text + "\n")
-        write_text(self._path, "".join(kept))
+        if self._path.exists():
+            stages = [stage.name for stage in run.recipe.stages]
+            # A stage that begins anew writes its line before the first step again.
+            drop_later_lines(self._path, stages, stages.index(run.config.name), run.step if run.step else -1)
 
     @hookimpl
     def on_step_end(self, run: Any, metrics: dict[str, float]) -> None:
         line = {"stage": run.config.name, "step": run.step, "lr": run.learning_rate, **metrics}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def drop_later_lines(path: Path, stages: Sequence[str], number: int, step: int) -> None:
+    """Leaves what was written up to `step` of stage `number`, of `stages` by their names."""
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # cut off by a crash
+            continue
+        if (stages.index(line["stage"]), line["step"]) <= (number, step):
+            kept.append(text + "\n")
+    write_text(path, "".join(kept))
