@@ -19,9 +19,10 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,31 +37,28 @@ from moedistill.train import COST, changed_keys, comparable
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe, and which of its candidates stand for the method: those whose names end in `sampling`."""
+    """A way of sampling what a recipe trains: its candidates called by a number of steps, followed by `sampling`."""
 
+    title: str
     recipe: str
     sampling: str = ""
-
-    @property
-    def name(self) -> str:
-        return _short(self.recipe) + self.sampling
 
     def candidate(self, steps: str) -> str:
         return steps + self.sampling
 
 
 TEACHER = "baselines/digits_few_step_teacher"
-DCM = Method("evidence_digits")
+DCM = Method("DCM", "evidence_digits")
 METHODS = (
     DCM,
-    Method("baselines/digits_lcm"),
-    Method("baselines/digits_lcm", ", re-noised"),
-    Method("baselines/digits_pcm"),
-    Method("baselines/digits_two_phase"),
-    Method("baselines/digits_progressive"),
-    Method("baselines/digits_progressive", ", re-noised"),
+    Method("LCM", "baselines/digits_lcm"),
+    Method("LCM, re-noised", "baselines/digits_lcm", ", re-noised"),
+    Method("PCM", "baselines/digits_pcm"),
+    Method("one student, two phases", "baselines/digits_two_phase"),
+    Method("progressive phases", "baselines/digits_progressive"),
+    Method("progressive phases, re-noised", "baselines/digits_progressive", ", re-noised"),
 )
-TEACHERS = (Method(TEACHER), Method(TEACHER, ", shift 5"))
+TEACHERS = (Method("teacher", TEACHER), Method("teacher, shift 5", TEACHER, ", shift 5"))
 """Untrained."""
 CONTROLS = (", semantic + teacher", ", semantic alone")
 """Samplings with the untouched teacher, or the semantic expert, in place of the other experts."""
@@ -111,7 +109,7 @@ class Job:
         return load_recipe(self.recipe, self.settings)
 
     def branching(self, other: "Job") -> "Job":
-        """The same run, begun at the end of the first stage of `other`, which is finished, if that is its own too."""
+        """The same run begun where the first stage of `other`, a finished run, ends; itself if its own is different."""
         checkpoints = (other.folder / "checkpoints").glob("00_*")
         begun = max(checkpoints, default=None)
         if begun is None or changed_keys(self.load(), begun)[0]:
@@ -228,38 +226,42 @@ class Evidence:
         timed = [sum(s["seconds"] for s in cost) / sum(s["forwards"] for s in cost) for cost in costs if cost]
         return statistics.median(timed) if timed else SECONDS_PER_FORWARD
 
-    def tune(self, methods: Sequence[Method], rates: Sequence[float], extensions: int) -> dict[Method, float]:
-        """The best rate of each method; grids are extended until it lies inside, at most `extensions` times."""
-        grids = {method: sorted(rates) for method in methods}
-        for remaining in range(extensions, -1, -1):
-            self.execute([self.tuning(method, rate) for method, grid in grids.items() for rate in grid])
-            best = {method: min(grid, key=lambda rate: self.score(method, rate)) for method, grid in grids.items()}
-            wider = dict(self._widened(grids, best))
-            if not wider or not remaining:
-                break
-            grids.update(wider)
-        return best
+    def tune(
+        self, methods: Sequence[Method], rates: Sequence[float], extensions: int
+    ) -> tuple[dict[Method, float], dict[str, list[float]]]:
+        """The best rate of each method, and the rates that its recipe was tried with.
 
-    @staticmethod
-    def _widened(grids: dict[Method, list[float]], best: dict[Method, float]) -> Iterator[tuple[Method, list[float]]]:
-        for method, grid in grids.items():
-            if best[method] == grid[0]:
-                yield method, [float(f"{grid[0] / FACTOR:.1e}"), *grid]
-            elif best[method] == grid[-1]:
-                yield method, [*grid, float(f"{grid[-1] * FACTOR:.1e}")]
+        A recipe's grid is extended until the best rates of all its methods lie inside, at most `extensions` times.
+        """
+        grids = {method.recipe: sorted(rates) for method in methods}
+        for remaining in range(extensions, -1, -1):
+            self.execute([self.tuning(method, rate) for method in methods for rate in grids[method.recipe]])
+            best = {method: min(grids[method.recipe], key=partial(self.score, method)) for method in methods}
+            wider = {r: _widened(grid, [best[m] for m in methods if m.recipe == r]) for r, grid in grids.items()}
+            if wider == grids or not remaining:
+                break
+            grids = wider
+        return best, grids
 
     def score(self, method: Method, rate: float) -> float:
         return _score(method, self.tuning(method, rate))
 
-    def tuning_table(self) -> str:
-        """What every run of the tuning scored, by method and rate."""
-        scores: dict[Method, dict[float, float]] = {}
-        for method in METHODS:
-            tried = [float(folder.name) for folder in (self.folder / "tuning" / _short(method.recipe)).iterdir()]
-            scores[method] = {rate: self.score(method, rate) for rate in tried}
-        rates = sorted({rate for of_method in scores.values() for rate in of_method})
-        rows = [[m.name, *(f"{s[rate]:.0f}" if rate in s else "" for rate in rates)] for m, s in scores.items()]
-        return _markdown(["method", *(f"{rate:.1e}" for rate in rates)], rows)
+    def tuning_table(self, best: Mapping[Method, float], grids: Mapping[str, Sequence[float]]) -> str:
+        """What every run of the tuning scored, by method and rate; the best in bold."""
+        tried = sorted({rate for grid in grids.values() for rate in grid})
+        rows = []
+        for method, chosen in best.items():
+            scores = {rate: f"{self.score(method, rate):.0f}" for rate in grids[method.recipe]}
+            scores[chosen] = f"**{scores[chosen]}**"
+            rows.append([method.title, *(scores.get(rate, "") for rate in tried)])
+        return _markdown(["method", *(f"{rate:.1e}" for rate in tried)], rows)
+
+
+def _widened(grid: list[float], best: Collection[float]) -> list[float]:
+    """With one more rate beyond each edge that is among the best."""
+    lower = [float(f"{grid[0] / FACTOR:.1e}")] if grid[0] in best else []
+    higher = [float(f"{grid[-1] * FACTOR:.1e}")] if grid[-1] in best else []
+    return [*lower, *grid, *higher]
 
 
 def _score(method: Method, job: Job) -> float:
@@ -280,13 +282,17 @@ def _short(recipe: str) -> str:
 
 def ablations() -> list[Method]:
     """The shipped ablations on digits."""
-    return [Method(name) for name in shipped_recipes() if name.startswith("ablations/digits_")]
+    prefix = "ablations/digits_"
+    names = [name for name in shipped_recipes() if name.startswith(prefix)]
+    return [Method(name.removeprefix(prefix).replace("_", " "), name) for name in names]
 
 
 def tabulated(jobs: Sequence[Job]) -> Table:
     """Means, intervals and differences to DCM with as many steps, however the steps are taken."""
     records = read_records([job.folder for job in _distinct(jobs)])
-    return tabulate(records, against=DCM.name, resamples=RESAMPLES, counterpart=lambda name: name.partition(",")[0])
+    return tabulate(
+        records, against=_short(DCM.recipe), resamples=RESAMPLES, counterpart=lambda name: name.partition(",")[0]
+    )
 
 
 class Results:
@@ -317,12 +323,12 @@ class Results:
         for method in self.methods:
             lines = [self(method, steps) for steps in STEPS]
             values = [(line.differences if differences else line.values) if line else {} for line in lines]
-            rows.append([method.name, *(str(value.get(kind, "")) for value in values)])
+            rows.append([method.title, *(str(value.get(kind, "")) for value in values)])
         return _markdown(["method", *STEPS], [row for row in rows if any(row[1:])])
 
     def by_metric(self, steps: str) -> str:
         """One row for each method, one column for each metric, as means."""
-        lines = {method.name: line for method in self.methods if (line := self(method, steps))}
+        lines = {method.title: line for method in self.methods if (line := self(method, steps))}
         kinds = list(dict.fromkeys(kind for line in lines.values() for kind in line.values))
         head = ["method", *(kind.replace("_", " ") for kind in kinds)]
         rows = [[n, *(f"{line.values[kind].mean:.3g}" for kind in kinds)] for n, line in lines.items()]
@@ -331,8 +337,14 @@ class Results:
     def markdown(self) -> str:
         parts = []
         for kind, title in TITLES.items():
-            parts += [f"{title}:", self.by_steps(kind), "Difference to DCM:", self.by_steps(kind, differences=True)]
-        return "\n\n".join([*parts, "All metrics, 4 steps:", self.by_metric("4 steps")])
+            parts += [f"{title}:", self.by_steps(kind)]
+            parts += [f"Difference to {DCM.title} with as many steps:", self.by_steps(kind, differences=True)]
+        parts += [
+            "All metrics, 4 steps:",
+            self.by_metric("4 steps"),
+            "A guided teacher's step costs two of a student's.",
+        ]
+        return "\n\n".join(parts)
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -340,7 +352,9 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _controls(jobs: Mapping[Method, Job]) -> dict[Method, Job]:
-    return {Method(method.recipe, control): job for method, job in jobs.items() for control in CONTROLS}
+    """Those with stand-ins, of the runs that have trained their own semantic expert."""
+    own = {method: job for method, job in jobs.items() if job.begun is None}
+    return {Method(m.title + control, m.recipe, control): job for m, job in own.items() for control in CONTROLS}
 
 
 def every_run(table: Table, folder: Path) -> str:
@@ -374,7 +388,7 @@ def plot_steps(results: Results, file: Path) -> None:
             axes.errorbar(
                 [STEPS[steps] for steps in shown], [value.mean for value in shown.values()],
                 [[v.mean - v.low for v in shown.values()], [v.high - v.mean for v in shown.values()]],
-                marker="o", capsize=3, label=method.name, linestyle=":" if method.sampling else "-",
+                marker="o", capsize=3, label=method.title, linestyle=":" if method.sampling else "-",
                 linewidth=3 if method == DCM else 1.5,
             )  # fmt: skip
         axes.set(xlabel="sampling steps", ylabel=title, xscale="log", yscale="log")
@@ -409,8 +423,8 @@ def run_baselines(
     plan += [evidence.smaller(method, rates[0], seeds[0], budget) for method in METHODS for budget in budgets]
     evidence.state_cost(_distinct(plan), "in all, with what is done already, if no grid is extended")
     evidence.execute(evidence.teachers())
-    tuned = evidence.tune(METHODS, rates, extensions)
-    (folder / "rates.json").write_text(json.dumps({method.name: rate for method, rate in tuned.items()}, indent=1))
+    tuned, grids = evidence.tune(METHODS, rates, extensions)
+    (folder / "rates.json").write_text(json.dumps({method.title: rate for method, rate in tuned.items()}, indent=1))
     # Seed by seed: should it be stopped, all methods have as many.
     finals = [job for seed in seeds for method, rate in tuned.items() for job in evidence.finals(method, rate, [seed])]
     evidence.execute(finals)
@@ -419,13 +433,13 @@ def run_baselines(
     one_each = {method: evidence.finals(method, rate, seeds)[0] for method, rate in tuned.items()}
     shown = dict.fromkeys(TEACHERS, teacher) | one_each
     results = Results(table, shown | _controls({DCM: one_each[DCM]}))
-    write(folder, "evidence", table, [results.markdown(), "Tuning:", evidence.tuning_table()])
+    write(folder, "evidence", table, [results.markdown(), "Tuning:", evidence.tuning_table(tuned, grids)])
     plot_steps(results, folder / "evidence.png")
 
     smaller = {method: [evidence.smaller(method, rate, seeds[0], b) for b in budgets] for method, rate in tuned.items()}
     evidence.execute([job for jobs in smaller.values() for job in jobs])
     curves: dict[str, dict[float, float]] = {
-        method.name: {job.forwards: _score(method, job) for job in [*jobs, one_each[method]]}
+        method.title: {job.forwards: _score(method, job) for job in [*jobs, one_each[method]]}
         for method, jobs in smaller.items()
     }
     plot_compute(curves, folder / "compute.png")
@@ -440,15 +454,18 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
     folder = evidence.folder
     if not (folder / "rates.json").is_file():
         raise SystemExit(f"{folder / 'rates.json'} is missing: run without --ablations first, it finds the rate")
-    rate = json.loads((folder / "rates.json").read_text())[DCM.name]
+    rate = json.loads((folder / "rates.json").read_text())[DCM.title]
+    finals = evidence.finals(DCM, rate, seeds)
+    evidence.execute(finals)
     # Seed by seed, as above.
-    jobs = []
-    for seed in seeds:
-        [base] = evidence.finals(DCM, rate, [seed])
-        jobs += [evidence.finals(method, rate, [seed])[0].branching(base) for method in ablations()]
-    evidence.execute(jobs)
-    table = tabulated([*evidence.finals(DCM, rate, seeds), *jobs])
-    one_each = {method: evidence.finals(method, rate, seeds)[0] for method in [DCM, *ablations()]}
+    jobs = {
+        (method, seed): evidence.finals(method, rate, [seed])[0].branching(base)
+        for seed, base in zip(seeds, finals, strict=True)
+        for method in ablations()
+    }
+    evidence.execute(list(jobs.values()))
+    table = tabulated([*finals, *jobs.values()])
+    one_each = {DCM: finals[0]} | {method: jobs[method, seeds[0]] for method in ablations()}
     write(folder, "ablations", table, [Results(table, one_each | _controls(one_each)).markdown()])
 
 

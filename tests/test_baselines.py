@@ -297,7 +297,7 @@ CHANGES = {
     "unclipped_hinge": {"stages.detail.losses.gan.clip": False},
     "fm_hidden": {"stages.detail.losses.feature_matching.space": "hidden"},
     "end_zero": {"trajectory.end": "zero"},
-    "detail_from_teacher": {"experts.detail.from": "teacher"},
+    "detail_from_teacher": {"experts.detail.from": "teacher", "stages.detail.optimizer.lr": 1e-3},
     "one_rate": {"stages.detail.optimizer.lr": 1e-3},
     "semantic_only": {"stages.semantic.steps": 750, "stages.detail": GONE},
     "gan_data": {"stages.detail.steps": 257, "stages.detail.losses.gan.real": "data"},

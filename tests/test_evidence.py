@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from moedistill import report
 from moedistill.recipe import load_recipe, shipped_recipes
 from moedistill.smoke import miniature
 from moedistill.train import run
@@ -38,72 +39,130 @@ def in_process(monkeypatch):
     return ran
 
 
-TWO_PHASE = evidence.Method("baselines/digits_two_phase")
-LCM = evidence.Method("baselines/digits_lcm")
-RENOISED = evidence.Method("baselines/digits_lcm", ", re-noised")
+LCM = evidence.Method("LCM", "baselines/digits_lcm")
+RENOISED = evidence.Method("LCM, re-noised", "baselines/digits_lcm", ", re-noised")
 RATES = [1e-5, 2e-5, 4e-5]
-BEST = {evidence.DCM: 2e-5, TWO_PHASE: 2e-5, LCM: 2e-5, RENOISED: 4e-5}
+BEST = {evidence.DCM: 2e-5, LCM: 2e-5, RENOISED: 4e-5}
 
 
 def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(evidence, "RESAMPLES", 3)
     monkeypatch.setattr(evidence, "METHODS", list(BEST))
-    ablations = [evidence.Method(f"ablations/digits_{name}") for name in ("rank_4", "without_tc")]
+    ablations = [evidence.Method(name, f"ablations/digits_{name}") for name in ("rank_4", "without_tc")]
     monkeypatch.setattr(evidence, "ablations", lambda: ablations)
     monkeypatch.setattr(evidence.Evidence, "score", lambda self, method, rate: abs(rate - BEST[method]))
     drawn, plot_steps = [], evidence.plot_steps
     monkeypatch.setattr(evidence, "plot_steps", lambda *args: drawn.append(args) or plot_steps(*args))
     study = evidence.Evidence(tmp_path)
-    evidence.run_baselines(study, [0, 1], RATES, 0, [])
-    # Two teachers' evaluations; three rates and two seeds of each recipe; two more seeds of LCM at its other rate.
-    assert len(in_process) == 2 + 3 * (3 + 2) + 2
+    evidence.run_baselines(study, [0, 1], RATES, 0, [0.5])
+    # Two teachers' evaluations; three rates, two seeds and a smaller budget of each recipe, and LCM at its other rate.
+    assert len(in_process) == 2 + 2 * (3 + 2 + 1) + (2 + 1)
     table = json.loads((tmp_path / "evidence.json").read_text())
     lcm = [f"digits_lcm (stages.0.optimizer.lr={rate})" for rate in (2e-5, 4e-5)]
-    assert {line["method"] for line in table["lines"]} == {
-        "digits_few_step_teacher", "evidence_digits", "digits_two_phase", *lcm,
-    }  # fmt: skip
+    assert {line["method"] for line in table["lines"]} == {"digits_few_step_teacher", "evidence_digits", *lcm}
     assert {run["seed"] for run in table["runs"]} == {0, 1}
-    recipe = load_recipe(tmp_path / "final/digits_two_phase/2.0e-05/seed1/recipe.yaml")
-    assert (recipe.seed, recipe.stages[0].optimizer.lr) == (1, 2e-5)
-    assert json.loads((tmp_path / "rates.json").read_text())["digits_lcm, re-noised"] == 4e-5
-    for name in ("evidence.md", "evidence.png", "compute.png", "compute.json"):
+    recipe = load_recipe(tmp_path / "final/digits_lcm/4.0e-05/seed1/recipe.yaml")
+    assert (recipe.seed, recipe.stages[0].optimizer.lr) == (1, 4e-5)
+    assert json.loads((tmp_path / "rates.json").read_text())["LCM, re-noised"] == 4e-5
+    for name in ("evidence.png", "compute.png"):
         assert (tmp_path / name).stat().st_size > 0
     # Every line is of the runs at its own rate; sampling that DCM lacks is compared with its own steps.
     [(results, _)] = drawn
     assert results(RENOISED, "4 steps").method == lcm[1]
     assert results(RENOISED, "4 steps").candidate == "4 steps, re-noised"
     assert results(LCM, "4 steps").method == lcm[0]
-    assert results(RENOISED, "1 step") is None
     base, mine = (results(method, "4 steps").values["frechet"] for method in (evidence.DCM, RENOISED))
     assert results(RENOISED, "4 steps").differences["frechet"].mean == pytest.approx(mine.mean - base.mean)
     assert set(evidence.TEACHERS) < set(results.methods)
+    # The files hold what the runs said.
+    whole = study.finals(evidence.DCM, 2e-5, [0])[0]
+    said = whole.metrics["4 steps"]["frechet"]
+    curve = json.loads((tmp_path / "compute.json").read_text())["DCM"]
+    half = study.smaller(evidence.DCM, 2e-5, 0, 0.5)
+    assert curve == {str(half.forwards): half.metrics["4 steps"]["frechet"], str(whole.forwards): said}
+    assert half.forwards == whole.forwards // 2
+    [first] = [run for run in table["runs"] if run["folder"] == str(whole.folder)]
+    costs = " | ".join(f"{first[what]:.0f}" for what in ("steps", "forwards", "seconds"))
     shown = (tmp_path / "evidence.md").read_text()
-    for row in (
-        f"| digits_lcm, re-noised |  | {results(RENOISED, '2 steps').values['frechet']}",
-        "| final/evidence_digits/2.0e-05/seed1 | ",
-        "| method | 1.0e-05 | 2.0e-05 | 4.0e-05 |",
-        "| evidence_digits, semantic + teacher |  | ",
-    ):
-        assert row in shown
+    assert f"| final/evidence_digits/2.0e-05/seed0 | {costs} | {said:.0f} |\n" in shown
+    assert "| LCM, re-noised | 0 | 0 | **0** |\n" in shown
+    assert "| DCM, semantic alone |  | " in shown
 
     done = len(in_process)
     evidence.run_ablations(study, [0])
     rank_4, without_tc = (tmp_path / f"final/digits_{name}/2.0e-05/seed0" for name in ("rank_4", "without_tc"))
     assert in_process[done:] == [rank_4, without_tc]
     # What changes nothing in the first stage has it from DCM's run; every run has its whole cost.
-    times = [
-        json.loads((folder / "cost.json").read_text())
-        for folder in (tmp_path / "final/evidence_digits/2.0e-05/seed0", rank_4, without_tc)
-    ]
+    times = [json.loads((folder / "cost.json").read_text()) for folder in (whole.folder, rank_4, without_tc)]
     assert times[0]["semantic"] == times[1]["semantic"] != times[2]["semantic"]
     assert len({sum(cost["forwards"] for cost in one.values()) for one in times}) == 1
-    # Killed while one run was under way, and called again: that one is done, and nothing else.
+    [job] = study.finals(ablations[0], 2e-5, [0])
+    assert job.branching(whole).forwards == job.forwards - times[0]["semantic"]["forwards"]
+    # A stand-in that DCM's run has trained is shown once.
+    shown = (tmp_path / "ablations.md").read_text()
+    assert "| DCM, semantic alone |" in shown
+    assert "| without_tc, semantic alone |" in shown
+    assert "| rank_4, semantic alone |" not in shown
+    # Killed while one run was under way, and called again: that one is done, and what is new.
     killed = tmp_path / "final/evidence_digits/2.0e-05/seed1"
     (killed / "result.json").unlink()
     for checkpoint in (killed / "checkpoints").iterdir():
         checkpoint.rename(tmp_path / checkpoint.name)
-    evidence.run_baselines(study, [0, 1], RATES, 0, [])
-    assert in_process[done + 2 :] == [killed]
+    evidence.run_ablations(study, [0, 1])
+    assert in_process[done + 2] == killed
+    assert len(in_process) == done + 2 + 1 + 2
+
+
+def line(method, candidate, frechet, difference=None):
+    values = {"frechet": report.Estimate(frechet, frechet - 1, frechet + 1, [frechet])}
+    differences = {} if difference is None else {"frechet": report.Estimate(difference, -9, 9, [difference])}
+    return report.Line(method, candidate, 3000, values, differences)
+
+
+def test_tables_show_what_they_say(tmp_path):
+    lines = [line("evidence_digits", "2 steps", 7.0), line("evidence_digits", "4 steps", 5.0)]
+    lines += [line("digits_lcm", "4 steps", 8.0, 3.0), line("digits_lcm", "4 steps, re-noised", 6.0, 1.0)]
+    jobs = {method: evidence.Job(method.recipe, tmp_path / method.recipe, (), 0) for method in (evidence.DCM, LCM)}
+    jobs[RENOISED] = jobs[LCM]
+    runs = [{"folder": str(job.folder), "method": job.recipe.rpartition("/")[2]} for job in jobs.values()]
+    results = evidence.Results(report.Table(lines, runs), jobs)
+    assert results.by_steps("frechet").splitlines()[2:] == [
+        "| DCM |  | 7 [6, 8] | 5 [4, 6] |  |",
+        "| LCM |  |  | 8 [7, 9] |  |",
+        "| LCM, re-noised |  |  | 6 [5, 7] |  |",
+    ]
+    assert results.by_steps("frechet", differences=True).splitlines()[2:] == [
+        "| LCM |  |  | 3 [-9, 9] |  |",
+        "| LCM, re-noised |  |  | 1 [-9, 9] |  |",
+    ]
+    assert results.by_metric("4 steps").splitlines()[2:] == ["| DCM | 5 |", "| LCM | 8 |", "| LCM, re-noised | 6 |"]
+
+
+def test_a_run_goes_on_where_it_was_or_begins_where_it_branches(tmp_path, monkeypatch):
+    commands = []
+
+    class Child:
+        returncode = 0
+
+        def __init__(self, command, **kwargs):
+            commands.append(command)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(evidence.subprocess, "Popen", Child)
+    monkeypatch.setattr(evidence, "CHILDREN", [])
+    job = evidence.Job("evidence_digits", tmp_path / "run", ("seed=3",), 0)
+    job.execute()
+    replace(job, begun=tmp_path / "other").execute()
+    (tmp_path / "run/checkpoints/00_semantic_00000100").mkdir(parents=True)
+    replace(job, begun=tmp_path / "other").execute()
+    assert all("--set=seed=3" in command for command in commands)
+    extra = [[part for part in command if part.startswith("--resume")] for command in commands]
+    assert extra == [[], [f"--resume-from={tmp_path / 'other'}"], ["--resume"]]
 
 
 def test_rates_are_tuned_by_the_methods_own_sampling(tmp_path, monkeypatch):
@@ -119,9 +178,25 @@ def test_a_grid_grows_until_its_best_rate_lies_inside(tmp_path, monkeypatch, bes
     monkeypatch.setattr(evidence.Evidence, "execute", lambda self, jobs: asked.update(job.folder for job in jobs))
     monkeypatch.setattr(evidence.Evidence, "score", lambda self, method, rate: abs(rate - best))
     monkeypatch.setattr(evidence, "FACTOR", 10.0)
-    tuned = evidence.Evidence(tmp_path).tune([evidence.DCM], [1e-6, 1e-5, 1e-4], 2)
+    tuned, grids = evidence.Evidence(tmp_path).tune([evidence.DCM], [1e-6, 1e-5, 1e-4], 2)
     assert tuned[evidence.DCM] == pytest.approx(max(best, 1e-8))  # two extensions, and no more
-    assert len(asked) == grid
+    assert len(asked) == len(grids[evidence.DCM.recipe]) == grid
+
+
+def test_methods_of_one_recipe_have_one_grid(tmp_path, monkeypatch):
+    """A rate that is tried for one is tried for all, so that none is passed over that the table shows."""
+    scores = {LCM: {1e-5: 3, 1e-4: 2, 1e-3: 1, 1e-2: 5}, RENOISED: {1e-5: 3, 1e-4: 2, 1e-3: 4, 1e-2: 1, 1e-1: 2}}
+    monkeypatch.setattr(evidence.Evidence, "execute", lambda self, jobs: None)
+    monkeypatch.setattr(evidence.Evidence, "score", lambda self, method, rate: scores[method].get(rate, 9))
+    monkeypatch.setattr(evidence, "FACTOR", 10.0)
+    study = evidence.Evidence(tmp_path)
+    best, grids = study.tune([LCM, RENOISED], [1e-5, 1e-4, 1e-3], 3)
+    assert best == {LCM: 1e-3, RENOISED: 1e-2}
+    assert grids == {LCM.recipe: [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]}
+    assert study.tuning_table(best, grids).splitlines()[2:] == [
+        "| LCM | 3 | 2 | **1** | 5 | 9 |",
+        "| LCM, re-noised | 3 | 2 | 4 | **1** | 2 |",
+    ]
 
 
 def test_a_run_that_fails_ends_the_study_with_its_own_message(tmp_path, monkeypatch):
@@ -170,5 +245,5 @@ def test_the_rates_of_stages_keep_their_ratio(tmp_path):
     recipe = tmp_path / "mine.yaml"
     rates = "semantic: {optimizer: {lr: 0.5}}, detail: {optimizer: {lr: 0.25}}"
     recipe.write_text(f"extends: {shipped_recipes()['evidence_digits']}\nname: mine\nstages: {{{rates}}}\n")
-    [job] = evidence.Evidence(tmp_path).finals(evidence.Method(str(recipe)), 1e-4, [0])
+    [job] = evidence.Evidence(tmp_path).finals(evidence.Method("mine", str(recipe)), 1e-4, [0])
     assert {"stages.semantic.optimizer.lr=1.00e-04", "stages.detail.optimizer.lr=5.00e-05"} < set(job.settings)
