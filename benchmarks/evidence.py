@@ -378,22 +378,32 @@ def write(folder: Path, name: str, table: Table, parts: Sequence[str]) -> None:
 
 
 def plot_steps(results: Results, file: Path) -> None:
-    """Quality against sampling steps."""
+    """Quality against sampling steps; a colour for each recipe."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
+    recipes = list(dict.fromkeys(method.recipe for method in results.methods))
+    styles: dict[Method, tuple[str, str]] = {}
+    for method in results.methods:
+        of_recipe = sum(other.recipe == method.recipe for other in styles)
+        styles[method] = f"C{recipes.index(method.recipe)}", ("-", ":", "--")[of_recipe]
     for axes, (kind, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
-        for method in results.methods:
+        for number, (method, (color, style)) in enumerate(styles.items()):
             shown = {steps: line.values[kind] for steps in STEPS if (line := results(method, steps))}
             axes.errorbar(
-                [STEPS[steps] for steps in shown], [value.mean for value in shown.values()],
+                # Side by side, so that intervals can be told apart.
+                [STEPS[steps] * 1.012 ** (number - len(styles) / 2) for steps in shown],
+                [value.mean for value in shown.values()],
                 [[v.mean - v.low for v in shown.values()], [v.high - v.mean for v in shown.values()]],
-                marker="o", capsize=3, label=method.title, linestyle=":" if method.sampling else "-",
+                marker="o", capsize=2, label=method.title, color=color, linestyle=style,
                 linewidth=3 if method == DCM else 1.5,
             )  # fmt: skip
         axes.set(xlabel="sampling steps", ylabel=title, xscale="log", yscale="log")
         axes.set_xticks(list(STEPS.values()), [str(steps) for steps in STEPS.values()])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:.0f}")
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(file, dpi=120)

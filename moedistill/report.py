@@ -77,7 +77,8 @@ class Estimate:
     seeds: list[float]
 
     def __str__(self) -> str:
-        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        mean, low, high = (f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}" for x in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
 
 
 @dataclass

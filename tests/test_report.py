@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moedistill.cli import main
 from moedistill.errors import UserError
-from moedistill.report import Record, _estimate, methods, read_records, tabulate
+from moedistill.report import Estimate, Record, _estimate, methods, read_records, tabulate
 from moedistill.train import run
 
 SAMPLES = 400
@@ -126,6 +126,10 @@ def test_what_samples_and_seeds_share_cancels_in_a_difference(finished, tmp_path
     assert difference.mean == pytest.approx(3.0, abs=0.02)
     assert difference.high - difference.low < 0.04
     assert other.values["paired_distance"].high - other.values["paired_distance"].low > 100
+
+
+def test_numbers_are_short_and_plain():
+    assert str(Estimate(4896.4, -0.01234, 12345.6, [])) == "4896 [-0.0123, 12346]"
 
 
 def test_a_difference_can_be_taken_to_another_candidate(finished, tmp_path):
