@@ -73,9 +73,9 @@ STEPS = {"1 step": 1, "2 steps": 2, "4 steps": 4, "8 steps": 8}
 TITLES = {"frechet": "Fréchet distance to real videos", "paired_distance": "distance to the teacher's 50 steps"}
 RESAMPLES = 200
 """Of the evaluation's samples, for intervals."""
-SECONDS_PER_FORWARD = 1.2e-3
-"""On one core, backward passes included: the estimate until a run has been timed."""
-OVERHEAD = 30.0
+SECONDS_PER_FORWARD = 1.7e-3
+"""On one of two busy cores, backward passes included: the estimate until a run has been timed."""
+OVERHEAD = 40.0
 """Seconds of a run that are not training: start and evaluation."""
 
 
