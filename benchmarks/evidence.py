@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py                 baselines and DCM
     python benchmarks/evidence.py --ablations     DCM with one thing changed, at DCM's rate
-    python benchmarks/evidence.py --quick         a quarter of the steps, half of the samples, two seeds, two rates
+    python benchmarks/evidence.py --quick         a fifth of the steps, 400 samples, two seeds, two rates
 
 It may be stopped at any time: called again, it goes on where it was and skips what is done. The cost is stated first.
 
@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +34,9 @@ from moedistill.recipe import Recipe, shipped_recipes
 from moedistill.report import Line, Table, read_records, tabulate
 from moedistill.stages.base import TrainingStageConfig
 from moedistill.train import COST, changed_keys, comparable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,13 @@ class Method:
 
 TEACHER = "baselines/digits_few_step_teacher"
 DCM = Method("DCM", "evidence_digits")
+TWO_PHASE = Method("one student, two phases", "baselines/digits_two_phase")
 METHODS = (
     DCM,
     Method("LCM", "baselines/digits_lcm"),
     Method("LCM, re-noised", "baselines/digits_lcm", ", re-noised"),
     Method("PCM", "baselines/digits_pcm"),
-    Method("one student, two phases", "baselines/digits_two_phase"),
+    TWO_PHASE,
     Method("progressive phases", "baselines/digits_progressive"),
     Method("progressive phases, re-noised", "baselines/digits_progressive", ", re-noised"),
 )
@@ -254,7 +259,7 @@ class Evidence:
             scores = {rate: f"{self.score(method, rate):.0f}" for rate in grids[method.recipe]}
             scores[chosen] = f"**{scores[chosen]}**"
             rows.append([method.title, *(scores.get(rate, "") for rate in tried)])
-        return _markdown(["method", *(f"{rate:.1e}" for rate in tried)], rows)
+        return markdown(["method", *(f"{rate:.1e}" for rate in tried)], rows)
 
 
 def _widened(grid: list[float], best: Collection[float]) -> list[float]:
@@ -324,7 +329,7 @@ class Results:
             lines = [self(method, steps) for steps in STEPS]
             values = [(line.differences if differences else line.values) if line else {} for line in lines]
             rows.append([method.title, *(str(value.get(kind, "")) for value in values)])
-        return _markdown(["method", *STEPS], [row for row in rows if any(row[1:])])
+        return markdown(["method", *STEPS], [row for row in rows if any(row[1:])])
 
     def by_metric(self, steps: str) -> str:
         """One row for each method, one column for each metric, as means."""
@@ -332,7 +337,7 @@ class Results:
         kinds = list(dict.fromkeys(kind for line in lines.values() for kind in line.values))
         head = ["method", *(kind.replace("_", " ") for kind in kinds)]
         rows = [[n, *(f"{line.values[kind].mean:.3g}" for kind in kinds)] for n, line in lines.items()]
-        return _markdown(head, rows)
+        return markdown(head, rows)
 
     def markdown(self) -> str:
         parts = []
@@ -347,7 +352,8 @@ class Results:
         return "\n\n".join(parts)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -366,7 +372,7 @@ def every_run(table: Table, folder: Path) -> str:
         scored = lines[run["method"], "4 steps"].values["frechet"].seeds[seeds.index(run["seed"])]
         costs = [f"{run[what]:.0f}" for what in ("steps", "forwards", "seconds")]
         rows.append([str(Path(run["folder"]).relative_to(folder)), *costs, f"{scored:.0f}"])
-    return _markdown(["run", "steps", "forwards", "seconds of training", "FD, 4 steps"], rows)
+    return markdown(["run", "steps", "forwards", "seconds of training", "FD, 4 steps"], rows)
 
 
 def write(folder: Path, name: str, table: Table, parts: Sequence[str]) -> None:
@@ -377,50 +383,68 @@ def write(folder: Path, name: str, table: Table, parts: Sequence[str]) -> None:
     print(f"{folder / name}.md")
 
 
-def plot_steps(results: Results, file: Path) -> None:
-    """Quality against sampling steps; a colour for each recipe."""
-    from matplotlib.figure import Figure
+def _styles(methods: Iterable[Method]) -> dict[Method, dict[str, Any]]:
+    """How each is drawn: a colour for each recipe, DCM thick."""
+    styles: dict[Method, dict[str, Any]] = {}
+    colors: dict[str, str] = {TEACHER: "C0"}
+    for method in methods:
+        color = colors.setdefault(method.recipe, f"C{len(colors)}")
+        line = ("-", ":", "--")[sum(other.recipe == method.recipe for other in styles)]
+        styles[method] = {
+            "label": method.title,
+            "color": color,
+            "linestyle": line,
+            "linewidth": 3 if method == DCM else 1.5,
+            "marker": "o",
+        }
+    return styles
+
+
+def _finish(figure: "Figure", file: Path, xlabel: str, ticks: Collection[int]) -> None:
+    """Logarithmic scales that can be read, and one legend."""
     from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    recipes = list(dict.fromkeys(method.recipe for method in results.methods))
-    styles: dict[Method, tuple[str, str]] = {}
-    for method in results.methods:
-        of_recipe = sum(other.recipe == method.recipe for other in styles)
-        styles[method] = f"C{recipes.index(method.recipe)}", ("-", ":", "--")[of_recipe]
-    for axes, (kind, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
-        for number, (method, (color, style)) in enumerate(styles.items()):
-            shown = {steps: line.values[kind] for steps in STEPS if (line := results(method, steps))}
-            axes.errorbar(
-                # Side by side, so that intervals can be told apart.
-                [STEPS[steps] * 1.012 ** (number - len(styles) / 2) for steps in shown],
-                [value.mean for value in shown.values()],
-                [[v.mean - v.low for v in shown.values()], [v.high - v.mean for v in shown.values()]],
-                marker="o", capsize=2, label=method.title, color=color, linestyle=style,
-                linewidth=3 if method == DCM else 1.5,
-            )  # fmt: skip
-        axes.set(xlabel="sampling steps", ylabel=title, xscale="log", yscale="log")
-        axes.set_xticks(list(STEPS.values()), [str(steps) for steps in STEPS.values()])
+    for axes in figure.axes:
+        axes.set(xlabel=xlabel, xscale="log", yscale="log")
+        axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:.0f}")
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(file, dpi=120)
 
 
-def plot_compute(curves: dict[str, dict[float, float]], file: Path) -> None:
+def plot_steps(results: Results, file: Path) -> None:
+    """Quality against sampling steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    styles = _styles(results.methods)
+    for axes, (kind, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
+        for number, (method, style) in enumerate(styles.items()):
+            shown = {steps: line.values[kind] for steps in STEPS if (line := results(method, steps))}
+            axes.errorbar(
+                # Side by side, so that intervals can be told apart.
+                [STEPS[steps] * 1.012 ** (number - len(styles) / 2) for steps in shown],
+                [value.mean for value in shown.values()],
+                [[v.mean - v.low for v in shown.values()], [v.high - v.mean for v in shown.values()]],
+                capsize=2, **style,
+            )  # fmt: skip
+        axes.set_ylabel(title)
+    _finish(figure, file, "sampling steps", STEPS.values())
+
+
+def plot_compute(curves: Mapping[Method, Mapping[int, float]], file: Path) -> None:
     """Fréchet distance at 4 steps against network forwards spent in training."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for method, curve in curves.items():
-        axes.plot(list(curve), list(curve.values()), marker="o", label=method)
-    axes.set(xlabel="network forwards in training", ylabel="Fréchet distance, 4 steps", xscale="log", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(file, dpi=120)
+    for method, style in _styles(curves).items():
+        axes.plot(list(curves[method]), list(curves[method].values()), **style)
+    axes.set_ylabel("Fréchet distance, 4 steps")
+    _finish(figure, file, "network forwards in training", curves[DCM])
 
 
 def run_baselines(
@@ -448,12 +472,22 @@ def run_baselines(
 
     smaller = {method: [evidence.smaller(method, rate, seeds[0], b) for b in budgets] for method, rate in tuned.items()}
     evidence.execute([job for jobs in smaller.values() for job in jobs])
-    curves: dict[str, dict[float, float]] = {
-        method.title: {job.forwards: _score(method, job) for job in [*jobs, one_each[method]]}
+    curves = {
+        method: {job.forwards: _score(method, job) for job in [*jobs, one_each[method]]}
         for method, jobs in smaller.items()
     }
     plot_compute(curves, folder / "compute.png")
-    (folder / "compute.json").write_text(json.dumps(curves, indent=1))
+    shown_curves = {method.title: curve for method, curve in curves.items()}
+    (folder / "compute.json").write_text(json.dumps(shown_curves, indent=1))
+
+
+def tuned_rates(folder: Path) -> dict[str, float]:
+    """The rates that `run_baselines` has found, by a method's title."""
+    file = folder / "rates.json"
+    if not file.is_file():
+        raise SystemExit(f"{file} is missing: run evidence.py without --ablations first, it finds the rates")
+    rates: dict[str, float] = json.loads(file.read_text())
+    return rates
 
 
 def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
@@ -462,9 +496,7 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
     Those that change nothing before DCM's first stage ends begin there.
     """
     folder = evidence.folder
-    if not (folder / "rates.json").is_file():
-        raise SystemExit(f"{folder / 'rates.json'} is missing: run without --ablations first, it finds the rate")
-    rate = json.loads((folder / "rates.json").read_text())[DCM.title]
+    rate = tuned_rates(folder)[DCM.title]
     finals = evidence.finals(DCM, rate, seeds)
     evidence.execute(finals)
     # Seed by seed, as above.
@@ -482,9 +514,7 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablations", action="store_true", help="DCM's ablations in place of the baselines")
-    parser.add_argument(
-        "--quick", action="store_true", help="a quarter of the steps, half of the samples, two seeds, two rates"
-    )
+    parser.add_argument("--quick", action="store_true", help="a fifth of the steps, 400 samples, two seeds, two rates")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"))
     args = parser.parse_args()
@@ -493,7 +523,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
 
     output = args.output.with_name(f"{args.output.name}-quick") if args.quick else args.output
-    quick = {"scale": 0.25, "samples": 520} if args.quick else {}
+    quick = {"scale": 0.2, "samples": 400} if args.quick else {}
     evidence = Evidence(output.resolve(), args.jobs, **quick)
     seeds = SEEDS[:2] if args.quick else SEEDS
     if args.ablations:

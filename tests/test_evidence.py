@@ -1,4 +1,4 @@
-"""The study of benchmarks/evidence.py in miniature: what it runs, how it tunes, and that it goes on where it was."""
+"""The study of benchmarks/ in miniature: what it runs, how it tunes, and that it goes on where it was."""
 
 import importlib.util
 import json
@@ -14,11 +14,19 @@ from moedistill.recipe import load_recipe, shipped_recipes
 from moedistill.smoke import miniature
 from moedistill.train import run
 
-FILE = Path(__file__).parent.parent / "benchmarks" / "evidence.py"
-spec = importlib.util.spec_from_file_location("evidence", FILE)
-evidence = importlib.util.module_from_spec(spec)
-sys.modules["evidence"] = evidence
-spec.loader.exec_module(evidence)
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def imported(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+evidence = imported("evidence")
+halves = imported("halves")
 
 
 @pytest.fixture
@@ -111,6 +119,28 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
     evidence.run_ablations(study, [0, 1])
     assert in_process[done + 2] == killed
     assert len(in_process) == done + 2 + 1 + 2
+
+
+def test_halves_put_together_are_the_whole(tmp_path, in_process):
+    study = evidence.Evidence(tmp_path)
+    teacher, _ = study.teachers()
+    [dcm], [single] = (study.finals(method, 1e-3, [0]) for method in (evidence.DCM, evidence.TWO_PHASE))
+    for job in (teacher, dcm, single):
+        job.execute()
+    record = halves.cross(dcm, single, teacher.folder / "evaluate/latents.safetensors", halves.FEW["4 steps"])
+    distance = {pair: float(rows["paired_distance"].mean()) for pair, rows in record.rows.items()}
+    assert len(distance) == 25
+    for pair, job, candidate in [
+        ("semantic expert + detail expert", dcm, "4 steps"),
+        ("semantic expert + teacher", dcm, "4 steps, semantic + teacher"),
+        ("semantic expert + semantic expert", dcm, "4 steps, semantic alone"),
+        ("one student, two phases + one student, two phases", single, "4 steps"),
+        ("teacher + teacher", teacher, "4 steps, DCM's points"),
+        ("teacher, 50 steps + teacher, 50 steps", teacher, "teacher, 50 steps"),
+    ]:
+        assert distance[pair] == pytest.approx(job.metrics[candidate]["paired_distance"], rel=1e-5, abs=1e-6), pair
+    shown = f"| semantic expert | {distance['semantic expert + teacher, 50 steps']:.3g} ["
+    assert shown in halves.tables([record])
 
 
 def line(method, candidate, frechet, difference=None):

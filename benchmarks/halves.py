@@ -1,0 +1,128 @@
+"""Which half limits a model: who should serve above DCM's boundary, and who below?
+
+    python benchmarks/halves.py
+
+Each model takes its own samples from noise to the boundary; each takes all of these from there to the end. A row of the
+tables shares what was lost above, a column what was lost below. Nothing is trained: the students are those of
+`evidence.py`, which must have finished with the same --output. About 25 minutes of one core.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from evidence import DCM, SEEDS, TITLES, TWO_PHASE, Evidence, Job, markdown, tuned_rates
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moedistill.experts import TEACHER
+from moedistill.metrics import MetricInputs
+from moedistill.mixture import Mixture
+from moedistill.randomness import Draws
+from moedistill.report import Record, tabulate
+from moedistill.sample_run import load_mixture
+from moedistill.stages.evaluate import EvaluateConfig
+
+BOUNDARY = 30
+FEW = {"4 steps": (50, 40, 30, 15), "8 steps": (50, 45, 40, 35, 30, 23, 15, 8)}
+"""The points at which DCM's steps begin."""
+MANY = range(50, 0, -1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One expert, at any noise level."""
+
+    mixture: Mixture
+    expert: str
+    points: Sequence[int]
+
+    def above(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Its samples at the boundary."""
+        return self._carry(noise, cond, [self._sigma(point) for point in self.points if point >= BOUNDARY])
+
+    def below(self, x: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """What it makes of samples at the boundary."""
+        return self._carry(x, cond, [*(self._sigma(point) for point in self.points if point <= BOUNDARY), 0.0])
+
+    def _sigma(self, point: int) -> float:
+        return self.mixture.trajectory.sigma(point)
+
+    def _carry(self, x: Tensor, cond: Mapping[str, Tensor], sigmas: Sequence[float]) -> Tensor:
+        mixture, router = self.mixture, self.mixture.router
+        assert router is not None
+        everywhere = {segment.expert: self.expert for segment in router.segments}
+        return mixture.generate(x, cond, torch.tensor(sigmas), stand_ins=everywhere, guidance=mixture.guidance)
+
+
+def cross(dcm: Job, single: Job, reference: Path, points: Sequence[int]) -> Record:
+    """Every pair of models for one training seed, as candidates "above + below".
+
+    Args:
+        dcm, single: finished runs of DCM, and of one student with its two phases.
+        reference: the stored samples of the teacher's evaluation, on the noise of both.
+        points: at which the few steps begin.
+    """
+    recipe, mixture = load_mixture(dcm.folder)
+    _, student = load_mixture(single.folder)
+    models = {
+        "teacher, 50 steps": Model(mixture, TEACHER, MANY),
+        "teacher": Model(mixture, TEACHER, points),
+        "semantic expert": Model(mixture, "semantic", points),
+        "detail expert": Model(mixture, "detail", points),
+        TWO_PHASE.title: Model(student, "student", points),
+    }
+    [config] = [stage for stage in recipe.stages if isinstance(stage, EvaluateConfig)]
+    stored = load_file(reference)
+    cond = {name.removeprefix("conditioning."): t for name, t in stored.items() if name.startswith("conditioning.")}
+    latents, backbone = stored[config.reference], mixture.student.backbone
+    videos = backbone.decode(latents)
+    noise = Draws(config.seed, "evaluate", 0, range(config.samples)).normal("noise", latents.shape[1:])
+    metrics = {metric.kind: metric.build() for metric in config.metrics if metric.kind in TITLES}
+    rows = {}
+    for above, first in models.items():
+        x = first.above(noise, cond)
+        for below, second in models.items():
+            made = second.below(x, cond)
+            inputs = MetricInputs(backbone.decode(made), made, videos, latents, cond, backbone.fps)
+            rows[f"{above} + {below}"] = {kind: metric.rows(inputs) for kind, metric in metrics.items()}
+            print(f"seed {recipe.seed}: {above} + {below}", flush=True)
+    return Record(dcm.folder, recipe, rows, metrics, {}, {"samples": config.samples, "seed": config.seed})
+
+
+def tables(records: Sequence[Record]) -> str:
+    """One table for each metric: who begins by row, who ends by column."""
+    values = {line.candidate: line.values for line in tabulate(records).lines}
+    names = list(dict.fromkeys(candidate.partition(" + ")[0] for candidate in values))
+    parts = []
+    for kind, title in TITLES.items():
+        rows = [[above, *(str(values[f"{above} + {below}"][kind]) for below in names)] for above in names]
+        parts += [f"{title[0].upper()}{title[1:]}:", markdown(["above \\ below", *names], rows)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/evidence"))
+    folder = parser.parse_args().output.resolve()
+    torch.set_num_threads(1)
+    evidence = Evidence(folder)
+    rates = tuned_rates(folder)
+    jobs = {method: evidence.finals(method, rates[method.title], SEEDS) for method in (DCM, TWO_PHASE)}
+    missing = [job.folder for each in jobs.values() for job in each if job.metrics is None]
+    if missing:
+        raise SystemExit(f"{missing[0]} is not finished: run evidence.py first")
+    reference = evidence.teacher(noise=0) / "evaluate/latents.safetensors"
+    parts = []
+    for steps, points in FEW.items():
+        records = [cross(*pair, reference, points) for pair in zip(jobs[DCM], jobs[TWO_PHASE], strict=True)]
+        parts += [f"{steps}, but for the teacher's 50:", tables(records)]
+    file = folder / "halves.md"
+    file.write_text("\n\n".join(parts) + "\n")
+    print(file)
+
+
+if __name__ == "__main__":
+    main()
