@@ -8,8 +8,9 @@ tables shares what was lost above, a column what was lost below. Nothing is trai
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from moedistill.experts import TEACHER
 from moedistill.metrics import MetricInputs
 from moedistill.mixture import Mixture
 from moedistill.randomness import Draws
-from moedistill.report import Record, tabulate
+from moedistill.report import Estimate, Record, tabulate
 from moedistill.sample_run import load_mixture
 from moedistill.stages.evaluate import EvaluateConfig
 
@@ -29,6 +30,7 @@ BOUNDARY = 30
 FEW = {"4 steps": (50, 40, 30, 15), "8 steps": (50, 45, 40, 35, 30, 23, 15, 8)}
 """The points at which DCM's steps begin."""
 MANY = range(50, 0, -1)
+SEMANTIC, DETAIL = "semantic expert", "detail expert"
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,36 @@ class Model:
         return mixture.generate(x, cond, torch.tensor(sigmas), stand_ins=everywhere, guidance=mixture.guidance)
 
 
-def cross(dcm: Job, single: Job, reference: Path, points: Sequence[int]) -> Record:
+Kept = dict[tuple[Sequence[int], ...], Tensor]
+"""Samples that only teachers made, by the points of their steps: the same for every training seed."""
+
+
+def once(kept: Kept, models: Sequence[Model], make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, or what was kept of it."""
+    if any(model.expert != TEACHER for model in models):
+        return make()
+    key = tuple(model.points for model in models)
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
+
+
+def cross(dcm: Job, single: Job, reference: Path, points: Sequence[int], kept: Kept) -> Record:
     """Every pair of models for one training seed, as candidates "above + below".
 
     Args:
         dcm, single: finished runs of DCM, and of one student with its two phases.
         reference: the stored samples of the teacher's evaluation, on the noise of both.
         points: at which the few steps begin.
+        kept: of other seeds; added to.
     """
     recipe, mixture = load_mixture(dcm.folder)
     _, student = load_mixture(single.folder)
     models = {
         "teacher, 50 steps": Model(mixture, TEACHER, MANY),
         "teacher": Model(mixture, TEACHER, points),
-        "semantic expert": Model(mixture, "semantic", points),
-        "detail expert": Model(mixture, "detail", points),
+        SEMANTIC: Model(mixture, "semantic", points),
+        DETAIL: Model(mixture, "detail", points),
         TWO_PHASE.title: Model(student, "student", points),
     }
     [config] = [stage for stage in recipe.stages if isinstance(stage, EvaluateConfig)]
@@ -83,9 +100,11 @@ def cross(dcm: Job, single: Job, reference: Path, points: Sequence[int]) -> Reco
     metrics = {metric.kind: metric.build() for metric in config.metrics if metric.kind in TITLES}
     rows = {}
     for above, first in models.items():
-        x = first.above(noise, cond)
+        if above == DETAIL:
+            continue
+        x = once(kept, [first], partial(first.above, noise, cond))
         for below, second in models.items():
-            made = second.below(x, cond)
+            made = once(kept, [first, second], partial(second.below, x, cond))
             inputs = MetricInputs(backbone.decode(made), made, videos, latents, cond, backbone.fps)
             rows[f"{above} + {below}"] = {kind: metric.rows(inputs) for kind, metric in metrics.items()}
             print(f"seed {recipe.seed}: {above} + {below}", flush=True)
@@ -93,14 +112,26 @@ def cross(dcm: Job, single: Job, reference: Path, points: Sequence[int]) -> Reco
 
 
 def tables(records: Sequence[Record]) -> str:
-    """One table for each metric: who begins by row, who ends by column."""
-    values = {line.candidate: line.values for line in tabulate(records).lines}
-    names = list(dict.fromkeys(candidate.partition(" + ")[0] for candidate in values))
+    """For each metric who begins by row and who ends by column, and differences between columns and between rows."""
+    method = records[0].recipe.name
+    to_end = tabulate(records, against=method, counterpart=lambda pair: f"{pair.partition(' + ')[0]} + {DETAIL}")
+    to_begin = tabulate(records, against=method, counterpart=lambda pair: f"{SEMANTIC} + {pair.partition(' + ')[2]}")
+    values = {line.candidate: line.values for line in to_end.lines}
+    from_end = {line.candidate: line.differences for line in to_end.lines}
+    from_begin = {line.candidate: line.differences for line in to_begin.lines}
     parts = []
     for kind, title in TITLES.items():
-        rows = [[above, *(str(values[f"{above} + {below}"][kind]) for below in names)] for above in names]
-        parts += [f"{title[0].upper()}{title[1:]}:", markdown(["above \\ below", *names], rows)]
+        parts += [f"{title[0].upper()}{title[1:]}:", _grid(values, kind)]
+        parts += [f"Difference to the {DETAIL} below:", _grid(from_end, kind)]
+        parts += [f"Difference to the {SEMANTIC} above:", _grid(from_begin, kind)]
     return "\n\n".join(parts)
+
+
+def _grid(values: Mapping[str, Mapping[str, Estimate]], kind: str) -> str:
+    pairs = [candidate.split(" + ") for candidate, value in values.items() if kind in value]
+    above, below = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+    rows = [[first, *(str(values[f"{first} + {second}"][kind]) for second in below)] for first in above]
+    return markdown(["above \\ below", *below], rows)
 
 
 def main() -> None:
@@ -115,12 +146,13 @@ def main() -> None:
     if missing:
         raise SystemExit(f"{missing[0]} is not finished: run evidence.py first")
     reference = evidence.teacher(noise=0) / "evaluate/latents.safetensors"
-    parts = []
-    for steps, points in FEW.items():
-        records = [cross(*pair, reference, points) for pair in zip(jobs[DCM], jobs[TWO_PHASE], strict=True)]
-        parts += [f"{steps}, but for the teacher's 50:", tables(records)]
+    parts: list[str] = []
+    kept: Kept = {}
     file = folder / "halves.md"
-    file.write_text("\n\n".join(parts) + "\n")
+    for steps, points in FEW.items():
+        records = [cross(*pair, reference, points, kept) for pair in zip(jobs[DCM], jobs[TWO_PHASE], strict=True)]
+        parts += [f"{steps}, but for the teacher's 50:", tables(records)]
+        file.write_text("\n\n".join(parts) + "\n")
     print(file)
 
 

@@ -127,9 +127,9 @@ def test_halves_put_together_are_the_whole(tmp_path, in_process):
     [dcm], [single] = (study.finals(method, 1e-3, [0]) for method in (evidence.DCM, evidence.TWO_PHASE))
     for job in (teacher, dcm, single):
         job.execute()
-    record = halves.cross(dcm, single, teacher.folder / "evaluate/latents.safetensors", halves.FEW["4 steps"])
+    record = halves.cross(dcm, single, teacher.folder / "evaluate/latents.safetensors", halves.FEW["4 steps"], {})
     distance = {pair: float(rows["paired_distance"].mean()) for pair, rows in record.rows.items()}
-    assert len(distance) == 25
+    assert len(distance) == 4 * 5
     for pair, job, candidate in [
         ("semantic expert + detail expert", dcm, "4 steps"),
         ("semantic expert + teacher", dcm, "4 steps, semantic + teacher"),
@@ -139,8 +139,11 @@ def test_halves_put_together_are_the_whole(tmp_path, in_process):
         ("teacher, 50 steps + teacher, 50 steps", teacher, "teacher, 50 steps"),
     ]:
         assert distance[pair] == pytest.approx(job.metrics[candidate]["paired_distance"], rel=1e-5, abs=1e-6), pair
-    shown = f"| semantic expert | {distance['semantic expert + teacher, 50 steps']:.3g} ["
-    assert shown in halves.tables([record])
+    _, values, to_end, to_begin = halves.tables([record]).split("\n\nDistance")[1].split(":\n\n")
+    base = distance["semantic expert + detail expert"]
+    assert f"| semantic expert | {distance['semantic expert + teacher, 50 steps']:.3g} [" in values
+    assert f"| semantic expert | {distance['semantic expert + teacher, 50 steps'] - base:.3g} [" in to_end
+    assert f"| {distance['teacher + detail expert'] - base:.3g} [" in to_begin
 
 
 def line(method, candidate, frechet, difference=None):
