@@ -2,16 +2,18 @@
 
     python benchmarks/halves.py
 
-Each model takes its own samples from noise to the boundary; each takes all of these from there to the end. A row of the
-tables shares what was lost above, a column what was lost below. Nothing is trained: the students are those of
-`evidence.py`, which must have finished with the same --output. About 25 minutes of one core.
+Each model but the detail expert takes samples from noise to the boundary; each takes all of these on to the end. A row
+of the tables shares what was lost above, a column what was lost below. Nothing is trained: the students are those of
+`evidence.py`, which must have finished with the same --output. About half an hour of one core.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from evidence import DCM, SEEDS, TITLES, TWO_PHASE, Evidence, Job, markdown, tuned_rates
@@ -22,14 +24,14 @@ from moedistill.experts import TEACHER
 from moedistill.metrics import MetricInputs
 from moedistill.mixture import Mixture
 from moedistill.randomness import Draws
-from moedistill.report import Estimate, Record, tabulate
+from moedistill.report import Estimate, Record, Table, tabulate
 from moedistill.sample_run import load_mixture
-from moedistill.stages.evaluate import EvaluateConfig
+from moedistill.stages.evaluate import EvaluateConfig, stored_samples
 
 BOUNDARY = 30
 FEW = {"4 steps": (50, 40, 30, 15), "8 steps": (50, 45, 40, 35, 30, 23, 15, 8)}
 """The points at which DCM's steps begin."""
-MANY = range(50, 0, -1)
+MANY = tuple(range(50, 0, -1))
 SEMANTIC, DETAIL = "semantic expert", "detail expert"
 
 
@@ -39,7 +41,7 @@ class Model:
 
     mixture: Mixture
     expert: str
-    points: Sequence[int]
+    points: tuple[int, ...]
 
     def above(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Its samples at the boundary."""
@@ -59,7 +61,7 @@ class Model:
         return mixture.generate(x, cond, torch.tensor(sigmas), stand_ins=everywhere, guidance=mixture.guidance)
 
 
-Kept = dict[tuple[Sequence[int], ...], Tensor]
+Kept = dict[tuple[tuple[int, ...], ...], Tensor]
 """Samples that only teachers made, by the points of their steps: the same for every training seed."""
 
 
@@ -73,7 +75,7 @@ def once(kept: Kept, models: Sequence[Model], make: Callable[[], Tensor]) -> Ten
     return kept[key]
 
 
-def cross(dcm: Job, single: Job, reference: Path, points: Sequence[int], kept: Kept) -> Record:
+def cross(dcm: Job, single: Job, reference: Path, points: tuple[int, ...], kept: Kept) -> Record:
     """Every pair of models for one training seed, as candidates "above + below".
 
     Args:
@@ -85,16 +87,17 @@ def cross(dcm: Job, single: Job, reference: Path, points: Sequence[int], kept: K
     recipe, mixture = load_mixture(dcm.folder)
     _, student = load_mixture(single.folder)
     models = {
-        "teacher, 50 steps": Model(mixture, TEACHER, MANY),
-        "teacher": Model(mixture, TEACHER, points),
+        "teacher, all steps": Model(mixture, TEACHER, MANY),
+        "teacher, few steps": Model(mixture, TEACHER, points),
         SEMANTIC: Model(mixture, "semantic", points),
         DETAIL: Model(mixture, "detail", points),
         TWO_PHASE.title: Model(student, "student", points),
     }
     [config] = [stage for stage in recipe.stages if isinstance(stage, EvaluateConfig)]
-    stored = load_file(reference)
-    cond = {name.removeprefix("conditioning."): t for name, t in stored.items() if name.startswith("conditioning.")}
-    latents, backbone = stored[config.reference], mixture.student.backbone
+    config = config.replace(reference_samples=str(reference))
+    marked = "conditioning."
+    cond = {name.removeprefix(marked): t for name, t in load_file(reference).items() if name.startswith(marked)}
+    latents, backbone = stored_samples(config, recipe), mixture.student.backbone
     videos = backbone.decode(latents)
     noise = Draws(config.seed, "evaluate", 0, range(config.samples)).normal("noise", latents.shape[1:])
     metrics = {metric.kind: metric.build() for metric in config.metrics if metric.kind in TITLES}
@@ -111,8 +114,11 @@ def cross(dcm: Job, single: Job, reference: Path, points: Sequence[int], kept: K
     return Record(dcm.folder, recipe, rows, metrics, {}, {"samples": config.samples, "seed": config.seed})
 
 
-def tables(records: Sequence[Record]) -> str:
-    """For each metric who begins by row and who ends by column, and differences between columns and between rows."""
+def tables(records: Sequence[Record]) -> tuple[str, Table]:
+    """For each metric who begins by row and who ends by column, and differences between columns and between rows.
+
+    Also all of it, with the differences to the detail expert below.
+    """
     method = records[0].recipe.name
     to_end = tabulate(records, against=method, counterpart=lambda pair: f"{pair.partition(' + ')[0]} + {DETAIL}")
     to_begin = tabulate(records, against=method, counterpart=lambda pair: f"{SEMANTIC} + {pair.partition(' + ')[2]}")
@@ -122,9 +128,9 @@ def tables(records: Sequence[Record]) -> str:
     parts = []
     for kind, title in TITLES.items():
         parts += [f"{title[0].upper()}{title[1:]}:", _grid(values, kind)]
-        parts += [f"Difference to the {DETAIL} below:", _grid(from_end, kind)]
-        parts += [f"Difference to the {SEMANTIC} above:", _grid(from_begin, kind)]
-    return "\n\n".join(parts)
+        parts += [f"Difference to the same beginning ended by the {DETAIL}:", _grid(from_end, kind)]
+        parts += [f"Difference to the same end begun by the {SEMANTIC}:", _grid(from_begin, kind)]
+    return "\n\n".join(parts), to_end
 
 
 def _grid(values: Mapping[str, Mapping[str, Estimate]], kind: str) -> str:
@@ -147,12 +153,16 @@ def main() -> None:
         raise SystemExit(f"{missing[0]} is not finished: run evidence.py first")
     reference = evidence.teacher(noise=0) / "evaluate/latents.safetensors"
     parts: list[str] = []
+    whole: dict[str, Any] = {}
     kept: Kept = {}
     file = folder / "halves.md"
     for steps, points in FEW.items():
         records = [cross(*pair, reference, points, kept) for pair in zip(jobs[DCM], jobs[TWO_PHASE], strict=True)]
-        parts += [f"{steps}, but for the teacher's 50:", tables(records)]
+        shown, table = tables(records)
+        parts += [f"Few steps are {steps}:", shown]
+        whole[steps] = table.plain()
         file.write_text("\n\n".join(parts) + "\n")
+        file.with_suffix(".json").write_text(json.dumps(whole, indent=1))
     print(file)
 
 

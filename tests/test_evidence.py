@@ -127,23 +127,28 @@ def test_halves_put_together_are_the_whole(tmp_path, in_process):
     [dcm], [single] = (study.finals(method, 1e-3, [0]) for method in (evidence.DCM, evidence.TWO_PHASE))
     for job in (teacher, dcm, single):
         job.execute()
-    record = halves.cross(dcm, single, teacher.folder / "evaluate/latents.safetensors", halves.FEW["4 steps"], {})
+    kept = {}
+    record = halves.cross(dcm, single, teacher.folder / "evaluate/latents.safetensors", halves.FEW["4 steps"], kept)
+    # Two beginnings of teachers alone, each ended by both; to be taken from there for other seeds.
+    assert len(kept) == 2 + 2 * 2
+    few = halves.FEW["4 steps"]
+    assert halves.once(kept, [halves.Model(None, "teacher", few)], None) is kept[few,]
     distance = {pair: float(rows["paired_distance"].mean()) for pair, rows in record.rows.items()}
     assert len(distance) == 4 * 5
     for pair, job, candidate in [
         ("semantic expert + detail expert", dcm, "4 steps"),
-        ("semantic expert + teacher", dcm, "4 steps, semantic + teacher"),
+        ("semantic expert + teacher, few steps", dcm, "4 steps, semantic + teacher"),
         ("semantic expert + semantic expert", dcm, "4 steps, semantic alone"),
         ("one student, two phases + one student, two phases", single, "4 steps"),
-        ("teacher + teacher", teacher, "4 steps, DCM's points"),
-        ("teacher, 50 steps + teacher, 50 steps", teacher, "teacher, 50 steps"),
+        ("teacher, few steps + teacher, few steps", teacher, "4 steps, DCM's points"),
+        ("teacher, all steps + teacher, all steps", teacher, "teacher, 50 steps"),
     ]:
         assert distance[pair] == pytest.approx(job.metrics[candidate]["paired_distance"], rel=1e-5, abs=1e-6), pair
-    _, values, to_end, to_begin = halves.tables([record]).split("\n\nDistance")[1].split(":\n\n")
+    _, values, to_end, to_begin = halves.tables([record])[0].split("\n\nDistance")[1].split(":\n\n")
     base = distance["semantic expert + detail expert"]
-    assert f"| semantic expert | {distance['semantic expert + teacher, 50 steps']:.3g} [" in values
-    assert f"| semantic expert | {distance['semantic expert + teacher, 50 steps'] - base:.3g} [" in to_end
-    assert f"| {distance['teacher + detail expert'] - base:.3g} [" in to_begin
+    assert f"| semantic expert | {distance['semantic expert + teacher, all steps']:.3g} [" in values
+    assert f"| semantic expert | {distance['semantic expert + teacher, all steps'] - base:.3g} [" in to_end
+    assert f"| {distance['teacher, few steps + detail expert'] - base:.3g} [" in to_begin
 
 
 def line(method, candidate, frechet, difference=None):
