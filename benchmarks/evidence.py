@@ -69,6 +69,7 @@ CONTROLS = (", semantic + teacher", ", semantic alone")
 """Samplings with the untouched teacher, or the semantic expert, in place of the other experts."""
 SEEDS = (0, 1, 2)
 RATES = (3e-5, 1e-4, 3e-4)
+QUICK: dict[str, Any] = {"scale": 0.2, "samples": 400}
 QUICK_RATES = (3e-4, 9.5e-4)
 """One or the other was the best of each method, found with all of the steps; too few to tune anew with."""
 FACTOR = 10**0.5
@@ -527,8 +528,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
 
     output = args.output.with_name(f"{args.output.name}-quick") if args.quick else args.output
-    quick = {"scale": 0.2, "samples": 400} if args.quick else {}
-    evidence = Evidence(output.resolve(), args.jobs, **quick)
+    evidence = Evidence(output.resolve(), args.jobs, **(QUICK if args.quick else {}))
     seeds = SEEDS[:2] if args.quick else SEEDS
     if args.ablations:
         run_ablations(evidence, seeds)

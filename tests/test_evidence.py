@@ -121,7 +121,7 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
     assert len(in_process) == done + 2 + 1 + 2
 
 
-def test_halves_put_together_are_the_whole(tmp_path, in_process):
+def test_halves_put_together_are_the_whole(tmp_path, in_process, monkeypatch):
     study = evidence.Evidence(tmp_path)
     teacher, _ = study.teachers()
     [dcm], [single] = (study.finals(method, 1e-3, [0]) for method in (evidence.DCM, evidence.TWO_PHASE))
@@ -144,7 +144,17 @@ def test_halves_put_together_are_the_whole(tmp_path, in_process):
         ("teacher, all steps + teacher, all steps", teacher, "teacher, 50 steps"),
     ]:
         assert distance[pair] == pytest.approx(job.metrics[candidate]["paired_distance"], rel=1e-5, abs=1e-6), pair
-    _, values, to_end, to_begin = halves.tables([record])[0].split("\n\nDistance")[1].split(":\n\n")
+    monkeypatch.setattr(halves, "SEEDS", (0,))
+    monkeypatch.setattr(halves, "FEW", {"4 steps": few})
+    monkeypatch.setattr(sys, "argv", ["halves.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"rates\.json is missing"):
+        halves.main()
+    titles = (evidence.DCM.title, evidence.TWO_PHASE.title)
+    (tmp_path / "rates.json").write_text(json.dumps(dict.fromkeys(titles, 1e-3)))
+    halves.main()
+    assert len(json.loads((tmp_path / "halves.json").read_text())["4 steps"]["lines"]) == 4 * 5
+    shown = (tmp_path / "halves.md").read_text()
+    _, values, to_end, to_begin = shown.split("\n\nDistance")[1].split(":\n\n")
     base = distance["semantic expert + detail expert"]
     assert f"| semantic expert | {distance['semantic expert + teacher, all steps']:.3g} [" in values
     assert f"| semantic expert | {distance['semantic expert + teacher, all steps'] - base:.3g} [" in to_end
@@ -272,11 +282,11 @@ def test_everything_that_is_compared_is_shipped_and_spends_the_same(tmp_path):
 
 
 def test_the_quick_form_is_smaller_in_every_way(tmp_path):
-    whole, quick = evidence.Evidence(tmp_path), evidence.Evidence(tmp_path, scale=0.25, samples=520)
+    whole, quick = evidence.Evidence(tmp_path), evidence.Evidence(tmp_path, **evidence.QUICK)
     [job], [small] = (study.finals(evidence.DCM, 1e-5, [0]) for study in (whole, quick))
-    assert small.forwards == job.forwards / 4
-    assert "stages.evaluate.samples=520" in small.settings
-    assert load_recipe(small.recipe, [s for s in small.settings if "reference" not in s]).stages[0].steps == 75
+    assert small.forwards == job.forwards / 5
+    assert "stages.evaluate.samples=400" in small.settings
+    assert load_recipe(small.recipe, [s for s in small.settings if "reference" not in s]).stages[0].steps == 60
 
 
 def test_the_rates_of_stages_keep_their_ratio(tmp_path):
