@@ -29,11 +29,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moedistill import load_recipe, plotting
-from moedistill.checkpoint import Checkpoints
-from moedistill.recipe import Recipe, shipped_recipes
-from moedistill.report import Line, Table, read_records, tabulate
-from moedistill.stages.base import TrainingStageConfig
-from moedistill.train import COST, changed_keys, comparable
+from moedistill.recipe.keys import Recipe, TrainingStageConfig
+from moedistill.recipe.loading import shipped_recipes
+from moedistill.runs.resume import changed_keys, comparable
+from moedistill.runs.tables import Line, Table, read_records, tabulate
+from moedistill.runtime.checkpoint import Checkpoints, comparable, load_tree
+from moedistill.stages.run import COST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +121,7 @@ class Job:
         """The same run begun where the first stage of `other`, a finished run, ends; itself if its own is different."""
         checkpoints = (other.folder / "checkpoints").glob("00_*")
         begun = max(checkpoints, default=None)
-        if begun is None or changed_keys(self.load(), begun)[0]:
+        if begun is None or changed_keys(self.load(), load_tree(begun, "state"))[0]:
             return self
         first, *_ = json.loads((other.folder / COST).read_text()).values()
         return replace(self, begun=begun, forwards=self.forwards - first["forwards"])

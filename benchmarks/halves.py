@@ -20,12 +20,12 @@ from evidence import DCM, SEEDS, TITLES, TWO_PHASE, Evidence, Job, markdown, tun
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moedistill.experts import TEACHER
-from moedistill.metrics import MetricInputs
-from moedistill.mixture import Mixture
-from moedistill.randomness import Draws
-from moedistill.report import Estimate, Record, Table, tabulate
-from moedistill.sample_run import load_mixture
+from moedistill.metrics.base import MetricInputs
+from moedistill.model.backbone import TEACHER
+from moedistill.model.mixture import Mixture
+from moedistill.runs.sample import load_mixture
+from moedistill.runs.tables import Estimate, Record, Table, tabulate
+from moedistill.runtime.randomness import Draws
 from moedistill.stages.evaluate import EvaluateConfig, stored_samples
 
 BOUNDARY = 30
@@ -97,7 +97,7 @@ def cross(dcm: Job, single: Job, reference: Path, points: tuple[int, ...], kept:
     config = config.replace(reference_samples=str(reference))
     marked = "conditioning."
     cond = {name.removeprefix(marked): t for name, t in load_file(reference).items() if name.startswith(marked)}
-    latents, backbone = stored_samples(config, recipe), mixture.student.backbone
+    latents, backbone = stored_samples(config, recipe), mixture.backbone
     videos = backbone.decode(latents)
     noise = Draws(config.seed, "evaluate", 0, range(config.samples)).normal("noise", latents.shape[1:])
     metrics = {metric.kind: metric.build() for metric in config.metrics if metric.kind in TITLES}

@@ -11,7 +11,7 @@ from moedistill import __version__
 from moedistill.errors import Interrupted, Problem, RecipeError, UserError, shorten, suggest
 
 if TYPE_CHECKING:
-    from moedistill.plugins import Plugins
+    from moedistill.components.plugins import Plugins
 
 KINDS = ("backbone", "trajectory", "router", "expert", "dataset", "loss", "stage", "metric", "recipe")
 
@@ -70,11 +70,11 @@ def run(
     """
     if resume and resume_from is not None:
         raise click.UsageError("give --resume or --resume-from, not both")
-    from moedistill.recipe import load_recipe
+    from moedistill.recipe.loading import load_recipe
 
     plugins = _plugins(plugin_files)
     loaded = load_recipe(recipe, _with_seed(overrides, seed), plugins)
-    from moedistill.train import run as run_recipe
+    from moedistill.runs.loop import run as run_recipe
 
     run_recipe(
         loaded, output=output, resume=resume, resume_from=resume_from, smoke=smoke, device=device, plugins=plugins
@@ -92,7 +92,7 @@ def validate(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, .
     Example:
       moedistill validate my_recipe.yaml --set sample.points=[50,38]
     """
-    from moedistill.recipe import load_recipe
+    from moedistill.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides, _plugins(plugin_files))
     click.echo(f"{recipe}: valid")
@@ -111,7 +111,7 @@ def show(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...])
     Example:
       moedistill show dcm_digits > mine.yaml
     """
-    from moedistill.recipe import load_recipe
+    from moedistill.recipe.loading import load_recipe
 
     click.echo(load_recipe(recipe, overrides, _plugins(plugin_files)).to_yaml(), nl=False)
 
@@ -131,7 +131,7 @@ def list_(kind: str | None, plugin_files: tuple[str, ...]) -> None:
     """
     if kind is not None and kind not in KINDS:
         raise click.BadParameter(f"{kind!r} is no kind of component; {suggest(kind, KINDS)}", param_hint="KIND")
-    from moedistill.plugins import load_plugins
+    from moedistill.components.plugins import load_plugins
 
     plugins = load_plugins(plugin_files)
     for name in KINDS if kind is None else (kind,):
@@ -151,8 +151,8 @@ def _entries(plugins: "Plugins", registry: str) -> list[tuple[str, str, str]]:
 
 
 def _recipes() -> list[tuple[str, str, str]]:
-    from moedistill.recipe import shipped_recipes
-    from moedistill.yaml_tree import read_file
+    from moedistill.recipe.loading import shipped_recipes
+    from moedistill.recipe.yaml_tree import read_file
 
     rows = []
     for name, path in shipped_recipes().items():
@@ -172,7 +172,7 @@ def schema(plugin_files: tuple[str, ...]) -> None:
     """
     import json
 
-    from moedistill.recipe import json_schema
+    from moedistill.recipe.json_schema import json_schema
 
     click.echo(json.dumps(json_schema(_plugins(plugin_files)), indent=2, ensure_ascii=False))
 
@@ -188,7 +188,7 @@ def cp(recipe: str, dest: Path, force: bool) -> None:
     Example:
       moedistill cp dcm_digits mine.yaml
     """
-    from moedistill.recipe import find_recipe
+    from moedistill.recipe.loading import find_recipe
 
     source = find_recipe(recipe)
     dest = dest / source.name if dest.is_dir() else dest
@@ -205,8 +205,8 @@ def cp(recipe: str, dest: Path, force: bool) -> None:
 
 def _copy_text(source: Path) -> str:
     """The file as it is, with its comments; or, where it extends another, both merged."""
-    from moedistill.recipe import dump_yaml, read_recipe
-    from moedistill.yaml_tree import read_file
+    from moedistill.recipe.loading import read_recipe
+    from moedistill.recipe.yaml_tree import dump_yaml, read_file
 
     problems: list[Problem] = []
     extends = read_file(source, problems).value.get("extends")
@@ -285,7 +285,7 @@ def sample(
         raise click.UsageError("give --steps or --sigmas, not both")
     from moedistill.data.prompts import read_prompts
     from moedistill.errors import user_errors
-    from moedistill.sample_run import sample_run
+    from moedistill.runs.sample import sample_run
 
     with user_errors("--prompts"):
         asked = [*prompts, *(prompt for file in prompt_files for prompt in read_prompts(file))]
@@ -329,7 +329,7 @@ def report(
         raise click.UsageError("--against and --metric are of the table: add --table or --json")
     import json
 
-    from moedistill.report import methods, read_records, tabulate
+    from moedistill.runs.tables import methods, read_records, tabulate
 
     records = read_records(folders, _plugins(plugin_files))
     if not table and json_file is None:
@@ -379,7 +379,7 @@ def analyze(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ..
       moedistill analyze recipes/dcm_wan_1_3b.yaml --smoke
       moedistill analyze my_recipe.yaml --samples 16 --steps 0 --experts 3
     """
-    from moedistill.analysis import analyze as run_analysis
+    from moedistill.analysis.study import analyze as run_analysis
 
     run_analysis(recipe, overrides=overrides, plugins=_plugins(plugin_files), **options)
 
@@ -412,12 +412,12 @@ def check(path: str, recipe: str | None, overrides: tuple[str, ...], plugin_file
     """
     if recipe is None and overrides:
         raise click.UsageError("--set changes a recipe; give one with --recipe")
-    from moedistill.recipe import load_recipe
+    from moedistill.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides, _plugins(plugin_files)) if recipe is not None else None
-    from moedistill.data.check import check_latents
+    from moedistill.runs.check import check_set
 
-    report = check_latents(path, loaded)
+    report = check_set(path, loaded)
     for line in report.lines():
         click.echo(line)
     if not report.fits:
@@ -446,8 +446,10 @@ def check_backbone(
     """
     import time
 
-    from moedistill.devices import find_device
-    from moedistill.testing import CHECKS, Subject, read_config, run_checks
+    from moedistill.runtime.devices import find_device
+    from moedistill.testing.checks import CHECKS
+    from moedistill.testing.running import read_config, run_checks
+    from moedistill.testing.subject import Subject
 
     settings = {} if pretrained is None else {"pretrained": pretrained}
     config = read_config(name, settings, overrides, _plugins(plugin_files))
@@ -480,7 +482,7 @@ def new_backbone(name: str, dest: Path, plugin_files: tuple[str, ...]) -> None:
     Example:
       moedistill new-backbone my_model my_model_plugin
     """
-    from moedistill.new_backbone import write_plugin
+    from moedistill.testing.new_backbone.write import write_plugin
 
     taken = [entry.name for entry in _plugins(plugin_files).components.entries("backbone")]
     for file in write_plugin(name, dest, taken):
@@ -490,7 +492,7 @@ def new_backbone(name: str, dest: Path, plugin_files: tuple[str, ...]) -> None:
 
 def _plugins(files: Sequence[str]) -> "Plugins":
     """All plugins. A broken installed one is the business of `moedistill list`; one that was asked for is an error."""
-    from moedistill.plugins import load_plugins
+    from moedistill.components.plugins import load_plugins
 
     plugins = load_plugins(files)
     broken = [f"{name}: {reason}" for name, reason in plugins.broken.items() if name in plugins.files]

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.functional import one_hot, silu
 
 from moedistill import hookimpl
-from moedistill.backbone import Backbone, BackboneConfig
 from moedistill.data.base import Dataset, DatasetConfig, Sample
-from moedistill.randomness import generator
+from moedistill.model.backbone import Backbone, BackboneConfig
+from moedistill.runtime.randomness import generator
 
 SHAPE = (4, 2, 2, 2)
 MU = torch.tensor([1.0, -0.5, 0.3, -1.5]).view(4, 1, 1, 1)

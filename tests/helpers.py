@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from moedistill.checkpoint import load_tree
-from moedistill.context import Job, Run
 from moedistill.data.loading import Batch
-from moedistill.mixture import Mixture
-from moedistill.recipe import load_recipe
-from moedistill.student import Student
-from moedistill.train import make_accelerator
+from moedistill.model.mixture import Mixture
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import build_mixture, make_accelerator
+from moedistill.runtime.checkpoint import load_tree
+from moedistill.stages.run import Run
+from moedistill.stages.training import Training
 from moedistill_digits.backbone import DigitsBackbone, DigitsBackboneConfig
 
 
@@ -26,13 +26,13 @@ def digits_inputs(batch=2, seed=0):
     return x, torch.linspace(0.95, 0.35, batch), cond
 
 
-def digits_student(backbone=None, *, gradient_checkpointing=False, **experts):
+def digits_mixture(backbone=None, *, gradient_checkpointing=False, **experts):
     """A student on the tiny digits network, its experts different from their parents: as if trained."""
-    student = Student(backbone or digits_backbone(), experts, gradient_checkpointing=gradient_checkpointing)
-    student.initialise(0)
-    for seed, expert in enumerate(student.experts.values()):
+    mixture = Mixture(backbone or digits_backbone(), experts, gradient_checkpointing=gradient_checkpointing)
+    mixture.initialise()
+    for seed, expert in enumerate(mixture.experts.values()):
         as_if_trained(expert, seed)
-    return student
+    return mixture
 
 
 @torch.no_grad()
@@ -44,9 +44,9 @@ def as_if_trained(expert, seed):
 
 
 @torch.no_grad()
-def velocity_of(student, expert, inputs):
-    with student.using(expert):
-        return student(*inputs)
+def velocity_of(mixture, expert, inputs):
+    with mixture.using(expert):
+        return mixture(*inputs)
 
 
 # -- tiny runs --------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def tiny_recipe(stages, changes=()):
             "detail": {"kind": "lora", "from": "semantic", "rank": 2, "alpha": 4},
         },
         "data": {"kind": "digits", "styles_per_digit": 1},
-        "training": {"batch_size": 4, "log_every": 1, "heldout": None},
+        "training": {"batch_size": 4, "log_every": 1, "monitor": None},
         "stages": list(stages),
         "sample": {"points": [8, 4]},
     }
@@ -138,12 +138,14 @@ def equal(a, b):
 def set_up(recipe, number=0):
     """Stage `number` of a recipe, ready for its first step: its `Run` and the built stage."""
     recipe = load_recipe(recipe)
-    mixture = Mixture.build(recipe)
-    dataset = recipe.data.build(mixture.student.backbone)
-    run = Run(Job(recipe, Path("unused"), make_accelerator(recipe, "cpu"), mixture, dataset), recipe.stages[number])
+    mixture = build_mixture(recipe)
+    dataset = recipe.data.build(mixture.backbone)
+    training = Training(
+        Run(recipe, Path("unused"), make_accelerator(recipe, "cpu"), mixture, dataset), recipe.stages[number]
+    )
     stage = recipe.stages[number].build()
-    stage.setup(run)
-    return run, stage
+    stage.setup(training)
+    return training, stage
 
 
 def set_up_trained(expert, changes=(), **stage):
@@ -151,13 +153,13 @@ def set_up_trained(expert, changes=(), **stage):
     stages = [distil("semantic"), distil("detail")]
     number = ["semantic", "detail"].index(expert)
     stages[number].update(stage)
-    run, built = set_up(tiny_recipe(stages, changes), number)
+    training, built = set_up(tiny_recipe(stages, changes), number)
     for seed, name in enumerate(["semantic", "detail"]):
-        as_if_trained(run.student.experts[name], seed)
-    return run, built
+        as_if_trained(training.mixture.experts[name], seed)
+    return training, built
 
 
-def digits_batch(run, batch=4, seed=0):
+def digits_batch(training, batch=4, seed=0):
     """A batch for a step of `run`, of random latents."""
     x, _, cond = digits_inputs(batch, seed)
-    return run.begin(Batch(x, cond, list(range(batch)), boundary=True))
+    return training.begin(Batch(x, cond, list(range(batch)), boundary=True))

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.functional import silu
 
 from moedistill import hookimpl
-from moedistill.backbone import Backbone, BackboneConfig
 from moedistill.data.base import Dataset, DatasetConfig, Sample
-from moedistill.randomness import generator
+from moedistill.model.backbone import Backbone, BackboneConfig
+from moedistill.runtime.randomness import generator
 
 SHAPE = (4, 2, 2, 2)
 SIZE = math.prod(SHAPE)

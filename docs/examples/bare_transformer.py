@@ -3,9 +3,7 @@
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from moedistill.routers import TimestepRouter
-from moedistill.sampling import sample
-from moedistill.trajectory import Trajectory
+from moedistill import TimestepRouter, Trajectory, sample
 
 # Put your own experts and text here; these are tiny, with random weights.
 size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 2}

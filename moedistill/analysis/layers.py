@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moedistill.backbone import Backbone
-from moedistill.student import Student
+from moedistill.model.backbone import Backbone
+from moedistill.model.mixture import Mixture
 
 
 @dataclass
@@ -92,18 +92,18 @@ def kind_of(parameter: str) -> str:
 
 
 @torch.no_grad()
-def compare_experts(student: Student, upper: str, lower: str, steps: int) -> LayerDifferences:
+def compare_experts(mixture: Mixture, upper: str, lower: str, steps: int) -> LayerDifferences:
     """`LayerDifferences` of two full experts; each is compared with its own teacher first."""
-    backbone = student.backbone
+    backbone = mixture.backbone
     kinds: dict[str, _Sums] = {}
     marks: dict[str, tuple[list[str], str | None]] = {}
     groups = {name: _Sums() for name in backbone.lora_targets}
     modules = {path: _Sums() for path in backbone.time_dependent}
     whole = _Sums()
-    teachers = [_weights_of_parent(student, expert) for expert in (upper, lower)]
-    for name, first in student.experts[upper].parameters.items():
+    teachers = [_weights_of_parent(mixture, expert) for expert in (upper, lower)]
+    for name, first in mixture.experts[upper].parameters.items():
         weight = teachers[0][name].float()
-        changes = (weight, first.float() - weight, student.experts[lower].parameters[name] - teachers[1][name].float())
+        changes = (weight, first.float() - weight, mixture.experts[lower].parameters[name] - teachers[1][name].float())
         mark = marks_of(backbone, name)
         marks.setdefault(kind_of(name), mark)
         for sums in (whole, kinds.setdefault(kind_of(name), _Sums()), *(groups[group] for group in mark[0])):
@@ -138,7 +138,7 @@ def marks_of(backbone: Backbone, parameter: str) -> tuple[list[str], str | None]
     return groups, inside[0] if inside else None
 
 
-def _weights_of_parent(student: Student, expert: str) -> Mapping[str, Tensor]:
-    parent = student.experts[expert].parent
+def _weights_of_parent(mixture: Mixture, expert: str) -> Mapping[str, Tensor]:
+    parent = mixture.experts[expert].parent
     assert parent is not None
     return parent.shared.weights

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedistill.analysis.suggest import ExpertNeeds, landings
-from moedistill.experts import TEACHER
-from moedistill.recipe import Recipe, dump_yaml, load_recipe, shipped_recipes
-from moedistill.trajectory import Trajectory
+from moedistill.flow.trajectory import Trajectory
+from moedistill.model.backbone import TEACHER
+from moedistill.recipe.keys import Recipe
+from moedistill.recipe.loading import load_recipe, shipped_recipes
+from moedistill.recipe.yaml_tree import dump_yaml
 
 if TYPE_CHECKING:
-    from moedistill.analysis import Analysis
-    from moedistill.plugins import Plugins
+    from moedistill.analysis.results import Analysis
+    from moedistill.components.plugins import Plugins
 
 
 def write_recipe(

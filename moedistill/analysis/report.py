@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moedistill.analysis.recipe import write_recipe
+from moedistill.flow.trajectory import Trajectory
 from moedistill.plotting import figure, noise_axis, save
-from moedistill.recipe import Recipe
-from moedistill.trajectory import Trajectory
+from moedistill.recipe.keys import Recipe
 
 if TYPE_CHECKING:
-    from moedistill.analysis import Analysis
-    from moedistill.plugins import Plugins
+    from moedistill.analysis.results import Analysis
+    from moedistill.components.plugins import Plugins
 
 SHOWN_LAYERS = 20
 COLOURS = {"lora": "#d1495b", "time": "#edae49", "other": "#8d99ae"}

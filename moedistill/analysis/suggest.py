@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moedistill.analysis.layers import LayerDifferences
 from moedistill.analysis.teacher import TeacherPath
-from moedistill.routers import TimestepRouter
-from moedistill.trajectory import Trajectory
+from moedistill.flow.routers import TimestepRouter
+from moedistill.flow.trajectory import Trajectory
 
 VALLEY = 0.6
 """Two humps of the curve are two decisions if the valley between is below this share of the lower one."""

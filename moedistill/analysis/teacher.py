@@ -17,24 +17,25 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from moedistill import conditioning
-from moedistill.conditioning import Conditioning
-from moedistill.context import Job
-from moedistill.sampling import sample, sample_in_batches
+from moedistill.flow.sampling import sample
+from moedistill.model import conditioning
+from moedistill.model.conditioning import Conditioning
+from moedistill.model.sample_in_batches import sample_in_batches
 from moedistill.stages.evaluate import EvaluateConfig, EvaluateStage
+from moedistill.stages.run import Run
 
 
-def draw_inputs(job: Job, samples: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+def draw_inputs(run: Run, samples: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Noise `[S, C, T, H, W]` and conditioning as an evaluation with this seed draws them.
 
     What to ask for is that of the recipe's evaluation, if there is one; otherwise the data's conditioning.
     """
-    found = [stage for stage in job.recipe.stages if isinstance(stage, EvaluateConfig)]
+    found = [stage for stage in run.recipe.stages if isinstance(stage, EvaluateConfig)]
     prompts = found[0].prompts if found else None
     config = EvaluateConfig(
         name="analyze", samples=samples, seed=seed, prompts=prompts, candidates=[], reference="none", metrics=[]
     )
-    return EvaluateStage(config).inputs(job)
+    return EvaluateStage(config).inputs(run)
 
 
 @dataclass
@@ -105,16 +106,16 @@ class TeacherPath:
 
 
 @torch.no_grad()
-def follow_teacher(job: Job, noise: Tensor, cond: Conditioning, batch_size: int) -> TeacherPath:
+def follow_teacher(run: Run, noise: Tensor, cond: Conditioning, batch_size: int) -> TeacherPath:
     """Samples with all N steps of the teacher, `batch_size` samples at once, and sums up its velocities."""
-    levels = torch.cat([torch.zeros(1), job.mixture.trajectory.points[1:]])
+    levels = torch.cat([torch.zeros(1), run.mixture.trajectory.points[1:]])
     num_steps = len(levels) - 1
     bends = torch.zeros(num_steps - 1, num_steps - 1, dtype=torch.float64)
     squares = torch.zeros(2, num_steps, dtype=torch.float64)
     ends = []
     for start in range(0, len(noise), batch_size):
         rows = slice(start, start + batch_size)
-        end, samples, velocities = _recorded(job, noise[rows], conditioning.select(cond, rows), levels.flip(0))
+        end, samples, velocities = _recorded(run, noise[rows], conditioning.select(cond, rows), levels.flip(0))
         ends.append(end.cpu())
         share = len(noise[rows]) / len(noise)
         squares += share * torch.tensor(
@@ -143,32 +144,32 @@ def joined(paths: Sequence[TeacherPath]) -> TeacherPath:
     )
 
 
-def _recorded(job: Job, noise: Tensor, cond: Conditioning, levels: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _recorded(run: Run, noise: Tensor, cond: Conditioning, levels: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Samples along descending `levels`: the end, and the samples and velocities where its steps started."""
     samples: list[Tensor] = []
     velocities: list[Tensor] = []
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         samples.append(x)
-        velocities.append(teacher_velocity(job, x, sigma, cond=cond))
+        velocities.append(teacher_velocity(run, x, sigma, cond=cond))
         return velocities[-1]
 
     return sample(velocity, noise, levels), samples, velocities
 
 
-def teacher_velocity(job: Job, x: Tensor, sigma: Tensor, *, cond: Conditioning) -> Tensor:
+def teacher_velocity(run: Run, x: Tensor, sigma: Tensor, *, cond: Conditioning) -> Tensor:
     """The guided velocity of the teacher's network that serves `sigma`, the same for all samples."""
-    student = job.mixture.student
+    student = run.mixture
     with student.using(student.teacher_at(sigma[0].item())):
-        return student.guided(x, sigma, cond, job.recipe.backbone.guidance)
+        return student.guided(x, sigma, cond, run.recipe.backbone.guidance)
 
 
 def end_error(
-    job: Job, path: TeacherPath, noise: Tensor, cond: Conditioning, batch_size: int, points: list[int]
+    run: Run, path: TeacherPath, noise: Tensor, cond: Conditioning, batch_size: int, points: list[int]
 ) -> float:
     """Rms distance at sigma 0 between the teacher sampled at `points` only, and with all its steps."""
-    sigmas = [job.mixture.trajectory.sigma(point) for point in points]
-    velocity = partial(teacher_velocity, job)
+    sigmas = [run.mixture.trajectory.sigma(point) for point in points]
+    velocity = partial(teacher_velocity, run)
     ends = sample_in_batches(velocity, noise, cond, [*sigmas, 0.0], batch_size=batch_size)
     return (ends.cpu() - path.ends).double().square().mean().sqrt().item()
 

@@ -10,15 +10,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moedistill.context import Job, Run
 from moedistill.data.loading import Batch, load_batches
 from moedistill.errors import user_errors
-from moedistill.experts import ExpertConfig, FullConfig
-from moedistill.losses import HuberConfig, StepTensors
-from moedistill.recipe import Recipe
-from moedistill.routers import Boundary, TimestepRouterConfig
-from moedistill.stages.base import StageConfig
+from moedistill.flow.routers import Boundary, TimestepRouterConfig
+from moedistill.losses.base import HuberConfig, StepTensors
+from moedistill.model.experts import ExpertConfig, FullConfig
+from moedistill.recipe.keys import Recipe, StageConfig
 from moedistill.stages.consistency import ConsistencyConfig, ConsistencyStage
+from moedistill.stages.run import Run
+from moedistill.stages.training import Training
 
 
 def consistency_template(recipe: Recipe) -> ConsistencyConfig:
@@ -56,26 +56,26 @@ def with_students(recipe: Recipe, steps: int, point: int | None = None) -> Recip
     return replace(recipe, router=router, experts=experts, stages=stages)
 
 
-def train(job: Job, config: ConsistencyConfig) -> None:
+def train(run: Run, config: ConsistencyConfig) -> None:
     """One stage, as a run does it but without checkpoints and observers."""
-    run, stage = set_up(job, config)
-    with closing(_batches(job, config.name, config.steps)) as batches, run.student.using(config.expert):
+    training, stage = set_up(run, config)
+    with closing(_batches(run, config.name, config.steps)) as batches, training.mixture.using(config.expert):
         for batch in batches:
-            with run.micro_batch(), user_errors("analyze: training"):
-                stage.step(run, run.begin(batch))
+            with training.micro_batch(), user_errors("analyze: training"):
+                stage.step(training, training.begin(batch))
             if batch.boundary:
-                run.step += 1
-                run.take_metrics()  # raises if one is not finite
-                run.forget_metrics()
-    run.release()
+                training.step += 1
+                training.take_metrics()  # raises if one is not finite
+                training.forget_metrics()
+    training.release()
 
 
-def set_up(job: Job, config: ConsistencyConfig) -> tuple[Run, ConsistencyStage]:
+def set_up(run: Run, config: ConsistencyConfig) -> tuple[Training, ConsistencyStage]:
     """A stage ready for its first step."""
-    run, stage = Run(job, config), config.build()
+    training, stage = Training(run, config), config.build()
     with user_errors("analyze"):
-        stage.setup(run)
-    return run, stage
+        stage.setup(training)
+    return training, stage
 
 
 @dataclass
@@ -124,7 +124,7 @@ class _Point:
 
 
 def measure_students(
-    job: Job, samples: int, most_points: int, num_ranges: int, steps: int, boundaries: Sequence[int] = ()
+    run: Run, samples: int, most_points: int, num_ranges: int, steps: int, boundaries: Sequence[int] = ()
 ) -> StudentCurves:
     """`StudentCurves` of the experts in `job`, on `samples` of the data with the same noise at every point.
 
@@ -137,37 +137,37 @@ def measure_students(
         steps: what the experts were trained for.
         boundaries: points that no range crosses; those above belong to the higher range.
     """
-    stages = [stage for stage in job.recipe.stages if isinstance(stage, ConsistencyConfig)]
-    total = job.mixture.trajectory.num_steps
+    stages = [stage for stage in run.recipe.stages if isinstance(stage, ConsistencyConfig)]
+    total = run.mixture.trajectory.num_steps
     measured: dict[int, _Point] = {}
     ranges: list[tuple[int, int]] = []
     gradients: list[tuple[str, list[Tensor]]] = []
     for config in reversed(stages):  # from low to high noise
-        trained = job.mixture.ema.get(config.expert)
-        run, stage = set_up(job, config)
-        if run.ema is not None and trained is not None:
-            run.ema.load(trained.average)  # a new stage's average starts as the weights
-        starts = run.trajectory.points_in(run.segment)
+        trained = run.mixture.ema.get(config.expert)
+        training, stage = set_up(run, config)
+        if training.ema is not None and trained is not None:
+            training.ema.load(trained.average)  # a new stage's average starts as the weights
+        starts = training.trajectory.points_in(training.segment)
         count = min(len(starts), max(1, round(most_points * len(starts) / total)))
         points = [starts[0] + (len(starts) - 1) * k // max(1, count - 1) for k in range(count)]
         parts = min(count, max(1, round(num_ranges * len(starts) / total)))
-        batches = list(_noisy_batches(job, run, samples))
-        with run.student.using(config.expert):
+        batches = list(_noisy_batches(run, training, samples))
+        with training.mixture.using(config.expert):
             for low, high in pairwise(_cuts(points, parts, boundaries)):
                 sums: list[Tensor] = []
                 for point in points[low:high]:
-                    measured[point], found = _measure(run, stage, batches, point)
+                    measured[point], found = _measure(training, stage, batches, point)
                     sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
                 ranges.append((points[low], points[high - 1]))
                 gradients.append((config.expert, sums))
-        run.release()
+        training.release()
     plain, per_jump = (_products([(expert, sums[k]) for expert, sums in gradients]) for k in (0, 1))
     points = sorted(measured)
     rows = [measured[point] for point in points]
     return StudentCurves(
         steps=steps,
         points=points,
-        sigma=[job.mixture.trajectory.sigma(point) for point in points],
+        sigma=[run.mixture.trajectory.sigma(point) for point in points],
         jump=[row.jump for row in rows],
         loss=[row.losses[0] for row in rows],
         loss_per_jump=[row.losses[1] for row in rows],
@@ -191,49 +191,49 @@ def _cuts(points: Sequence[int], parts: int, boundaries: Sequence[int]) -> list[
     return sorted({0, len(points), *even, *fixed})
 
 
-def _batches(job: Job, name: str, steps: int, batch_size: int | None = None) -> Generator[Batch, None, None]:
-    training = job.recipe.training
-    assert job.dataset is not None
+def _batches(run: Run, name: str, steps: int, batch_size: int | None = None) -> Generator[Batch, None, None]:
+    settings = run.recipe.training
+    assert run.dataset is not None
     return load_batches(
-        job.dataset,
-        batch_size=batch_size or training.batch_size,
-        accumulation=1 if batch_size else training.gradient_accumulation_steps,
-        seed=job.recipe.seed,
+        run.dataset,
+        batch_size=batch_size or settings.batch_size,
+        accumulation=1 if batch_size else settings.gradient_accumulation_steps,
+        seed=run.recipe.seed,
         stage=name,
         steps=range(steps),
-        num_workers=training.num_workers if batch_size is None else 0,
+        num_workers=settings.num_workers if batch_size is None else 0,
     )
 
 
-def _noisy_batches(job: Job, run: Run, samples: int) -> Iterator[tuple[Batch, Tensor]]:
+def _noisy_batches(run: Run, training: Training, samples: int) -> Iterator[tuple[Batch, Tensor]]:
     """Batches of the data, prepared as the stage has them, each with its noise."""
-    size = min(samples, max(1, job.recipe.training.batch_size // job.recipe.training.gradient_accumulation_steps))
-    for number, batch in enumerate(_batches(job, "analyze", -(-samples // size), size)):
-        run.step = number  # the address of the draws
-        batch = run.begin(batch)
-        yield batch, run.draw.normal("noise", batch.latents.shape[1:])
-    run.step = 0
+    size = min(samples, max(1, run.recipe.training.batch_size // run.recipe.training.gradient_accumulation_steps))
+    for number, batch in enumerate(_batches(run, "analyze", -(-samples // size), size)):
+        training.step = number  # the address of the draws
+        batch = training.begin(batch)
+        yield batch, training.draw.normal("noise", batch.latents.shape[1:])
+    training.step = 0
 
 
 def _measure(
-    run: Run, stage: ConsistencyStage, batches: Sequence[tuple[Batch, Tensor]], point: int
+    training: Training, stage: ConsistencyStage, batches: Sequence[tuple[Batch, Tensor]], point: int
 ) -> tuple[_Point, list[Tensor]]:
     """The stage's own loss for jumps that all start at `point`; and its gradients, flat, plain and per jump."""
-    parameters = run.trained["student"].parameters
+    parameters = training.trained["student"].parameters
     losses, gradients, length = [0.0, 0.0], [torch.zeros(()), torch.zeros(())], 0.0
     for batch, noise in batches:
         x0 = batch.latents
-        made = stage.jumps(run, x0, batch.conditioning, torch.full((len(x0),), point), noise)
+        made = stage.jumps(training, x0, batch.conditioning, torch.full((len(x0),), point), noise)
         length = (made.sigma - made.end)[0].item()
         for k, unit in enumerate((1.0, length)):
             tensors = StepTensors(
-                made.prediction / unit, made.target / unit, made.difference / unit, made.sigma, run.segment
+                made.prediction / unit, made.target / unit, made.difference / unit, made.sigma, training.segment
             )
-            loss = run.objective(tensors) / len(batches)
+            loss = training.objective(tensors) / len(batches)
             found = torch.autograd.grad(loss, parameters, retain_graph=k == 0, materialize_grads=True)
             gradients[k] = gradients[k] + torch.cat([part.detach().float().flatten() for part in found]).cpu()
             losses[k] += loss.item()
-    run.forget_metrics()
+    training.forget_metrics()
     norms = (gradients[0].norm().item(), gradients[1].norm().item())
     return _Point(length, (losses[0], losses[1]), norms), gradients
 

@@ -2,7 +2,7 @@
 
 import pluggy
 
-from moedistill.registry import Components
+from moedistill.components.registry import Components
 
 hookimpl = pluggy.HookimplMarker("moedistill")
 
@@ -11,21 +11,31 @@ hookimpl = pluggy.HookimplMarker("moedistill")
 def register_components(components: Components) -> None:
     add = components.register
 
-    add("trajectory", "flow_matching", "moedistill.trajectory:FlowMatching", "N steps of a shifted flow-matching grid")
-    add("trajectory", "native", "moedistill.trajectory:Native", "N steps of the backbone's own sigma table")
-    add("trajectory", "points", "moedistill.trajectory:Points", "the sigmas given in the recipe")
+    add(
+        "trajectory",
+        "flow_matching",
+        "moedistill.flow.trajectory:FlowMatching",
+        "N steps of a shifted flow-matching grid",
+    )
+    add("trajectory", "native", "moedistill.flow.trajectory:Native", "N steps of the backbone's own sigma table")
+    add("trajectory", "points", "moedistill.flow.trajectory:Points", "the sigmas given in the recipe")
 
-    add("router", "timestep", "moedistill.routers:TimestepRouterConfig", "one expert per range of noise levels")
+    add("router", "timestep", "moedistill.flow.routers:TimestepRouterConfig", "one expert per range of noise levels")
 
-    add("expert", "full", "moedistill.experts:FullConfig", "a copy of all weights of its own")
-    add("expert", "lora", "moedistill.experts:LoRAConfig", "an adapter on chosen linears, copies of chosen modules")
-    add("expert", "frozen", "moedistill.experts:FrozenConfig", "its parent as it is")
+    add("expert", "full", "moedistill.model.experts:FullConfig", "a copy of all weights of its own")
+    add(
+        "expert",
+        "lora",
+        "moedistill.model.experts:LoRAConfig",
+        "an adapter on chosen linears, copies of chosen modules",
+    )
+    add("expert", "frozen", "moedistill.model.experts:FrozenConfig", "its parent as it is")
 
     add("dataset", "latents", "moedistill.data.latents:LatentsConfig", "latents and text embeddings computed before")
     add("dataset", "prompts", "moedistill.data.prompts:PromptsConfig", "prompts without videos, to sample from")
 
-    add("loss", "huber", "moedistill.losses:HuberConfig", "pseudo-Huber distance to the target")
-    add("loss", "mse", "moedistill.losses:MSEConfig", "mean squared distance to the target")
+    add("loss", "huber", "moedistill.losses.base:HuberConfig", "pseudo-Huber distance to the target")
+    add("loss", "mse", "moedistill.losses.base:MSEConfig", "mean squared distance to the target")
 
     add("stage", "finetune", "moedistill.stages.finetune:FinetuneConfig", "flow matching on data")
     add("stage", "consistency", "moedistill.stages.consistency:ConsistencyConfig", "consistency distillation")
@@ -33,8 +43,23 @@ def register_components(components: Components) -> None:
     add("stage", "sample", "moedistill.stages.sample:SampleStageConfig", "videos of prompts")
     add("stage", "export", "moedistill.stages.export:ExportConfig", "files that others can load")
 
-    add("metric", "paired_distance", "moedistill.metrics:PairedDistanceConfig", "distance to the reference's samples")
-    add("metric", "relative_sharpness", "moedistill.metrics:RelativeSharpnessConfig", "edges relative to the reference")
-    add("metric", "relative_flicker", "moedistill.metrics:RelativeFlickerConfig", "unrest relative to the reference")
+    add(
+        "metric",
+        "paired_distance",
+        "moedistill.metrics.relative:PairedDistanceConfig",
+        "distance to the reference's samples",
+    )
+    add(
+        "metric",
+        "relative_sharpness",
+        "moedistill.metrics.relative:RelativeSharpnessConfig",
+        "edges relative to the reference",
+    )
+    add(
+        "metric",
+        "relative_flicker",
+        "moedistill.metrics.relative:RelativeFlickerConfig",
+        "unrest relative to the reference",
+    )
     add("metric", "fvd", "moedistill.metrics.fvd:FVDConfig", "Fréchet video distance, with a network you bring")
     add("metric", "vbench", "moedistill.metrics.vbench:VBenchConfig", "VBench's dimensions, by a VBench you install")

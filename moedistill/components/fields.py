@@ -37,7 +37,7 @@ class Component:
     registry: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> "CoreSchema":
-        """For pydantic the value is `{"$component": n}`, n a place in the table that `moedistill.validation` built."""
+        """For pydantic the value is `{"$component": n}`, n a place in the table that `recipe.building` made."""
         from pydantic_core import core_schema
 
         def look_up(value: Any, info: Any) -> Any:

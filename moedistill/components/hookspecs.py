@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from moedistill.registry import Components
+    from moedistill.components.registry import Components
 
 hookspec = pluggy.HookspecMarker("moedistill")
 
@@ -21,12 +21,12 @@ def register_components(components: "Components") -> None:
 
 
 @hookspec
-def on_stage_start(run: Any) -> None:
+def on_stage_start(training: Any) -> None:
     """A stage is about to start; its expert is initialised and its optimisers exist."""
 
 
 @hookspec
-def on_step_end(run: Any, metrics: dict[str, float]) -> None:
+def on_step_end(training: Any, metrics: dict[str, float]) -> None:
     """A logged optimiser step is done; `metrics`: its numbers by name.
 
     Logged are every `training.log_every`-th, the last, and those with a held-out loss. That is measured before the
@@ -35,10 +35,10 @@ def on_step_end(run: Any, metrics: dict[str, float]) -> None:
 
 
 @hookspec
-def on_checkpoint(run: Any, path: Path) -> None:
+def on_checkpoint(training: Any, path: Path) -> None:
     """A checkpoint lies complete at `path`."""
 
 
 @hookspec
-def on_stage_end(run: Any) -> None:
+def on_stage_end(training: Any) -> None:
     """A stage is done."""

@@ -13,8 +13,8 @@ from types import ModuleType
 
 import pluggy
 
-from moedistill import builtin, hookspecs
-from moedistill.registry import Components
+from moedistill.components import builtin, hookspecs
+from moedistill.components.registry import Components
 
 GROUP = "moedistill"
 BUILTIN = "moedistill"

@@ -1,5 +1,5 @@
-"""Datasets and the batches made of them."""
+"""What is learned from: the contract of datasets, stored latents, prompts, and batches of them."""
 
-from moedistill.data.base import Dataset, DatasetConfig, Sample
+import lazy_loader
 
-__all__ = ["Dataset", "DatasetConfig", "Sample"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

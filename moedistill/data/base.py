@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from moedistill.fields import Config, Fraction
+from moedistill.components.fields import Config, Fraction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moedistill.backbone import Backbone
+    from moedistill.model.backbone import Backbone
 
 
 @dataclass

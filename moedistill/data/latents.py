@@ -21,15 +21,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moedistill import conditioning
-from moedistill.checkpoint import save_tensors, sync, write_text
+from moedistill.components.fields import NonEmptyStr
 from moedistill.data.base import Dataset, DatasetConfig, Sample
 from moedistill.errors import shorten
-from moedistill.fields import NonEmptyStr
-from moedistill.randomness import Draws
+from moedistill.model import conditioning
+from moedistill.runtime.checkpoint import save_tensors, sync, write_text
+from moedistill.runtime.randomness import Draws
 
 if TYPE_CHECKING:
-    from moedistill.backbone import Backbone
+    from moedistill.model.backbone import Backbone
 
 PUBLISHED_INDEX = "videos2caption.json"
 INDEX = "index.json"

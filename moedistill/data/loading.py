@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from moedistill import conditioning
 from moedistill.data.base import Dataset, Sample
 from moedistill.errors import UserError
-from moedistill.randomness import generator
+from moedistill.model import conditioning
+from moedistill.runtime.randomness import generator
 
 
 @dataclass

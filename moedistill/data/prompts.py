@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from moedistill import conditioning
+from moedistill.components.fields import NonEmptyStr
 from moedistill.data.base import Dataset, DatasetConfig, Sample
 from moedistill.data.latents import open_store, synthetic_conditioning
 from moedistill.errors import shorten
-from moedistill.fields import NonEmptyStr
+from moedistill.model import conditioning
 
 if TYPE_CHECKING:
-    from moedistill.backbone import Backbone
+    from moedistill.model.backbone import Backbone
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -5,45 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from moedistill.fields import Config, Fraction, NonNegativeFloat, NonNegativeInt
-from moedistill.flow import as_sigma
-from moedistill.trajectory import Trajectory
-
-Closed = Literal["low", "high"]
-"""Where a sigma equal to a boundary belongs: to the segment below it (`low`), or above it (`high`)."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A range of noise levels that belongs to one expert.
-
-    `sigma in segment` compares in float32.
-
-    Args:
-        expert: whose it is.
-        low, high: its ends. A student trained on the segment lands on `low`.
-        closed: `low`: the range is `(low, high]`; `high`: `[low, high)`, and the top segment includes 1.
-    """
-
-    expert: str
-    low: float
-    high: float
-    closed: Closed = "low"
-
-    def __post_init__(self) -> None:
-        _check_closed(self.closed)
-        if not as_sigma(self.low) < as_sigma(self.high):
-            raise ValueError(f"segment of {self.expert!r} is empty: low {self.low} must be below high {self.high}")
-
-    def __contains__(self, sigma: float) -> bool:
-        value, low, high = as_sigma(sigma), as_sigma(self.low), as_sigma(self.high)
-        if self.closed == "low":
-            return low < value <= high
-        return low <= value < high or value == high == 1.0
+from moedistill.components.fields import Config, Fraction, NonNegativeFloat, NonNegativeInt
+from moedistill.flow.process import as_sigma
+from moedistill.flow.trajectory import Closed, Segment, Trajectory, check_closed
 
 
 @dataclass(frozen=True)
@@ -77,7 +45,7 @@ class TimestepRouter:
         object.__setattr__(self, "boundaries", tuple(float(b) for b in self.boundaries))
         object.__setattr__(self, "low", float(self.low))
         object.__setattr__(self, "notes", list(self.notes))
-        _check_closed(self.closed)
+        check_closed(self.closed)
         _check_experts(self.experts, len(self.boundaries))
         ends = [1.0, *self.boundaries, self.low]
         if any(not as_sigma(above) > as_sigma(below) for above, below in pairwise(ends)):
@@ -286,11 +254,6 @@ class TimestepRouterConfig(RouterConfig):
                     f"{segment.high:.6g}, closed: {self.closed}; move a boundary"
                 )
         return router
-
-
-def _check_closed(closed: str) -> None:
-    if closed not in ("low", "high"):
-        raise ValueError(f"closed {closed!r} is unknown: a boundary value belongs below (low) or above (high)")
 
 
 def _check_experts(experts: Sequence[str], num_boundaries: int) -> None:

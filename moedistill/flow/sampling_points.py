@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import MinLen
 
-from moedistill.fields import Fraction, NonNegativeFloat, PositiveInt
+from moedistill.components.fields import Fraction, NonNegativeFloat, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moedistill.trajectory import Trajectory
+    from moedistill.flow.trajectory import Trajectory
 
 
 @dataclass(kw_only=True)
@@ -23,7 +23,7 @@ class SampleConfig:
         sigmas: noise levels, descending.
         timesteps: the model's native times, descending.
         steps: n points spaced evenly over the trajectory: p_{N - floor(k·N/n)}, k = 0 … n - 1.
-        eta: how much of each level's noise is drawn anew (see `moedistill.sampling.sample`): 0 for none, 1 for all.
+        eta: how much of each level's noise is drawn anew (see `moedistill.sample`): 0 for none, 1 for all.
     """
 
     points: Annotated[list[PositiveInt], MinLen(1)] | None = None

@@ -1,26 +1,60 @@
-"""The discretised probability-flow ODE: its points, and the units in which people name a point."""
+"""The discretised probability-flow ODE: its points, segments of it, and the units in which people name a point."""
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from moedistill.fields import Config, Fraction, GridSize, PositiveFloat
-from moedistill.flow import as_sigma
-
-if TYPE_CHECKING:
-    from moedistill.routers import Segment
+from moedistill.components.fields import Config, Fraction, GridSize, PositiveFloat
+from moedistill.flow.process import as_sigma
 
 End = Literal["grid_min", "zero"]
+Closed = Literal["low", "high"]
+"""Where a sigma equal to a boundary belongs: to the segment below it (`low`), or above it (`high`)."""
 Value = TypeVar("Value", float, Tensor)
 """A number or a tensor of any shape; what comes in as a number goes out as one."""
 
 NEAR = 0.25
 """A sigma within this fraction of the gap that it lies in means the nearest point."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of noise levels that belongs to one expert.
+
+    `sigma in segment` compares in float32.
+
+    Args:
+        expert: whose it is.
+        low, high: its ends. A student trained on the segment lands on `low`.
+        closed: `low`: the range is `(low, high]`; `high`: `[low, high)`, and the top segment includes 1.
+    """
+
+    expert: str
+    low: float
+    high: float
+    closed: Closed = "low"
+
+    def __post_init__(self) -> None:
+        check_closed(self.closed)
+        if not as_sigma(self.low) < as_sigma(self.high):
+            raise ValueError(f"segment of {self.expert!r} is empty: low {self.low} must be below high {self.high}")
+
+    def __contains__(self, sigma: float) -> bool:
+        value, low, high = as_sigma(sigma), as_sigma(self.low), as_sigma(self.high)
+        if self.closed == "low":
+            return low < value <= high
+        return low <= value < high or value == high == 1.0
+
+
+def check_closed(closed: str) -> None:
+    """ValueError for anything but `low` and `high`."""
+    if closed not in ("low", "high"):
+        raise ValueError(f"closed {closed!r} is unknown: a boundary value belongs below (low) or above (high)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +118,7 @@ class Trajectory:
             )
         # In float32 throughout, as the models' own schedulers compute it: the points are theirs bit for bit. (Rounding
         # the exact value once differs in the last digit for a third of the points, and a boundary compares exactly.)
-        u = torch.arange(num_steps + 1, dtype=torch.float32) / num_steps
+        u = torch.arange(num_steps + 1, dtype=torch.float32, device="cpu") / num_steps
         u[0] = 1 / num_train_timesteps if end == "grid_min" else 0.0
         return cls(_shift(u, shift), num_train_timesteps, shift, native_sigmas)
 
@@ -182,7 +216,7 @@ class Trajectory:
         """The unshifted time u of `sigma`, the inverse of `shifted`; ValueError where the grid has no shift."""
         return _result(_shift(_operand(sigma), 1 / self._known_shift()), sigma)
 
-    def points_in(self, segment: "Segment") -> range:
+    def points_in(self, segment: Segment) -> range:
         """The points at which a step of `segment` may start: those in it, p_0 never among them."""
         inside = [i for i in range(1, self.num_steps + 1) if self.sigma(i) in segment]
         return range(inside[0], inside[-1] + 1) if inside else range(0)

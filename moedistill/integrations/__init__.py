@@ -1,1 +1,1 @@
-"""The homes of other libraries: models, pipelines and schedulers of diffusers."""
+"""The homes of other libraries."""

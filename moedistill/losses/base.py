@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from moedistill.fields import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat
-from moedistill.optim import OptimizerConfig, Schedule, ramp
+from moedistill.components.fields import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from moedistill.losses.optim import OptimizerConfig, Schedule, ramp
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from moedistill.routers import Segment
+    from moedistill.flow.trajectory import Segment
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
@@ -61,25 +61,25 @@ class ProbeLayout:
 
 
 class ProbeFeatures(Protocol):
-    """What a loss sees of the probe: teacher features of the re-noised prediction (fake) and target (real), per tap.
+    """What a loss sees of the probe: teacher features of the re-noised prediction and target, per tap.
 
     Attributes:
-        hidden_fake, hidden_real: block outputs, each `[B, T'·H'·W', hidden_size]`.
+        hidden_prediction, hidden_target: block outputs, each `[B, T'·H'·W', hidden_size]`.
         hidden_data: the same of the re-noised data, for losses with `needs_data_probe`.
-        latent_fake, latent_real: the same through the teacher's final layers, each `[B, C, T, H, W]`.
+        latent_prediction, latent_target: the same through the teacher's final layers, each `[B, C, T, H, W]`.
         grid: the (T', H', W') of the tokens.
     """
 
     @property
-    def hidden_fake(self) -> Sequence[Tensor]: ...
+    def hidden_prediction(self) -> Sequence[Tensor]: ...
     @property
-    def hidden_real(self) -> Sequence[Tensor]: ...
+    def hidden_target(self) -> Sequence[Tensor]: ...
     @property
     def hidden_data(self) -> Sequence[Tensor]: ...
     @property
-    def latent_fake(self) -> Sequence[Tensor]: ...
+    def latent_prediction(self) -> Sequence[Tensor]: ...
     @property
-    def latent_real(self) -> Sequence[Tensor]: ...
+    def latent_target(self) -> Sequence[Tensor]: ...
     @property
     def grid(self) -> tuple[int, int, int]: ...
     def detached(self) -> "ProbeFeatures": ...

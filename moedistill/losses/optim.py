@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from moedistill.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from moedistill.components.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 if TYPE_CHECKING:
     from torch import nn

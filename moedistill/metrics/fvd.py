@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moedistill.devices import find_device
-from moedistill.fields import NonEmptyStr, PositiveInt
-from moedistill.metrics import Metric, MetricConfig, MetricInputs, frechet_distance
+from moedistill.components.fields import NonEmptyStr, PositiveInt
+from moedistill.metrics.base import Metric, MetricConfig, MetricInputs
+from moedistill.metrics.statistics import frechet_distance
+from moedistill.runtime.devices import find_device
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 FEATURES = "features"

@@ -14,9 +14,9 @@ import torch
 from annotated_types import MinLen
 from torch import Tensor
 
-from moedistill.fields import NonEmptyStr
+from moedistill.components.fields import NonEmptyStr
 from moedistill.media import write_mp4
-from moedistill.metrics import Metric, MetricConfig, MetricInputs
+from moedistill.metrics.base import Metric, MetricConfig, MetricInputs
 
 Dimension = Literal[
     "subject_consistency",

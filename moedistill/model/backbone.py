@@ -5,56 +5,28 @@ Everything a backbone gives and takes is in flow coordinates (see `moedistill.fl
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from moedistill.fields import Config, PositiveFloat, PositiveInt
+from moedistill.components.fields import Config, PositiveInt
+from moedistill.model.guidance import Guidance
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from moedistill.conditioning import Conditioning
-    from moedistill.mixture import Mixture
-    from moedistill.routers import TimestepRouter
-    from moedistill.trajectory import Trajectory
+    from moedistill.flow.routers import TimestepRouter
+    from moedistill.flow.trajectory import Trajectory
+    from moedistill.model.conditioning import Conditioning
 
 
-@dataclass(kw_only=True)
-class Guidance:
-    """How the teacher is guided.
+TEACHER = "teacher"
+"""The reserved name of the pretrained weights with nothing active."""
 
-    Args:
-        mode: `none`; `classifier_free`: v = v_c + (scale - 1)·(v_c - v_u), both in one batched forward; `embedded`: the
-            network takes the scale as an input.
-        scale: the guidance scale; 1 means no guidance. A teacher of several networks may have one for each, by name.
-        negative_prompt: what the unconditional half of classifier-free guidance, and dropped text, is told instead. A
-            negative that is stored with the training data takes its place.
-        student_scale: the embedded scale that the experts are told; null for the teacher's.
-    """
 
-    mode: Literal["none", "classifier_free", "embedded"] = "none"
-    scale: PositiveFloat | dict[str, PositiveFloat] = 1.0
-    negative_prompt: str = ""
-    student_scale: PositiveFloat | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode == "none" and self.scale != 1.0:
-            raise ValueError(f"scale {self.scale} needs a mode: classifier_free or embedded")
-        if self.mode != "embedded" and self.student_scale is not None:
-            raise ValueError(f"student_scale {self.student_scale} needs mode: embedded; other experts take no scale")
-
-    def scale_of(self, base: str) -> float:
-        """The scale of one of the teacher's networks."""
-        return self.scale[base] if isinstance(self.scale, dict) else self.scale
-
-    def embedded_scale(self, base: str) -> float:
-        """The scale that a network with an input for it is told; 1 where it is guided otherwise, or not at all."""
-        return self.scale_of(base) if self.mode == "embedded" else 1.0
-
-    def classifier_free_scale(self, base: str) -> float:
-        """The scale by which two forwards are combined; 1 where there is nothing to combine."""
-        return self.scale_of(base) if self.mode == "classifier_free" else 1.0
+def teacher_name(base: str, bases: Sequence[str]) -> str:
+    """The name of one of the teacher's networks as an expert: `teacher` for the first, `teacher.base` for others."""
+    return TEACHER if base == bases[0] else f"{TEACHER}.{base}"
 
 
 @dataclass(kw_only=True)
@@ -101,7 +73,7 @@ class BackboneConfig(Config, ABC):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     guidance: Guidance = field(default_factory=Guidance)
     has_pipeline: ClassVar[bool] = False
-    """Whether `Backbone.generate` runs a pipeline of the model's own, which draws no fresh noise between steps."""
+    """Whether videos come from a pipeline of the model's own (`OwnPipeline`); it draws no fresh noise between steps."""
 
     @abstractmethod
     def build(self, seed: int = 0) -> "Backbone":
@@ -197,39 +169,6 @@ class Backbone(ABC):
         Raises:
             ValueError: the model has no video of that size.
         """
-
-    def generate(
-        self,
-        mixture: "Mixture",
-        prompts: Sequence[str],
-        sigmas: "Tensor",
-        *,
-        seed: int,
-        video: VideoSize | None = None,
-        weights: Literal["trained", "ema"] = "trained",
-        eta: float = 0.0,
-    ) -> "Iterator[Tensor]":
-        """Videos of prompts by the experts along `sigmas`, one by one: `[C, T, H, W]` in [0, 1], float32, on the CPU.
-
-        By default with the mixture's own sampler and `decode`; a model that has a pipeline runs that. A video is
-        determined by its prompt, its place in the list, and the seed; so is the fresh noise that `eta` asks for.
-        """
-        from moedistill import conditioning
-        from moedistill.randomness import Draws
-
-        device = next(self.network.parameters()).device
-        shape, cond = self.latent_shape(video), conditioning.to(self.encode(prompts), device)
-        for k in range(len(prompts)):
-            noise = Draws(seed, "sample", 0, [k], device).normal("noise", shape)
-            one = conditioning.select(cond, slice(k, k + 1))
-
-            def fresh_noise(step: int, _rows: range, k: int = k) -> "Tensor":
-                return Draws(seed, "sample", step, [k], device).normal("fresh_noise", shape)
-
-            latents = mixture.generate(
-                noise, one, sigmas, guidance=mixture.guidance, weights=weights, eta=eta, fresh_noise=fresh_noise
-            )
-            yield self.decode(latents)[0].cpu()
 
     @abstractmethod
     def decode(self, latents: "Tensor") -> "Tensor":

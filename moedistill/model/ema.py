@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+WhichWeights = Literal["trained", "ema"]
+"""An expert's weights as trained, or, where it has one, their average."""
 
 
 class EMA:

@@ -1,36 +1,25 @@
 """Experts: named changes to a shared set of base weights.
 
-A network is never duplicated but for a `full` expert. Everything else is attached to it: low-rank adapters (peft) and
-copies of whole modules, which `SharedNetwork.switch` turns on and off. Switching never touches `requires_grad` (or a
-switch between forward and backward would drop gradients silently) and costs a loop over a cached list.
+A network is never duplicated but for a `full` expert. Everything else is attached to it: see `SharedNetwork`.
 """
 
 import copy
-import re
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moedistill.backbone import Backbone
-from moedistill.fields import Config, NonEmptyStr, PositiveFloat, PositiveInt
-from moedistill.randomness import torch_seed
+from moedistill.components.fields import Config, NonEmptyStr, PositiveFloat, PositiveInt
+from moedistill.model.backbone import TEACHER, Backbone
+from moedistill.model.shared_network import SharedNetwork
+from moedistill.runtime.randomness import torch_seed
 
 if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
-
-TEACHER = "teacher"
-"""The reserved name of the pretrained weights with nothing active."""
-
-
-def teacher_name(base: str, bases: Sequence[str]) -> str:
-    """The name of one of the teacher's networks as an expert: `teacher` for the first, `teacher.base` for others."""
-    return TEACHER if base == bases[0] else f"{TEACHER}.{base}"
+    pass
 
 
 @dataclass(kw_only=True)
@@ -92,124 +81,6 @@ class FrozenConfig(ExpertConfig):
 
     def build(self, name: str, parent: "Expert", backbone: Backbone, inference: bool = False) -> "Expert":
         return FrozenExpert(name, parent)
-
-
-class Copies(nn.Module):
-    """Stands in a module's place and runs the active expert's copy of it, or the original."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.original = original
-        self.copies = nn.ModuleDict()
-        self.active: str | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.original if self.active is None else self.copies[self.active]
-        return module(*args, **kwargs)
-
-
-class SharedNetwork:
-    """A network, the adapters and copies attached to it, and the switch between them.
-
-    Attributes:
-        network: the module to call; which expert it computes is what was last switched on.
-        weights: its own parameters by their names before anything was attached.
-        paths: dotted paths of its modules, as they were then.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.weights: dict[str, nn.Parameter] = dict(network.named_parameters())
-        self.paths = frozenset(path for path, _ in network.named_modules())
-        self._linears = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-        self._lora: dict[str, LoraLayer] = {}
-        self._copies: dict[str, Copies] = {}
-        self._adapted_by: list[tuple[str, str]] = []
-        self._copied_by: list[tuple[str, str]] = []
-        self.chain: tuple[str, ...] = ()
-
-    def linears(self, pattern: str) -> list[str]:
-        """Dotted paths of the linears that a regular expression matches in full."""
-        return [path for path in self._linears if re.fullmatch(pattern, path)]
-
-    def claim(self, expert: str, adapted: Sequence[str], copied: Sequence[str]) -> None:
-        """Notes which linears and modules an expert is about to adapt and copy.
-
-        Raises:
-            ValueError: an expert's copy would hide what is changed inside of the original.
-        """
-        self._adapted_by += [(path, expert) for path in adapted]
-        self._copied_by += [(path, expert) for path in copied]
-        for outer, copying in self._copied_by:
-            hidden = [(inner, other) for inner, other in self._adapted_by if f"{inner}.".startswith(f"{outer}.")]
-            hidden += [(inner, other) for inner, other in self._copied_by if inner.startswith(f"{outer}.")]
-            for inner, other in hidden:
-                raise ValueError(
-                    f"expert {expert}: {inner!r} lies inside {outer!r}: {copying} runs a copy of that, without what "
-                    f"{other} changes in it. Copy the same modules in both, or let one expert be full"
-                )
-
-    def add_lora(self, name: str, paths: Sequence[str], *, rank: int, alpha: float) -> "dict[str, LoraLayer]":
-        """Attaches a float32 adapter to the linears at `paths`; returns the adapted layers by path."""
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-
-        # A regular expression of exact paths: peft matches a list of names by suffix.
-        pattern = "|".join(map(re.escape, paths))
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern)  # type: ignore[arg-type]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
-            inject_adapter_in_model(config, self.network, adapter_name=name)
-        layers: dict[str, LoraLayer] = {}
-        for path in paths:
-            layer = self.network.get_submodule(path)
-            assert isinstance(layer, LoraLayer), f"peft did not adapt {path}"
-            layer.lora_A[name].float()
-            layer.lora_B[name].float()
-            layers[path] = layer
-        self._lora.update(layers)
-        self.switch(self.chain)
-        return layers
-
-    def add_copy(self, name: str, path: str) -> nn.Module:
-        """Attaches a float32 copy of the module at `path`; returns the copy."""
-        if path not in self._copies:
-            parent_path, _, attribute = path.rpartition(".")
-            wrapper = Copies(self.network.get_submodule(path))
-            setattr(self.network.get_submodule(parent_path), attribute, wrapper)
-            self._copies[path] = wrapper
-        module = copy.deepcopy(self._copies[path].original).float()
-        self._copies[path].copies[name] = module
-        return module
-
-    def switch(self, chain: tuple[str, ...]) -> None:
-        """Turns on exactly the adapters in `chain`; of the copies of a module, the last in the chain runs."""
-        self.chain = chain
-        for layer in self._lora.values():
-            layer._active_adapter = list(chain)
-            layer._disable_adapters = not chain
-        for wrapper in self._copies.values():
-            wrapper.active = next((name for name in reversed(chain) if name in wrapper.copies), None)
-
-    def active_module(self, path: str, chain: tuple[str, ...]) -> nn.Module:
-        """The module that runs at a copied `path` when `chain` is on."""
-        wrapper = self._copies[path]
-        return next((wrapper.copies[name] for name in reversed(chain) if name in wrapper.copies), wrapper.original)
-
-    def merged(self, chain: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        """Names and weights, one by one, of the plain network that computes what `chain` does: float32, read-only."""
-        copied = {
-            f"{path}.{name}": weight
-            for path in self._copies
-            for name, weight in self.active_module(path, chain).named_parameters()
-        }
-        for name, own in self.weights.items():
-            weight = copied.get(name, own).detach().float()
-            layer = self._lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            for key in chain:
-                if layer is not None and key in layer.lora_A:
-                    weight = weight + layer.get_delta_weight(key).detach()  # type: ignore[attr-defined]
-            yield name, weight
 
 
 class Expert(ABC):

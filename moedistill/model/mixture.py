@@ -1,4 +1,4 @@
-"""The student: a backbone and its experts, of which one is active."""
+"""The mixture: one backbone, its experts, the switch between them, and which of them serves which noise level."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,30 +8,46 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moedistill import conditioning
-from moedistill.backbone import Backbone, Guidance
-from moedistill.conditioning import Conditioning
-from moedistill.experts import TEACHER, Expert, ExpertConfig, FrozenExpert, SharedNetwork, teacher_name
-from moedistill.features import capture
-from moedistill.routers import TimestepRouter
+from moedistill.errors import UserError
+from moedistill.flow.routers import TimestepRouter
+from moedistill.flow.trajectory import Trajectory
+from moedistill.model import conditioning
+from moedistill.model.backbone import TEACHER, Backbone, teacher_name
+from moedistill.model.capture import capture
+from moedistill.model.conditioning import Conditioning
+from moedistill.model.ema import EMA, WhichWeights
+from moedistill.model.experts import Expert, ExpertConfig, FrozenExpert
+from moedistill.model.guidance import Guidance
+from moedistill.model.sample_in_batches import FreshNoise, sample_in_batches
+from moedistill.model.shared_network import SharedNetwork
+
+Weights = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by the name of an expert and of a parameter."""
 
 
-class Student(nn.Module):
-    """All experts on one shared base. `using(expert)` is the only switch; outside of it the teacher is active.
+class Mixture(nn.Module):
+    """All experts of a backbone, and what serves which noise level: everything that training and sampling need.
 
-    All experts' modules are attached here, before anything is wrapped or sharded; what they hold is decided later, by
-    `initialise`: until it is trained, an expert is equal to its parent.
+    `using(expert)` is the only switch; outside of it the teacher is active. All experts' modules are attached here,
+    before anything is wrapped or sharded; what they hold is decided later, by `initialise`: until it is trained, an
+    expert is equal to its parent.
 
     Args:
         backbone: the pretrained model; its weights are frozen here and never change.
         experts: config by name, in any order.
+        trajectory: the discretised ODE; DCM's, if not given.
+        router: which expert serves which sigma; without one the teacher is alone.
+        guidance: the teacher's.
+        seed: of the random numbers that experts start with.
         gradient_checkpointing: recompute activations in the backward pass, under the expert that made them.
         teacher_router: where the backbone has several pretrained networks, which of them serves which sigma.
         inference: nothing will be trained: full experts are kept in the dtype of the base, not in float32.
+        autocast_dtype: what networks compute in; None for the dtype of their weights.
 
     Attributes:
         active: the expert that `forward` runs.
         forwards: samples that a network has evaluated so far, on this process; a guided teacher evaluates each twice.
+        ema: averages of the experts that were trained with one, by expert.
 
     Raises:
         ValueError: an expert does not fit the backbone.
@@ -42,13 +58,22 @@ class Student(nn.Module):
         backbone: Backbone,
         experts: Mapping[str, ExpertConfig],
         *,
+        trajectory: Trajectory | None = None,
+        router: TimestepRouter | None = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
         gradient_checkpointing: bool = False,
         teacher_router: TimestepRouter | None = None,
         inference: bool = False,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.teacher_router = teacher_router
+        self.trajectory = trajectory or Trajectory.flow_matching()
+        self.router, self.teacher_router = router, teacher_router
+        self.guidance, self.seed = guidance or Guidance(), seed
+        self.autocast_dtype = autocast_dtype
+        self.ema: dict[str, EMA] = {}
         self.bases = list(backbone.networks)
         self.experts: dict[str, Expert] = {}
         for base, network in backbone.networks.items():
@@ -70,8 +95,6 @@ class Student(nn.Module):
         self.networks = nn.ModuleList({expert.shared.network: None for expert in self.experts.values()})
         self.active = TEACHER
         self.forwards = 0
-        self.autocast_dtype: torch.dtype | None = None
-        self.student_scale: float | None = None
         self.requires_grad_(False)
         if gradient_checkpointing:
             self._enable_checkpointing()
@@ -121,6 +144,11 @@ class Student(nn.Module):
                 )
             enable(gradient_checkpointing_func=recompute_with_same_expert)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pretrained network is."""
+        return next(self.backbone.network.parameters()).device
+
     @contextmanager
     def using(self, expert: str) -> Iterator[None]:
         """Makes `expert` the active one for the block, and restores what was."""
@@ -140,8 +168,9 @@ class Student(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Velocity `[B, C, T, H, W]`, float32, of the active expert at `sigma` `[B]`."""
         self.forwards += len(x)
-        if self.student_scale is not None and self.active not in self.teachers:
-            cond = {**cond, "guidance": torch.full_like(sigma, self.student_scale)}
+        student_scale = self.guidance.student_scale
+        if student_scale is not None and self.active not in self.teachers:
+            cond = {**cond, "guidance": torch.full_like(sigma, student_scale)}
         with self.autocast(x.device):
             return self.backbone.velocity(self.experts[self.active].shared.network, x, sigma, cond).float()
 
@@ -181,7 +210,7 @@ class Student(nn.Module):
         """The context in which a network computes."""
         return torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
-    def initialise(self, seed: int, *, but: Collection[str] = ()) -> None:
+    def initialise(self, *, but: Collection[str] = ()) -> None:
         """Makes every expert but those named equal to its parent, parents first."""
 
         def generation(expert: Expert) -> int:
@@ -189,7 +218,7 @@ class Student(nn.Module):
 
         for expert in sorted(self.experts.values(), key=generation):
             if expert.name not in but:
-                expert.initialise(seed)
+                expert.initialise(self.seed)
 
     def train_only(self, expert: str | None) -> None:
         """Lets gradients reach the parameters of `expert` (or of none) and of nothing else."""
@@ -197,3 +226,77 @@ class Student(nn.Module):
         if expert is not None:
             for parameter in self.experts[expert].parameters.values():
                 parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def load(self, experts: Weights, averages: Weights, source: str) -> None:
+        """Takes over trained experts and averages, each as tensors by parameter name, by expert.
+
+        The other experts become equal to their parents.
+
+        Raises:
+            UserError: they do not fit the recipe's experts; `source` says where they came from.
+        """
+        for name, weights in experts.items():
+            expert = self.experts.get(name)
+            if expert is None:
+                raise UserError(f"{source} has weights of an expert {name!r}, which the recipe does not name")
+            if _shapes(weights) != _shapes(expert.parameters):
+                raise UserError(f"the weights of expert {name!r} in {source} do not fit the recipe; use its own recipe")
+            for key, parameter in expert.parameters.items():
+                parameter.copy_(weights[key])
+        self.initialise(but=experts)
+        for name, average in averages.items():
+            self.ema[name] = EMA(self.experts[name].parameters, decay=0.0)
+            self.ema[name].load(average)
+
+    @contextmanager
+    def running(self, expert: str, weights: WhichWeights = "trained") -> Iterator[None]:
+        """Makes `expert` the active one for the block, with its `trained` weights or, if it has one, its `ema`.
+
+        An average is of one expert alone: what it stands on keeps the weights that it was trained with.
+        """
+        average = self.ema.get(expert) if weights == "ema" else None
+        with self.using(expert), average.swapped() if average else nullcontext():
+            yield
+
+    @torch.no_grad()
+    def generate(
+        self,
+        noise: Tensor,
+        cond: Conditioning,
+        sigmas: Tensor,
+        *,
+        stand_ins: Mapping[str, str] | None = None,
+        guidance: Guidance | None = None,
+        weights: WhichWeights = "trained",
+        eta: float = 0.0,
+        fresh_noise: FreshNoise | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Samples from `noise` `[N, C, T, H, W]` along `sigmas`, each step by the expert that the router names.
+
+        Args:
+            stand_ins: expert to run in place of another, such as {"detail": "teacher"}.
+            guidance: of the teacher's steps; experts are distilled with theirs and take none.
+            weights: each expert's trained weights or, of those that have one, its average.
+            eta, fresh_noise: noise drawn anew between the steps, as in `sample_in_batches`.
+            batch_size: how many samples run at once.
+        """
+        stand_ins = stand_ins or {}
+        router = self.router or TimestepRouter([TEACHER], [])
+
+        def velocity(x: Tensor, sigma: Tensor, expert: str, cond: Conditioning) -> Tensor:
+            expert = stand_ins.get(expert, expert)
+            expert = self.teacher_at(sigma[0].item()) if expert == TEACHER else expert
+            with self.running(expert, weights):
+                if expert in self.teachers and guidance is not None:
+                    return self.guided(x, sigma, cond, guidance)
+                return self(x, sigma, cond)
+
+        return sample_in_batches(
+            velocity, noise, cond, sigmas, router, eta=eta, fresh_noise=fresh_noise, batch_size=batch_size
+        )
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}

@@ -18,10 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 
+from moedistill.components.fields import Component
+from moedistill.components.registry import Components
 from moedistill.errors import Problem, nearest, shorten, suggest
-from moedistill.fields import Component
-from moedistill.registry import Components
-from moedistill.yaml_tree import INVALID, Node, describe, dotted
+from moedistill.recipe.yaml_tree import INVALID, Node, describe, dotted
 
 Path = tuple[str | int, ...]
 
@@ -370,6 +370,8 @@ def _unknown_key(cls: type, path: Path) -> _Translated:
     key = str(path[-1])
     allowed = list(aliases(owner)) if owner else []
     hint = ""
+    if owner is not None and key in (renamed := getattr(owner, "renamed", {})):
+        return _Translated(path, f"the key {key!r} is called {renamed[key]!r} now", f"write {renamed[key]}:")
     if owner is not None and nearest(key, allowed) is None:
         inside = [outer for outer, hint_ in field_types(owner).items() if key in _keys_inside(hint_)]
         hint = f"{key!r} belongs inside {inside[0]!r}" if inside else ""

@@ -5,7 +5,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from moedistill.registry import REGISTRIES, Components
+from moedistill.components.plugins import Plugins, load_plugins
+from moedistill.components.registry import REGISTRIES, Components
+from moedistill.recipe.keys import Recipe
+
+
+def json_schema(plugins: Plugins | None = None) -> dict[str, Any]:
+    """The JSON Schema of a recipe with all components that can be loaded; for editors."""
+    return recipe_schema(Recipe, (plugins or load_plugins()).components)
 
 
 def recipe_schema(recipe: type, components: Components) -> dict[str, Any]:

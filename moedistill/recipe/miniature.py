@@ -2,8 +2,8 @@
 
 from typing import TypeVar
 
-from moedistill.fields import Config
-from moedistill.recipe import Recipe
+from moedistill.components.fields import Config
+from moedistill.recipe.keys import Recipe
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -16,13 +16,13 @@ def miniature(recipe: Recipe) -> Recipe:
 
     training = recipe.training
     samples = min(training.batch_size, SAMPLES_PER_MICRO_BATCH * training.gradient_accumulation_steps)
-    heldout = training.heldout and replace(training.heldout, samples=1, levels=2)
+    monitor = training.monitor and replace(training.monitor, samples=1, levels=2)
     return replace(
         recipe,
         backbone=_tiny(recipe.backbone),
         data=recipe.data and _tiny(recipe.data),
         stages=[_tiny(stage) for stage in recipe.stages],
-        training=replace(training, batch_size=samples, log_every=1, heldout=heldout),
+        training=replace(training, batch_size=samples, log_every=1, monitor=monitor),
     )
 
 

@@ -384,3 +384,33 @@ def describe(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return shorten(repr(value), 60)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain block style; numbers as YAML 1.2 and our reader take them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # What YAML 1.1 takes for text but YAML 1.2 for a number, such as 1e-5, needs quotes too.
+    style = "'" if re.fullmatch(r"[-+.0-9].*", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
+    flow = not any(isinstance(item, dict | list) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=flow)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(list, _represent_list)
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML in the order given."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

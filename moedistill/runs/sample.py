@@ -4,21 +4,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moedistill.backbone import VideoSize
-from moedistill.checkpoint import find_checkpoint, load_tree
-from moedistill.devices import cpu_threads, find_device, make_folder
+from moedistill.components.plugins import Plugins
 from moedistill.errors import UserError, user_errors
-from moedistill.mixture import Mixture, Weights
-from moedistill.plugins import Plugins
-from moedistill.recipe import Recipe, load_recipe
+from moedistill.flow.sampling_points import SampleConfig
+from moedistill.model.backbone import VideoSize
+from moedistill.model.ema import WhichWeights
+from moedistill.model.mixture import Mixture, Weights
+from moedistill.recipe.keys import Recipe
+from moedistill.recipe.loading import in_todays_words, load_recipe
+from moedistill.runs.build import build_mixture
+from moedistill.runtime.checkpoint import find_checkpoint, load_tree
+from moedistill.runtime.devices import cpu_threads, find_device, make_folder
 from moedistill.stages.export import INDEX, read_export
 from moedistill.stages.sample import write_samples
-from moedistill.steps import SampleConfig
 
 
 @dataclass
@@ -35,7 +37,7 @@ class SampleResult:
 
 
 def read_trained(
-    source: str | Path, *, weights: Literal["trained", "ema"] = "trained", plugins: Plugins | None = None
+    source: str | Path, *, weights: WhichWeights = "trained", plugins: Plugins | None = None
 ) -> tuple[Recipe, Weights, Weights]:
     """Recipe, experts' weights and, for ema, their averages, of a run's folder, a checkpoint, or an export's folder.
 
@@ -53,9 +55,9 @@ def _read_trained(folder: Path, plugins: Plugins | None) -> tuple[Recipe, Weight
         raise UserError(f"{folder}: there is no such folder; give a run's, such as runs/dcm_digits/20260101-120000")
     if (folder / INDEX).is_file():
         index, experts = read_export(folder)
-        return load_recipe(index["recipe"], plugins=plugins), experts, {}
+        return load_recipe(in_todays_words(index["recipe"]), plugins=plugins), experts, {}
     checkpoint = find_checkpoint(folder)
-    recipe = load_recipe(load_tree(checkpoint, "state")["recipe"], plugins=plugins)
+    recipe = load_recipe(in_todays_words(load_tree(checkpoint, "state")["recipe"]), plugins=plugins)
     return recipe, load_tree(checkpoint, "experts"), load_tree(checkpoint, "ema")
 
 
@@ -63,7 +65,7 @@ def load_mixture(
     source: str | Path,
     *,
     device: str = "cpu",
-    weights: Literal["trained", "ema"] = "trained",
+    weights: WhichWeights = "trained",
     plugins: Plugins | None = None,
 ) -> tuple[Recipe, Mixture]:
     """The recipe and the trained mixture of a run's folder, a checkpoint, or an export's folder, for sampling.
@@ -72,7 +74,7 @@ def load_mixture(
         UserError: as `read_trained`.
     """
     recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
-    mixture = Mixture.build(recipe, find_device(device), inference=True)
+    mixture = build_mixture(recipe, find_device(device), inference=True)
     mixture.load(experts, averages, str(source))
     return recipe, mixture
 
@@ -86,7 +88,7 @@ def sample_run(
     steps: int | None = None,
     sigmas: Sequence[float] | None = None,
     eta: float | None = None,
-    weights: Literal["trained", "ema"] = "trained",
+    weights: WhichWeights = "trained",
     video: Mapping[str, int | None] | None = None,
     fps: float | None = None,
     output: str | Path | None = None,
@@ -173,7 +175,7 @@ def _video_size(mixture: Mixture, changes: Mapping[str, int]) -> VideoSize | Non
     """The backbone's own size with some numbers changed; None where nothing is. ValueError if it has none such."""
     if not changes:
         return None
-    backbone = mixture.student.backbone
+    backbone = mixture.backbone
     if backbone.video is None:
         raise ValueError("this backbone's videos have one size; leave --height, --width and --frames away")
     size = VideoSize(**{**vars(backbone.video), **changes})

@@ -22,12 +22,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moedistill.components.plugins import Plugins, load_plugins
 from moedistill.errors import UserError, user_errors
-from moedistill.metrics import Metric
-from moedistill.plugins import Plugins, load_plugins
-from moedistill.recipe import Recipe, load_recipe
+from moedistill.metrics.base import Metric
+from moedistill.recipe.keys import Recipe
+from moedistill.recipe.loading import read_saved
+from moedistill.runs.resume import comparable
 from moedistill.stages.evaluate import ROWS, EvaluateConfig
-from moedistill.train import COST, comparable
+from moedistill.stages.run import COST
 
 LEVEL = 0.95
 """Of all intervals."""
@@ -151,7 +153,7 @@ def read_records(folders: Sequence[str | Path], plugins: Plugins | None = None) 
 
 
 def _read(folder: Path, plugins: Plugins) -> Record:
-    recipe = load_recipe(folder / "recipe.yaml", plugins=plugins)
+    recipe = read_saved(folder / "recipe.yaml", plugins)
     stages = [stage for stage in recipe.stages if isinstance(stage, EvaluateConfig)]
     done = [stage for stage in stages if (folder / stage.name / ROWS).is_file()]
     data = recipe.resolved()["data"]

@@ -1,1 +1,1 @@
-"""The stages of a recipe: training an expert, evaluating, exporting."""
+"""What a run does, in order: the contracts of stages, what a step may touch, and the core's own stages."""

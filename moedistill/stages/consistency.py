@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from moedistill.conditioning import Conditioning
-from moedistill.context import Run
+from moedistill.components.fields import NonNegativeInt, PositiveInt
 from moedistill.data.loading import Batch
-from moedistill.fields import NonNegativeInt, PositiveInt
-from moedistill.flow import add_noise, jump
-from moedistill.losses import ProbeLayout, StepTensors
-from moedistill.stages.base import Finding, TrainingStage, TrainingStageConfig
+from moedistill.flow.process import add_noise, jump
+from moedistill.losses.base import ProbeLayout, StepTensors
+from moedistill.model.conditioning import Conditioning
+from moedistill.recipe.keys import Finding, TrainingStageConfig
+from moedistill.stages.base import TrainingStage
+from moedistill.stages.monitor import Monitor
+from moedistill.stages.training import Training
 
 if TYPE_CHECKING:
-    from moedistill.recipe import Recipe
+    from moedistill.recipe.keys import Recipe
 
 
 @dataclass(kw_only=True)
@@ -164,46 +166,57 @@ class ConsistencyStage(TrainingStage):
     def __init__(self, config: ConsistencyConfig) -> None:
         self.config: ConsistencyConfig = config
 
-    def setup(self, run: Run) -> None:
+    def setup(self, training: Training) -> None:
         config = self.config
-        self._starts = run.trajectory.points_in(run.segment)
+        self._starts = training.trajectory.points_in(training.segment)
         self._landings = landing_points(self._starts, _edges(config.phases))
-        run.train_student(config.optimizer, config.ema_decay)
+        training.train_student(config.optimizer, config.ema_decay)
         layout = None
         if config.probe is not None:
-            backbone = run.student.backbone
+            backbone = training.mixture.backbone
             layout = ProbeLayout(len(backbone.blocks[:: config.probe.block_stride]), backbone.hidden_size)
-        run.add_losses(config.losses, layout)
+        training.add_losses(config.losses, layout)
 
-    def jumps(self, run: Run, x0: Tensor, cond: Conditioning, i: Tensor, noise: Tensor) -> Jumps:
+    def jumps(self, training: Training, x0: Tensor, cond: Conditioning, i: Tensor, noise: Tensor) -> Jumps:
         """The run's expert and its target from the points `i`, int64 `[B]`, of the segment; see `jumps`."""
-        points, land = run.trajectory.points, self._landings[i - self._starts[0]]
-        sigma, previous, end = (points[index].to(run.device) for index in (i, i - 1, land))
+        points, land = training.trajectory.points, self._landings[i - self._starts[0]]
+        sigma, previous, end = (points[index].to(training.device) for index in (i, i - 1, land))
         return jumps(
             add_noise(x0, noise, sigma),
             cond,
             sigma,
             previous,
             end,
-            student=run.velocity,
-            teacher=run.teacher,
-            target=partial(run.target, ema=self.config.target == "ema"),
+            student=training.velocity,
+            teacher=training.teacher,
+            target=partial(training.target, ema=self.config.target == "ema"),
         )
 
-    def step(self, run: Run, batch: Batch) -> None:
+    def monitor(self, training: Training) -> Monitor | None:
+        config = training.recipe.training.monitor
+        if config is None:
+            return None
+
+        def miss(x0: Tensor, cond: Conditioning, i: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            made = self.jumps(training, x0, cond, i, noise)
+            return made.difference, made.sigma - made.end
+
+        return Monitor(config, training, miss)
+
+    def step(self, training: Training, batch: Batch) -> None:
         x0, cond = batch.latents, batch.conditioning
 
         # A starting point p_i of the segment, and what the student and its target make of it.
-        i = run.draw.integers("point", self._starts[0], self._starts[-1] + 1)
-        noise = run.draw.normal("noise", x0.shape[1:])
-        made = self.jumps(run, x0, cond, i, noise)
+        i = training.draw.integers("point", self._starts[0], self._starts[-1] + 1)
+        noise = training.draw.normal("noise", x0.shape[1:])
+        made = self.jumps(training, x0, cond, i, noise)
 
         # Teacher features, once for all losses and the critics.
         probe = None
-        if self.config.probe is not None and run.probe_wanted:
-            data = x0 if run.data_probe_wanted else None
-            probe = run.probe(made.prediction, made.target, made.end, cond, self.config.probe.block_stride, data)
+        if self.config.probe is not None and training.probe_wanted:
+            data = x0 if training.data_probe_wanted else None
+            probe = training.probe(made.prediction, made.target, made.end, cond, self.config.probe.block_stride, data)
 
-        tensors = StepTensors(made.prediction, made.target, made.difference, made.sigma, run.segment, probe)
-        run.update("student", run.objective(tensors))
-        run.update_critics(tensors)
+        tensors = StepTensors(made.prediction, made.target, made.difference, made.sigma, training.segment, probe)
+        training.update("student", training.objective(tensors))
+        training.update_critics(tensors)

@@ -13,23 +13,25 @@ from annotated_types import MinLen
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moedistill import conditioning
-from moedistill.checkpoint import save_tensors
-from moedistill.conditioning import Conditioning
+from moedistill.components.fields import Component, NonEmptyStr, NonNegativeInt, PositiveInt
 from moedistill.data.loading import collate
 from moedistill.data.prompts import read_prompts
-from moedistill.experts import TEACHER
-from moedistill.fields import Component, NonEmptyStr, NonNegativeInt, PositiveInt
+from moedistill.flow.sampling_points import SampleConfig
 from moedistill.media import contact_sheet, side_by_side
-from moedistill.metrics import MetricConfig, MetricInputs
-from moedistill.randomness import Draws, generator
-from moedistill.sampling import sample_in_batches
-from moedistill.stages.base import Finding, Stage, StageConfig, TrainingStageConfig
-from moedistill.steps import SampleConfig
+from moedistill.metrics.base import MetricConfig, MetricInputs
+from moedistill.model import conditioning
+from moedistill.model.backbone import TEACHER
+from moedistill.model.conditioning import Conditioning
+from moedistill.model.ema import WhichWeights
+from moedistill.model.sample_in_batches import sample_in_batches
+from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
+from moedistill.runtime.checkpoint import save_tensors
+from moedistill.runtime.randomness import Draws, generator
+from moedistill.stages.base import Stage
 
 if TYPE_CHECKING:
-    from moedistill.context import Job
-    from moedistill.recipe import Recipe
+    from moedistill.recipe.keys import Recipe
+    from moedistill.stages.run import Run
 
 
 ROWS = "rows.safetensors"
@@ -96,7 +98,7 @@ class EvaluateConfig(StageConfig):
     reference_samples: NonEmptyStr | None = None
     metrics: list[Annotated[MetricConfig, Component("metric")]]
     prompts: Annotated[list[str], MinLen(1)] | NonEmptyStr | None = None
-    weights: Literal["trained", "ema"] = "trained"
+    weights: WhichWeights = "trained"
     pictures: NonNegativeInt = 6
     save_latents: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"conditioning"})
@@ -159,14 +161,14 @@ def _misfits(recipe: "Recipe", number: int, candidate: Candidate) -> Iterable[Fi
         yield f"candidates.{number}.{'sample' if candidate.steps is None else 'steps'}", str(error)
 
 
-def _exact_velocity(job: "Job", x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+def _exact_velocity(run: "Run", x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
     """(x - E[x0 | x]) / sigma, with the teacher's classifier-free guidance: v_c + (scale - 1)·(v_c - v_u)."""
-    dataset, student = job.dataset, job.mixture.student
+    dataset, student = run.dataset, run.mixture
     assert dataset is not None
     # All samples are at one sigma: the sampler's.
     router = student.teacher_router
     base = student.bases[0] if router is None else router.expert_at(float(sigma[0]))
-    scale = job.recipe.backbone.guidance.classifier_free_scale(base)
+    scale = run.recipe.backbone.guidance.classifier_free_scale(base)
     mean = dataset.posterior_mean(x, sigma, cond)
     if scale != 1.0:
         # Velocities at one x differ as the means do.
@@ -191,21 +193,21 @@ class EvaluateStage(Stage):
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
 
-    def execute(self, job: "Job") -> None:
-        if not job.main:
+    def execute(self, run: "Run") -> None:
+        if not run.main:
             return
-        config, mixture = self.config, job.mixture
-        backbone = mixture.student.backbone
-        noise, cond = self.inputs(job)
+        config, mixture = self.config, run.mixture
+        backbone = mixture.backbone
+        noise, cond = self.inputs(run)
 
         latents: dict[str, Tensor] = {}
         for candidate in config.candidates:
             if candidate.name == config.reference and config.reference_samples is not None:
-                stored = stored_samples(config, job.recipe, cond)
+                stored = stored_samples(config, run.recipe, cond)
                 latents[candidate.name] = stored.to(noise.device)
                 continue
-            job.say(f"  sampling {config.samples} × {candidate.name}")
-            latents[candidate.name] = self._sample(job, candidate, noise, cond)
+            run.say(f"  sampling {config.samples} × {candidate.name}")
+            latents[candidate.name] = self._sample(run, candidate, noise, cond)
         videos = {name: backbone.decode(samples).cpu() for name, samples in latents.items()}
         latents = {name: samples.cpu() for name, samples in latents.items()}
         cond = conditioning.to(cond, "cpu")
@@ -222,30 +224,30 @@ class EvaluateStage(Stage):
                 rows[f"{kind}/{name}"] = measured
                 table[name][kind] = float(metric.value(measured))
 
-        job.metrics[config.name] = table
-        self._write(job, table, rows, videos, latents, cond)
+        run.metrics[config.name] = table
+        self._write(run, table, rows, videos, latents, cond)
 
-    def inputs(self, job: "Job") -> tuple[Tensor, dict[str, Tensor]]:
+    def inputs(self, run: "Run") -> tuple[Tensor, dict[str, Tensor]]:
         """Noise `[N, C, T, H, W]` and conditioning of the samples, by the stage's seed alone."""
-        config, backbone = self.config, job.mixture.student.backbone
-        draw = Draws(config.seed, "evaluate", 0, range(config.samples), job.accelerator.device)
+        config, backbone = self.config, run.mixture.backbone
+        draw = Draws(config.seed, "evaluate", 0, range(config.samples), run.accelerator.device)
         noise = draw.normal("noise", backbone.latent_shape())
         if config.prompts is not None:
             prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
             asked = [prompts[i % len(prompts)] for i in range(config.samples)]
             cond = dict(backbone.encode(asked))
         else:
-            assert job.dataset is not None
+            assert run.dataset is not None
             # Evenly spread over the data, so that no class is missed by chance, in random order.
-            spread = np.arange(config.samples) * len(job.dataset) // config.samples
+            spread = np.arange(config.samples) * len(run.dataset) // config.samples
             chosen = generator(config.seed, "evaluate", "conditioning").permutation(spread)
             # One by one: the videos themselves are not wanted, and may be of many shapes.
-            prepared = [backbone.prepare(*collate([job.dataset[int(i)]]))[1] for i in chosen]
+            prepared = [backbone.prepare(*collate([run.dataset[int(i)]]))[1] for i in chosen]
             cond = conditioning.stack([{name: value[0] for name, value in one.items()} for one in prepared])
-        return noise, conditioning.to(cond, job.accelerator.device)
+        return noise, conditioning.to(cond, run.accelerator.device)
 
-    def _sample(self, job: "Job", candidate: Candidate, noise: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        recipe, mixture = job.recipe, job.mixture
+    def _sample(self, run: "Run", candidate: Candidate, noise: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        recipe, mixture = run.recipe, run.mixture
         stand_ins = dict(candidate.stand_ins)
         if candidate.model == "teacher" and mixture.router is not None:
             stand_ins = {segment.expert: TEACHER for segment in mixture.router.segments}
@@ -254,12 +256,12 @@ class EvaluateStage(Stage):
         sigmas = steps.resolve(mixture.trajectory)
 
         def fresh_noise(step: int, rows: range) -> Tensor:
-            draw = Draws(self.config.seed, "evaluate", step, rows, job.accelerator.device)
+            draw = Draws(self.config.seed, "evaluate", step, rows, run.accelerator.device)
             return draw.normal("fresh_noise", noise.shape[1:])
 
         drawn: Any = {"eta": steps.eta, "fresh_noise": fresh_noise, "batch_size": self.config.batch_size}
         if candidate.model == "exact":
-            return sample_in_batches(partial(_exact_velocity, job), noise, cond, sigmas, **drawn)
+            return sample_in_batches(partial(_exact_velocity, run), noise, cond, sigmas, **drawn)
         return mixture.generate(
             noise, cond, sigmas,
             stand_ins=stand_ins, guidance=recipe.backbone.guidance, weights=self.config.weights, **drawn,
@@ -267,31 +269,31 @@ class EvaluateStage(Stage):
 
     def _write(
         self,
-        job: "Job",
+        run: "Run",
         table: dict[str, dict[str, float]],
         rows: dict[str, Tensor],
         videos: dict[str, Tensor],
         latents: dict[str, Tensor],
         cond: dict[str, Tensor],
     ) -> None:
-        config, folder = self.config, job.output / self.config.name
+        config, folder = self.config, run.output / self.config.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps({"samples": config.samples, "candidates": table}, indent=1))
         save_tensors(folder / ROWS, {name: measured.contiguous() for name, measured in rows.items()})
         if config.save_latents:
             # Copies: a backbone's conditioning may be views of one tensor, which cannot be saved.
             asked = {f"conditioning.{k}": v.contiguous().clone() for k, v in cond.items()}
-            made = {one.name: fingerprint(config, job.recipe, one.name) for one in config.candidates}
+            made = {one.name: fingerprint(config, run.recipe, one.name) for one in config.candidates}
             # One entry: safetensors writes several in any order, and equal runs are to write equal files.
             origin = json.dumps({"seed": config.seed, "samples": config.samples, "made": made})
             save_tensors(folder / "latents.safetensors", {**latents, **asked}, {ORIGIN: origin})
         if config.pictures:
-            captions = job.mixture.student.backbone.captions(conditioning.select(cond, slice(config.pictures)))
+            captions = run.mixture.backbone.captions(conditioning.select(cond, slice(config.pictures)))
             shown = {name: video[: config.pictures] for name, video in videos.items()}
             contact_sheet(folder / "contact_sheet.png", shown, captions)
             side_by_side(folder / "side_by_side.webp", shown)
         show_table(f"{config.name}: {config.samples} samples", table)
-        job.say(f"  {folder}")
+        run.say(f"  {folder}")
 
 
 def fingerprint(config: EvaluateConfig, recipe: "Recipe", name: str) -> str:

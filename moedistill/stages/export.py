@@ -4,20 +4,22 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moedistill.checkpoint import save_tensors
 from moedistill.errors import UserError
-from moedistill.stages.base import Finding, Stage, StageConfig, TrainingStageConfig
+from moedistill.model.ema import WhichWeights
+from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
+from moedistill.runtime.checkpoint import save_tensors
+from moedistill.stages.base import Stage
 
 if TYPE_CHECKING:
-    from moedistill.context import Job
-    from moedistill.recipe import Recipe
+    from moedistill.recipe.keys import Recipe
+    from moedistill.stages.run import Run
 
 FORMAT = 1
 INDEX = "export.json"
@@ -34,7 +36,7 @@ class ExportConfig(StageConfig):
         weights: the experts' `trained` weights or, of those that have one, their `ema`.
     """
 
-    weights: Literal["trained", "ema"] = "trained"
+    weights: WhichWeights = "trained"
 
     def build(self) -> "ExportStage":
         return ExportStage(self)
@@ -60,19 +62,19 @@ class ExportStage(Stage):
     def __init__(self, config: ExportConfig) -> None:
         self.config = config
 
-    def execute(self, job: "Job") -> None:
-        if not job.main:
+    def execute(self, run: "Run") -> None:
+        if not run.main:
             return
-        folder = job.output / self.config.name
+        folder = run.output / self.config.name
         folder.mkdir(parents=True, exist_ok=True)
-        recipe, mixture = job.recipe, job.mixture
+        recipe, mixture = run.recipe, run.mixture
         trained = {stage.expert for stage in recipe.stages if isinstance(stage, TrainingStageConfig)}
         experts: dict[str, Any] = {}
         for name, config in recipe.resolved()["experts"].items():
             file = f"{name}.safetensors" if name in trained else None
             experts[name] = {"file": file, **config}
             if file:
-                weights: Mapping[str, Tensor] = mixture.student.experts[name].parameters
+                weights: Mapping[str, Tensor] = mixture.experts[name].parameters
                 if self.config.weights == "ema" and name in mixture.ema:
                     weights = mixture.ema[name].average
                 weights = {key: weight.detach().cpu() for key, weight in weights.items()}
@@ -84,29 +86,29 @@ class ExportStage(Stage):
             "trajectory": mixture.trajectory.points.tolist(),
             "sigmas": recipe.sample.resolve(mixture.trajectory).tolist() if recipe.sample else None,
             "eta": recipe.sample.eta if recipe.sample else 0.0,
-            "provenance": _provenance(job, self.config.weights),
+            "provenance": _provenance(run, self.config.weights),
             "recipe": recipe.resolved(),
         }
         (folder / INDEX).write_text(json.dumps(index, indent=1))
-        job.metrics[self.config.name] = {"folder": str(folder)}
-        job.say(f"  {folder}")
+        run.metrics[self.config.name] = {"folder": str(folder)}
+        run.say(f"  {folder}")
 
 
-def _provenance(job: "Job", weights: str) -> dict[str, Any]:
+def _provenance(run: "Run", weights: str) -> dict[str, Any]:
     from moedistill import __version__
 
     return {
         "moedistill": __version__,
         "torch": torch.__version__,
-        "seed": job.recipe.seed,
+        "seed": run.recipe.seed,
         "weights": weights,
-        "smoke": job.smoke,
+        "smoke": run.smoke,
         "stages": {
             stage.name: {"kind": stage.kind, "expert": stage.expert, "steps": stage.steps}
-            for stage in job.recipe.stages
+            for stage in run.recipe.stages
             if isinstance(stage, TrainingStageConfig)
         },
-        "metrics": dict(job.metrics),
+        "metrics": dict(run.metrics),
     }
 
 

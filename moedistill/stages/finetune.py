@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from moedistill.context import Run
+from moedistill.components.fields import PositiveFloat
 from moedistill.data.base import Dataset
 from moedistill.data.loading import Batch
-from moedistill.fields import PositiveFloat
-from moedistill.flow import add_noise
-from moedistill.losses import StepTensors
-from moedistill.stages.base import Finding, TrainingStage, TrainingStageConfig
+from moedistill.flow.process import add_noise
+from moedistill.losses.base import StepTensors
+from moedistill.recipe.keys import Finding, TrainingStageConfig
+from moedistill.stages.base import TrainingStage
+from moedistill.stages.training import Training
 
 if TYPE_CHECKING:
-    from moedistill.recipe import Recipe
+    from moedistill.recipe.keys import Recipe
 
 
 @dataclass(kw_only=True)
@@ -56,43 +57,43 @@ class FinetuneStage(TrainingStage):
     def __init__(self, config: FinetuneConfig) -> None:
         self.config: FinetuneConfig = config
 
-    def setup(self, run: Run) -> None:
+    def setup(self, training: Training) -> None:
         config = self.config
-        dataset = type(run.dataset)
+        dataset = type(training.dataset)
         if config.target == "exact" and getattr(dataset, "posterior_mean", None) is Dataset.posterior_mean:
             raise ValueError(f"target: exact needs a posterior mean, which {dataset.__name__} lacks; use sample")
         self._shifts = torch.tensor(config.shifts, dtype=torch.float64)
         weights = torch.tensor(config.shift_weights or [1.0] * len(config.shifts), dtype=torch.float64)
         self._cumulative = torch.cumsum(weights / weights.sum(), 0)
-        run.train_student(config.optimizer, config.ema_decay)
-        run.add_losses(config.losses, None)
+        training.train_student(config.optimizer, config.ema_decay)
+        training.add_losses(config.losses, None)
 
-    def step(self, run: Run, batch: Batch) -> None:
+    def step(self, training: Training, batch: Batch) -> None:
         x0, cond = batch.latents, batch.conditioning
 
-        sigma = self._draw_sigma(run).to(run.device)
-        noise = run.draw.normal("noise", x0.shape[1:])
+        sigma = self._draw_sigma(training).to(training.device)
+        noise = training.draw.normal("noise", x0.shape[1:])
         x = add_noise(x0, noise, sigma)
 
-        velocity = run.velocity(x, sigma, cond)
+        velocity = training.velocity(x, sigma, cond)
         if self.config.target == "exact":
-            assert run.dataset is not None
-            mean = run.dataset.posterior_mean(x, sigma, cond)
+            assert training.dataset is not None
+            mean = training.dataset.posterior_mean(x, sigma, cond)
             target = (x - mean) / sigma.view(-1, 1, 1, 1, 1)
         else:
             target = noise - x0
 
-        tensors = StepTensors(velocity, target, velocity - target, sigma, run.segment)
-        run.update("student", run.objective(tensors))
+        tensors = StepTensors(velocity, target, velocity - target, sigma, training.segment)
+        training.update("student", training.objective(tensors))
 
-    def _draw_sigma(self, run: Run) -> Tensor:
+    def _draw_sigma(self, training: Training) -> Tensor:
         """Sigma `[B]` float32 within the segment, by the drawn shift's density."""
-        which = torch.searchsorted(self._cumulative, run.draw.uniform("shift"), right=True)
+        which = torch.searchsorted(self._cumulative, training.draw.uniform("shift"), right=True)
         shift = self._shifts[which.clamp(max=len(self._shifts) - 1)]
 
         def unshifted(sigma: float) -> Tensor:
             return sigma / (shift - (shift - 1.0) * sigma)
 
-        low, high = unshifted(run.segment.low), unshifted(run.segment.high)
-        u = high - run.draw.uniform("sigma") * (high - low)  # in (low, high], as the segment
+        low, high = unshifted(training.segment.low), unshifted(training.segment.high)
+        u = high - training.draw.uniform("sigma") * (high - low)  # in (low, high], as the segment
         return (shift * u / (1.0 + (shift - 1.0) * u)).float()

@@ -4,16 +4,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from moedistill.components.fields import NonEmptyStr, NonNegativeInt, PositiveInt
 from moedistill.data.prompts import read_prompts
-from moedistill.experts import TEACHER
-from moedistill.fields import NonEmptyStr, NonNegativeInt, PositiveInt
 from moedistill.media import contact_sheet, side_by_side, write_mp4
-from moedistill.stages.base import Stage, StageConfig
+from moedistill.model.backbone import TEACHER
+from moedistill.model.ema import WhichWeights
+from moedistill.model.generate import generate
+from moedistill.recipe.keys import StageConfig
+from moedistill.stages.base import Stage
 
 SHOWN = 8
 """How many videos the pictures show."""
@@ -21,11 +24,10 @@ SHOWN = 8
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from moedistill.backbone import VideoSize
-    from moedistill.context import Job
-    from moedistill.mixture import Mixture
-    from moedistill.recipe import Recipe
-    from moedistill.stages.base import Finding
+    from moedistill.model.backbone import VideoSize
+    from moedistill.model.mixture import Mixture
+    from moedistill.recipe.keys import Finding, Recipe
+    from moedistill.stages.run import Run
 
 
 @dataclass(kw_only=True)
@@ -42,7 +44,7 @@ class SampleStageConfig(StageConfig):
     prompts: list[str] | NonEmptyStr
     num: PositiveInt = 1
     seed: NonNegativeInt = 0
-    weights: Literal["trained", "ema"] = "trained"
+    weights: WhichWeights = "trained"
 
     def build(self) -> "SampleStage":
         return SampleStage(self)
@@ -69,21 +71,21 @@ class SampleStage(Stage):
     def __init__(self, config: SampleStageConfig) -> None:
         self.config = config
 
-    def execute(self, job: "Job") -> None:
-        if not job.main:
+    def execute(self, run: "Run") -> None:
+        if not run.main:
             return
-        config, recipe = self.config, job.recipe
+        config, recipe = self.config, run.recipe
         assert recipe.sample is not None
-        folder = job.output / config.name
+        folder = run.output / config.name
         folder.mkdir(parents=True, exist_ok=True)
         prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
-        asked = [prompt for prompt in (prompts[:1] if job.smoke else prompts) for _ in range(config.num)]
+        asked = [prompt for prompt in (prompts[:1] if run.smoke else prompts) for _ in range(config.num)]
         write_samples(
-            folder, recipe, job.mixture, asked, recipe.sample.resolve(job.mixture.trajectory),
-            seed=config.seed, weights=config.weights, eta=recipe.sample.eta, made_from=str(job.output),
+            folder, recipe, run.mixture, asked, recipe.sample.resolve(run.mixture.trajectory),
+            seed=config.seed, weights=config.weights, eta=recipe.sample.eta, made_from=str(run.output),
         )  # fmt: skip
-        job.metrics[config.name] = {"folder": str(folder)}
-        job.say(f"  {folder}")
+        run.metrics[config.name] = {"folder": str(folder)}
+        run.say(f"  {folder}")
 
 
 def _remove_earlier(folder: Path) -> None:
@@ -105,7 +107,7 @@ def write_samples(
     *,
     seed: int,
     video: "VideoSize | None" = None,
-    weights: Literal["trained", "ema"] = "trained",
+    weights: WhichWeights = "trained",
     eta: float = 0.0,
     fps: float | None = None,
     made_from: str,
@@ -114,12 +116,12 @@ def write_samples(
     """Samples each prompt, and writes one mp4 for each, the first few in `samples.png` and `samples.webp`, and
     `samples.json`, which says how they were made. Gives the videos `[C, T, H, W]` in [0, 1] if they are to be kept.
     """
-    backbone = mixture.student.backbone
+    backbone = mixture.backbone
     fps = fps or backbone.fps
     files = [f"{k:03d}.mp4" for k in range(len(prompts))]
     _remove_earlier(folder)
     videos: list[Tensor] = []
-    generated = backbone.generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights, eta=eta)
+    generated = generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights, eta=eta)
     for file, one in zip(files, generated, strict=True):
         write_mp4(folder / file, one, fps=fps)
         if keep or len(videos) < SHOWN:

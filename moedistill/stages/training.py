@@ -2,65 +2,27 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import click
 import torch
 from torch import Tensor, nn
 
-from moedistill import conditioning
-from moedistill.conditioning import Conditioning
-from moedistill.ema import EMA
 from moedistill.errors import UserError
-from moedistill.features import Probe
-from moedistill.flow import add_noise, renoise
-from moedistill.losses import AdversarialLoss, Loss, LossConfig, ProbeLayout, StepTensors
-from moedistill.mixture import Mixture
-from moedistill.optim import OptimizerConfig
-from moedistill.randomness import Draws
-from moedistill.routers import Segment
+from moedistill.flow.process import add_noise, renoise
+from moedistill.flow.trajectory import Segment
+from moedistill.losses.base import AdversarialLoss, Loss, LossConfig, ProbeLayout, StepTensors
+from moedistill.losses.optim import OptimizerConfig
+from moedistill.losses.probe import Probe
+from moedistill.model import conditioning
+from moedistill.model.conditioning import Conditioning
+from moedistill.model.ema import EMA
+from moedistill.runtime.randomness import Draws
+from moedistill.stages.run import Run
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from moedistill.data.base import Dataset
     from moedistill.data.loading import Batch
-    from moedistill.recipe import Recipe
-    from moedistill.stages.base import TrainingStageConfig
-
-
-@dataclass
-class Job:
-    """What all stages of a run share.
-
-    Attributes:
-        recipe: as resolved.
-        output: the run's folder.
-        metrics: what the stages reported, by stage.
-        cost: what the training stages have cost, by stage.
-        smoke: whether this is a miniature of the real run.
-    """
-
-    recipe: "Recipe"
-    output: Path
-    accelerator: "Accelerator"
-    mixture: Mixture
-    dataset: "Dataset | None"
-    metrics: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, dict[str, float]] = field(default_factory=dict)
-    smoke: bool = False
-
-    @property
-    def main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
-        return bool(self.accelerator.is_main_process)
-
-    def say(self, message: str) -> None:
-        """Prints one line, once for all processes."""
-        if self.main:
-            click.echo(message)
+    from moedistill.recipe.keys import TrainingStageConfig
 
 
 @dataclass
@@ -83,7 +45,7 @@ class Term:
     critic: nn.Module | None = None
 
 
-class Run:
+class Training:
     """One training stage under way. A step reads and calls what is here, and nothing else.
 
     Attributes:
@@ -94,40 +56,40 @@ class Run:
         model: the student as wrapped for distribution; call it as `velocity`.
     """
 
-    def __init__(self, job: Job, config: "TrainingStageConfig", step: int = 0) -> None:
-        self.job, self.config, self.expert, self.steps = job, config, config.expert, config.steps
-        self.recipe, self.trajectory, self.student = job.recipe, job.mixture.trajectory, job.mixture.student
-        self.accelerator = job.accelerator
-        self.device = job.accelerator.device
-        self.guidance = job.recipe.backbone.guidance
-        assert job.mixture.router is not None
-        self.segment: Segment = job.mixture.router.segment(self.expert)
+    def __init__(self, run: Run, config: "TrainingStageConfig", step: int = 0) -> None:
+        self.run, self.config, self.expert, self.steps = run, config, config.expert, config.steps
+        self.recipe, self.trajectory, self.mixture = run.recipe, run.mixture.trajectory, run.mixture
+        self.accelerator = run.accelerator
+        self.device = run.accelerator.device
+        self.guidance = run.recipe.backbone.guidance
+        assert run.mixture.router is not None
+        self.segment: Segment = run.mixture.router.segment(self.expert)
         # Of several, the one that serves the whole segment; the recipe was checked for that.
         top = self.trajectory.points_in(self.segment)[-1]
-        self.teacher_name = self.student.teacher_at(self.trajectory.sigma(top))
+        self.teacher_name = self.mixture.teacher_at(self.trajectory.sigma(top))
         self.step = step
-        self.model: nn.Module = self.student
+        self.model: nn.Module = self.mixture
         self.trained: dict[str, Trained] = {}
         self.terms: list[Term] = []
         self.ema: EMA | None = None
-        self.draw = Draws(job.recipe.seed, config.name, 0, [0])
-        self.dataset = job.dataset
+        self.draw = Draws(run.recipe.seed, config.name, 0, [0])
+        self.dataset = run.dataset
         self._recorded: dict[str, list[Tensor]] = {}
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def train_student(self, optimizer: OptimizerConfig, ema_decay: float | None) -> None:
         """Makes the stage's expert trainable, as "student"."""
-        self.student.train_only(self.expert)
-        expert = self.student.experts[self.expert]
-        self.model = self._prepare("student", self.student, list(expert.parameters.values()), optimizer, self.steps)
+        self.mixture.train_only(self.expert)
+        expert = self.mixture.experts[self.expert]
+        self.model = self._prepare("student", self.mixture, list(expert.parameters.values()), optimizer, self.steps)
         if ema_decay is None:
-            self.job.mixture.ema.pop(self.expert, None)  # of an earlier stage: these weights move on without it
+            self.mixture.ema.pop(self.expert, None)  # of an earlier stage: these weights move on without it
         else:
             self.ema = EMA(expert.parameters, ema_decay)
             if self.step:  # resuming
-                self.ema.load(self.job.mixture.ema[self.expert].average)
-            self.job.mixture.ema[self.expert] = self.ema
+                self.ema.load(self.mixture.ema[self.expert].average)
+            self.mixture.ema[self.expert] = self.ema
 
     def add_losses(self, configs: Sequence[LossConfig], layout: ProbeLayout | None) -> None:
         """Builds the stage's losses, and makes their critics trainable under the loss's name."""
@@ -159,17 +121,17 @@ class Run:
     @torch.no_grad()
     def teacher(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The teacher with its guidance, without gradients."""
-        with self.student.using(self.teacher_name):
-            return self.student.guided(x, sigma, cond, self.guidance)
+        with self.mixture.using(self.teacher_name):
+            return self.mixture.guided(x, sigma, cond, self.guidance)
 
     @torch.no_grad()
     def target(self, x: Tensor, sigma: Tensor, cond: Conditioning, *, ema: bool = False) -> Tensor:
         """The expert in training, or its average, without gradients."""
         if not ema:
-            return self.student(x, sigma, cond)
+            return self.mixture(x, sigma, cond)
         assert self.ema is not None
         with self.ema.swapped():
-            return self.student(x, sigma, cond)
+            return self.mixture(x, sigma, cond)
 
     def probe(
         self,
@@ -193,22 +155,22 @@ class Run:
         sigma = points[self.draw.integers("probe_point", start, top)].to(self.device)
         noise = self.draw.normal("probe_noise", target.shape[1:])
         fake, real = (renoise(y, noise, end, sigma) for y in (prediction, target))
-        blocks = self.student.backbone.blocks[::stride]
-        with self.student.using(self.teacher_name):
-            hidden_fake = self.student.hidden_states(fake, sigma, cond, blocks)
+        blocks = self.mixture.backbone.blocks[::stride]
+        with self.mixture.using(self.teacher_name):
+            hidden_prediction = self.mixture.hidden_states(fake, sigma, cond, blocks)
             with torch.no_grad():
-                hidden_real = self.student.hidden_states(real, sigma, cond, blocks)
+                hidden_target = self.mixture.hidden_states(real, sigma, cond, blocks)
                 hidden_data = []
                 if data is not None:
                     landed = add_noise(data, self.draw.normal("probe_data_noise", data.shape[1:]), end)
-                    hidden_data = self.student.hidden_states(renoise(landed, noise, end, sigma), sigma, cond, blocks)
+                    hidden_data = self.mixture.hidden_states(renoise(landed, noise, end, sigma), sigma, cond, blocks)
 
         def unembed(hidden: Tensor, x: Tensor) -> Tensor:
-            with self.student.using(self.teacher_name):
-                return self.student.unembed(hidden, x, sigma, cond)
+            with self.mixture.using(self.teacher_name):
+                return self.mixture.unembed(hidden, x, sigma, cond)
 
-        grid = self.student.backbone.token_grid(target.shape)
-        return Probe(hidden_fake, hidden_real, fake, real, grid, unembed, hidden_data)
+        grid = self.mixture.backbone.token_grid(target.shape)
+        return Probe(hidden_prediction, hidden_target, fake, real, grid, unembed, hidden_data)
 
     def objective(self, tensors: StepTensors) -> Tensor:
         """The weighted sum of the stage's losses; each term is recorded under its name."""
@@ -277,7 +239,7 @@ class Run:
         dropout = self.recipe.data.text_dropout if self.recipe.data else 0.0
         if dropout:
             drop = (self.draw.uniform("conditioning_dropout") < dropout).to(self.device)
-            cond = conditioning.where(drop, self.student.backbone.null_conditioning(cond), cond)
+            cond = conditioning.where(drop, self.mixture.backbone.null_conditioning(cond), cond)
         batch.latents, batch.conditioning = latents, cond
         return batch
 
@@ -288,7 +250,7 @@ class Run:
         # Conditioning that is itself a video, such as image latents, is cut with it.
         videos = {name for name, value in cond.items() if value.ndim == 5 and value.shape[2] == frames}
         cond = {name: value[:, :, :limit] if name in videos else value for name, value in cond.items()}
-        latents, prepared = self.student.backbone.prepare(latents[:, :, :limit], cond)
+        latents, prepared = self.mixture.backbone.prepare(latents[:, :, :limit], cond)
         return latents, dict(prepared)
 
     def micro_batch(self) -> Any:
@@ -354,4 +316,4 @@ class Run:
         """Undoes the wrapping, so that the next stage starts from the bare student."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
-        self.student.train_only(None)
+        self.mixture.train_only(None)

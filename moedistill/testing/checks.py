@@ -10,139 +10,30 @@ Of a random miniature every weight is moved a little first: final layers that st
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moedistill import conditioning
-from moedistill.backbone import Backbone, BackboneConfig
-from moedistill.checkpoint import load_tree, save_tree
-from moedistill.conditioning import Conditioning
-from moedistill.errors import Problem, RecipeError, shorten
-from moedistill.experts import TEACHER, ExpertConfig, FullConfig, LoRAConfig, teacher_name
-from moedistill.flow import add_noise, jump, to_vp, velocity_from_vp
-from moedistill.mixture import Mixture
-from moedistill.plugins import Plugins, load_plugins
-from moedistill.randomness import Draws, generator
-from moedistill.student import Student
-from moedistill.trajectory import Trajectory
-from moedistill.validation import Builder, Partial, failed
-from moedistill.yaml_tree import apply_override, from_data
+from moedistill.flow.process import add_noise, jump, to_vp, velocity_from_vp
+from moedistill.flow.trajectory import Trajectory
+from moedistill.model import conditioning
+from moedistill.model.backbone import TEACHER, Backbone, teacher_name
+from moedistill.model.conditioning import Conditioning
+from moedistill.model.mixture import Mixture
+from moedistill.runtime.checkpoint import load_tree, save_tree
+from moedistill.testing.subject import BATCH, Subject, Unchecked, move, prompts_for
 
-BATCH = 3
-SIGMAS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98, 1.0)
 NATIVE_STEPS = 6
 
 
-class Unchecked(Exception):
-    """There is nothing that the check could look at; says why."""
-
-
-# -- what is checked --------------------------------------------------------------------------------------------------
-
-
-class Subject:
-    """A backbone under examination, and inputs for it.
-
-    Args:
-        config: of the backbone. It is computed in float32, whatever its dtype.
-        real: look at `config` itself, as it is; else at `config.tiny()`, with every weight moved a little.
-        device: where to compute.
-
-    Attributes:
-        experts: those that `student` attaches: `low_rank` and `full` on the teacher, `child`, low-rank, on `full`. On
-            real weights the first alone: a full copy needs much room and no knowledge of the model.
-    """
-
-    def __init__(self, config: BackboneConfig, *, real: bool = False, device: torch.device | str = "cpu") -> None:
-        self.config = (config if real else config.tiny()).replace(dtype="float32")
-        self.real = real
-        self.experts = ("low_rank",) if real else ("low_rank", "full", "child")
-        self.device = torch.device(device)
-
-    def backbone(self, dtype: Literal["float32", "bfloat16"] = "float32") -> Backbone:
-        """A fresh one with the same weights as every other of its dtype."""
-        backbone = self.config.replace(dtype=dtype).build(seed=0)
-        if not self.real:
-            for name, network in backbone.networks.items():
-                for path, parameter in network.named_parameters():
-                    _move(parameter, 0.05, "perturbation", name, path)
-        return backbone
-
-    def student(self, *, checkpointing: bool = False) -> Student:
-        """A fresh student with `experts`, each equal to its parent."""
-        backbone = self.backbone()
-        groups = list(backbone.lora_targets)
-        assert groups, "lora_targets names no group of linears; experts of kind lora need one, usually `attention`"
-        base = next(iter(backbone.networks)) if len(backbone.networks) > 1 else None
-        configs: dict[str, ExpertConfig] = {
-            "low_rank": LoRAConfig(rank=2, alpha=4.0, targets=groups, base=base),
-            "full": FullConfig(base=base),
-            "child": LoRAConfig(rank=2, alpha=4.0, targets=groups, parent="full"),
-        }
-        configs = {name: configs[name] for name in self.experts}
-        student = Student(backbone, configs, gradient_checkpointing=checkpointing).to(self.device)
-        student.initialise(0)
-        return student
-
-    @cached_property
-    def teacher(self) -> Student:
-        """A student without experts, for checks that change nothing."""
-        return Student(self.backbone(), {}).to(self.device)
-
-    @cached_property
-    def shape(self) -> tuple[int, int, int, int]:
-        """The (C, T, H, W) of the inputs; of a real model with a layout, something small that fits."""
-        layout = self.config.layout()
-        if not self.real or layout is None:
-            return self.teacher.backbone.latent_shape()
-        t, h, w = (count * step for count, step in zip((2, 3, 4), layout.multiple, strict=True))
-        return layout.channels, t, h, w
-
-    @cached_property
-    def inputs(self) -> tuple[Tensor, Tensor, Conditioning]:
-        """Noisy latents `[B, C, T, H, W]`, a sigma `[B]` for each, and conditioning of different prompts."""
-        try:
-            cond = self.teacher.backbone.encode(prompts_for(self.teacher.backbone))
-        except Exception as error:
-            raise Unchecked("encode gives no conditioning to try it with") from error
-        noise = Draws(0, "check", 0, range(BATCH), self.device).normal("x", self.shape)
-        return noise, torch.linspace(0.9, 0.4, BATCH, device=self.device), conditioning.to(cond, self.device)
-
-    @cached_property
-    def sigmas(self) -> list[float]:
-        """Noise levels from the smallest that the model knows up to 1."""
-        table = self.config.native_sigmas()
-        smallest = 0.0 if table is None else table[0].item()
-        return sorted({max(sigma, smallest) for sigma in SIGMAS})
-
-    def column(self, sigma: float) -> Tensor:
-        """One value for the whole batch, `[B]`."""
-        return torch.full((BATCH,), sigma, device=self.device)
-
-
-def prompts_for(backbone: Backbone) -> list[str]:
-    """A batch of prompts that differ, as far as the backbone has more than one."""
-    examples = list(backbone.example_prompts)
-    return [examples[k % len(examples)] for k in range(BATCH)]
-
-
 @torch.no_grad()
-def _move(tensor: Tensor, scale: float, *address: object) -> None:
-    """Adds normal noise of that standard deviation; which depends on the address alone."""
-    noise = generator(*address).standard_normal(tuple(tensor.shape), dtype="float32")
-    tensor += (scale * torch.from_numpy(noise)).to(tensor)
-
-
-@torch.no_grad()
-def _run(student: Student, expert: str, *inputs: Any) -> Tensor:
-    with student.using(expert):
-        return student(*inputs)
+def _run(mixture: Mixture, expert: str, *inputs: Any) -> Tensor:
+    with mixture.using(expert):
+        return mixture(*inputs)
 
 
 def _difference(found: Tensor, wanted: Tensor, scale: Tensor | None = None) -> float:
@@ -165,9 +56,6 @@ def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-# -- the checks -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -266,35 +154,35 @@ def decode(subject: Subject) -> str:
 
 @_check("velocity: shape, dtype, finite, depends on x and sigma")
 def velocity(subject: Subject) -> str:
-    student, (x, sigma, cond) = subject.teacher, subject.inputs
+    mixture, (x, sigma, cond) = subject.teacher, subject.inputs
     effects = []
-    for base in student.bases:
-        name = teacher_name(base, student.bases)
-        v = _run(student, name, x, sigma, cond)
+    for base in mixture.bases:
+        name = teacher_name(base, mixture.bases)
+        v = _run(mixture, name, x, sigma, cond)
         assert v.shape == x.shape, f"{base}: velocity {list(v.shape)} of latents {list(x.shape)}"
         assert v.dtype == torch.float32, f"{base}: velocity is {v.dtype}"
         for level in subject.sigmas:
-            at_level = _run(student, name, x, subject.column(level), cond)
+            at_level = _run(mixture, name, x, subject.column(level), cond)
             assert at_level.isfinite().all(), f"{base}: velocity is not finite at sigma {level:g}"
         effects += [
-            (f"{base}: velocity does not depend on {what}", _difference(_run(student, name, *changed), v))
+            (f"{base}: velocity does not depend on {what}", _difference(_run(mixture, name, *changed), v))
             for what, changed in (("x", (-x, sigma, cond)), ("sigma", (x, sigma.flip(0), cond)))
         ]
     for message, effect in effects:
         assert effect > 1e-4, message
-    count = len(student.bases)
+    count = len(mixture.bases)
     return f"{list(x.shape)} float32, sigma {subject.sigmas[0]:g} to 1" + (f", {count} networks" if count > 1 else "")
 
 
 @_check("x0, noise and velocity fit the native prediction at every sigma")
 @torch.no_grad()
 def identities(subject: Subject) -> str:
-    student, (x, _, cond) = subject.teacher, subject.inputs
-    backbone = student.backbone
+    mixture, (x, _, cond) = subject.teacher, subject.inputs
+    backbone = mixture.backbone
     residuals: dict[str, float] = {}
     for level in subject.sigmas:
         sigma = subject.column(level)
-        v = _run(student, TEACHER, x, sigma, cond)
+        v = _run(mixture, TEACHER, x, sigma, cond)
         x0, noise = jump(x, v, sigma, 0.0), jump(x, v, sigma, 1.0)
         scale = torch.stack([x.abs().max(), v.abs().max()])
         _agree(f"x from its own x0 and noise at sigma {level:g}", add_noise(x0, noise, sigma), x, 1e-5, scale)
@@ -324,19 +212,19 @@ def _parametrisations(
 @_check("one step of the model's own sampler is one jump")
 @torch.no_grad()
 def native_steps(subject: Subject) -> str:
-    student, (noise, _, cond) = subject.teacher, subject.inputs
-    pairs = student.backbone.native_trajectory(noise, cond, NATIVE_STEPS)
+    mixture, (noise, _, cond) = subject.teacher, subject.inputs
+    pairs = mixture.backbone.native_trajectory(noise, cond, NATIVE_STEPS)
     if pairs is None:
         raise Unchecked("native_trajectory gives None")
     assert len(pairs) >= 3, f"native_trajectory gives {len(pairs)} samples for {NATIVE_STEPS} steps"
     sigmas = [float(sigma) for sigma, _ in pairs]
     assert all(1.0 >= high > low >= 0.0 for high, low in pairwise(sigmas)), f"sigmas {sigmas} do not fall within [0, 1]"
-    if len(student.bases) > 1:
+    if len(mixture.bases) > 1:
         points = sorted({1.0, *sigmas})
-        student.teacher_router = subject.config.teacher_router(Trajectory.from_sigmas(points))
+        mixture.teacher_router = subject.config.teacher_router(Trajectory.from_sigmas(points))
     worst, travelled = 0.0, 0.0
     for (sigma, x), (sigma_next, x_next) in pairwise(pairs):
-        v = _run(student, student.teacher_at(sigma), x.float(), subject.column(sigma), cond)
+        v = _run(mixture, mixture.teacher_at(sigma), x.float(), subject.column(sigma), cond)
         where = f"the jump from sigma {sigma:.4g} to {sigma_next:.4g}"
         worst = max(worst, _agree(where, jump(x.float(), v, sigma, sigma_next), x_next.float(), 1e-5))
         travelled = max(travelled, _difference(x_next.float(), x.float()))
@@ -358,18 +246,18 @@ def noise_recognised(subject: Subject) -> str:
 
 @_check("one sigma per sample equals one by one")
 def sigma_per_sample(subject: Subject) -> str:
-    student, (x, sigma, cond) = subject.teacher, subject.inputs
-    together = _run(student, TEACHER, x, sigma, cond)
+    mixture, (x, sigma, cond) = subject.teacher, subject.inputs
+    together = _run(mixture, TEACHER, x, sigma, cond)
     rows = [slice(k, k + 1) for k in range(BATCH)]
-    alone = [_run(student, TEACHER, x[row], sigma[row], conditioning.select(cond, row)) for row in rows]
+    alone = [_run(mixture, TEACHER, x[row], sigma[row], conditioning.select(cond, row)) for row in rows]
     return f"{_agree('samples one by one', torch.cat(alone), together, 1e-5):.1e}"
 
 
 @_check("null conditioning: same names, shapes and dtypes")
 def null_conditioning(subject: Subject) -> str:
-    student, (x, sigma, cond) = subject.teacher, subject.inputs
+    mixture, (x, sigma, cond) = subject.teacher, subject.inputs
     before = {name: value.clone() for name, value in cond.items()}
-    null = student.backbone.null_conditioning(cond)
+    null = mixture.backbone.null_conditioning(cond)
     assert _same(cond, before), "null_conditioning changed what it was given"
     assert set(null) == set(cond), f"names {sorted(null)}, not {sorted(cond)}"
     for name, value in null.items():
@@ -378,9 +266,9 @@ def null_conditioning(subject: Subject) -> str:
             f"{name} is {value.dtype} {list(value.shape)} on {value.device}, "
             f"not {wanted.dtype} {list(wanted.shape)} on {wanted.device}"
         )
-    again = student.backbone.null_conditioning(null)
+    again = mixture.backbone.null_conditioning(null)
     assert all(torch.equal(again[name], null[name]) for name in null), "the null of the null is something else"
-    v, v_null = _run(student, TEACHER, x, sigma, cond), _run(student, TEACHER, x, sigma, null)
+    v, v_null = _run(mixture, TEACHER, x, sigma, cond), _run(mixture, TEACHER, x, sigma, null)
     assert v_null.isfinite().all(), "velocity is not finite"
     effect = _difference(v_null, v)
     return f"changes the velocity by {effect:.1e}" if effect else "no effect: the model takes no conditioning"
@@ -389,31 +277,31 @@ def null_conditioning(subject: Subject) -> str:
 @_check("unembed of the last block is the native prediction")
 @torch.no_grad()
 def unembed(subject: Subject) -> str:
-    student, (x, sigma, cond) = subject.teacher, subject.inputs
-    backbone, worst = student.backbone, 0.0
+    mixture, (x, sigma, cond) = subject.teacher, subject.inputs
+    backbone, worst = mixture.backbone, 0.0
     for base, network in backbone.networks.items():
-        with student.using(teacher_name(base, student.bases)):
-            [hidden] = student.hidden_states(x, sigma, cond, [backbone.blocks[-1]])
+        with mixture.using(teacher_name(base, mixture.bases)):
+            [hidden] = mixture.hidden_states(x, sigma, cond, [backbone.blocks[-1]])
             native = backbone.native_prediction(network, x, sigma, cond).float()
-            worst = max(worst, _agree(base, student.unembed(hidden, x, sigma, cond), native, 1e-5))
+            worst = max(worst, _agree(base, mixture.unembed(hidden, x, sigma, cond), native, 1e-5))
     return f"{worst:.1e}"
 
 
 @_check("each token makes the latents that token_grid says")
 @torch.no_grad()
 def tokens(subject: Subject) -> str:
-    student, (x, sigma, cond) = subject.teacher, subject.inputs
-    backbone = student.backbone
+    mixture, (x, sigma, cond) = subject.teacher, subject.inputs
+    backbone = mixture.backbone
     grid = backbone.token_grid(x.shape)
-    [hidden] = student.hidden_states(x, sigma, cond, [backbone.blocks[-1]])
+    [hidden] = mixture.hidden_states(x, sigma, cond, [backbone.blocks[-1]])
     count = grid[0] * grid[1] * grid[2]
     assert hidden.shape[1] == count, f"{hidden.shape[1]} tokens in a block's output, {count} on the grid {list(grid)}"
-    plain = student.unembed(hidden, x, sigma, cond)
+    plain = mixture.unembed(hidden, x, sigma, cond)
     tried = sorted({round(k * (count - 1) / 11) for k in range(12)})
     for token in tried:
         moved = hidden.clone()
-        _move(moved[:, token], 1.0, "token", token)
-        change = (student.unembed(moved, x, sigma, cond) - plain).abs().amax(dim=(0, 1))  # [T, H, W]
+        move(moved[:, token], 1.0, "token", token)
+        change = (mixture.unembed(moved, x, sigma, cond) - plain).abs().amax(dim=(0, 1))  # [T, H, W]
         place = (token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2])
         box = tuple(
             slice(k * size // n, -(-(k + 1) * size // n)) for k, n, size in zip(place, grid, x.shape[2:], strict=True)
@@ -432,7 +320,7 @@ def tokens(subject: Subject) -> str:
 def feature_taps(subject: Subject) -> str:
     backbone, (x, sigma, cond) = subject.teacher.backbone, subject.inputs
     blocks = list(backbone.blocks)
-    order, features, gradient = _features(subject.student(), x, sigma, cond)
+    order, features, gradient = _features(subject.mixture(), x, sigma, cond)
     assert order == blocks, f"blocks run as {_listed(order)}, not as {_listed(blocks)}"
     grid = backbone.token_grid(x.shape)
     wanted = [BATCH, grid[0] * grid[1] * grid[2], backbone.hidden_size]
@@ -444,23 +332,23 @@ def feature_taps(subject: Subject) -> str:
         assert not torch.equal(hidden, later), f"{path} and {after} give the same"
     if not _can_checkpoint(backbone.network):
         return f"{len(blocks)} × {wanted}, no checkpointing"
-    _, again, gradient_again = _features(subject.student(checkpointing=True), x, sigma, cond)
+    _, again, gradient_again = _features(subject.mixture(checkpointing=True), x, sigma, cond)
     for path, hidden, other in zip(blocks, features, again, strict=True):
         _agree(f"{path} with checkpointing", other, hidden, 1e-6)
     difference = _agree("gradients with checkpointing", gradient_again, gradient, 1e-6)
     return f"{len(blocks)} × {wanted}, with checkpointing {difference:.1e}"
 
 
-def _features(student: Student, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[list[str], list[Tensor], Tensor]:
+def _features(mixture: Mixture, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[list[str], list[Tensor], Tensor]:
     """Blocks as they ran, the features of each, and the gradient of their mean square, of x and the weights, as one."""
     order: list[str] = []
-    blocks, expert = student.backbone.blocks, student.experts["low_rank"]
+    blocks, expert = mixture.backbone.blocks, mixture.experts["low_rank"]
     for path in blocks:
         expert.shared.network.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: order.append(path))
-    student.train_only("low_rank")
+    mixture.train_only("low_rank")
     leaves = [x.clone().requires_grad_(), *expert.parameters.values()]
-    with student.using("low_rank"):
-        features = student.hidden_states(leaves[0], sigma, cond, blocks)
+    with mixture.using("low_rank"):
+        features = mixture.hidden_states(leaves[0], sigma, cond, blocks)
     for path, hidden in zip(blocks, features, strict=True):
         assert hidden.requires_grad, f"{path} gives features without gradients"
     forward_order = list(order)  # the backward pass may run them again
@@ -490,29 +378,29 @@ def checkpointing(subject: Subject) -> str:
 def _gradients(subject: Subject, checkpointing: bool) -> tuple[dict[str, Tensor], int]:
     """Gradients of a trained low-rank expert, and how often its blocks ran for them, forward and backward."""
     runs: list[None] = []
-    student = subject.student(checkpointing=checkpointing)
-    expert = student.experts["low_rank"]
-    for path in student.backbone.blocks:
+    mixture = subject.mixture(checkpointing=checkpointing)
+    expert = mixture.experts["low_rank"]
+    for path in mixture.backbone.blocks:
         expert.shared.network.get_submodule(path).register_forward_pre_hook(lambda *_: runs.append(None))
-    _as_if_trained(student)
-    student.train_only("low_rank")
-    with student.using("low_rank"):
-        loss = student(*subject.inputs).square().mean()
+    _as_if_trained(mixture)
+    mixture.train_only("low_rank")
+    with mixture.using("low_rank"):
+        loss = mixture(*subject.inputs).square().mean()
     loss.backward()  # under the teacher: recomputing must find the expert by itself
     return {name: p.grad for name, p in expert.parameters.items() if p.grad is not None}, len(runs)
 
 
-def _as_if_trained(student: Student) -> None:
+def _as_if_trained(mixture: Mixture) -> None:
     """Moves every trained weight, so that no expert equals its parent."""
-    for expert in student.experts.values():
+    for expert in mixture.experts.values():
         for name, parameter in expert.parameters.items():
-            _move(parameter, 0.05, "trained", expert.name, name)
+            move(parameter, 0.05, "trained", expert.name, name)
 
 
 @_check("LoRA targets are linears that take part")
 def lora_targets(subject: Subject) -> str:
-    student = subject.student()
-    network, groups = subject.teacher.backbone.network, student.backbone.lora_targets
+    mixture = subject.mixture()
+    network, groups = subject.teacher.backbone.network, mixture.backbone.lora_targets
     figures = []
     for group, pattern in groups.items():
         found = [path for path, module in network.named_modules() if re.fullmatch(pattern, path) and path]
@@ -520,17 +408,17 @@ def lora_targets(subject: Subject) -> str:
         others = [path for path in found if not isinstance(network.get_submodule(path), nn.Linear)]
         assert not others, f"group {group}: {_listed(others)} is no linear"
         figures.append(f"{group} {len(found)}")
-    expert = student.experts["low_rank"]
-    student.train_only("low_rank")
-    with student.using("low_rank"):
-        student(*subject.inputs).square().mean().backward()
+    expert = mixture.experts["low_rank"]
+    mixture.train_only("low_rank")
+    with mixture.using("low_rank"):
+        mixture(*subject.inputs).square().mean().backward()
     idle = [name for name, p in expert.parameters.items() if name.endswith("lora_B.weight") and p.grad is None]
     assert not idle, f"{_listed(idle)} has no part in the velocity: take it out of lora_targets"
-    plain = _run(student, TEACHER, *subject.inputs)
+    plain = _run(mixture, TEACHER, *subject.inputs)
     for name, parameter in expert.parameters.items():
         if name.endswith("lora_B.weight"):
-            _move(parameter, 0.1, "adapter", name)
-    effect = _difference(_run(student, "low_rank", *subject.inputs), plain)
+            move(parameter, 0.1, "adapter", name)
+    effect = _difference(_run(mixture, "low_rank", *subject.inputs), plain)
     assert effect > 1e-6, "moving all adapters changes nothing"
     return ", ".join(figures)
 
@@ -598,14 +486,14 @@ def _inputs_outside_blocks(backbone: Backbone, x: Tensor, sigma: Tensor, cond: C
 
 @_check("a copy changes its expert, and only that")
 def copies_apart(subject: Subject) -> str:
-    student = subject.student()
-    others = [name for name in student.experts if name != "low_rank"]
-    before = {name: _run(student, name, *subject.inputs) for name in student.experts}
+    mixture = subject.mixture()
+    others = [name for name in mixture.experts if name != "low_rank"]
+    before = {name: _run(mixture, name, *subject.inputs) for name in mixture.experts}
     with_weights = 0
-    for path in student.backbone.time_dependent:
+    for path in mixture.backbone.time_dependent:
         mine = {
             name: p
-            for name, p in student.experts["low_rank"].parameters.items()
+            for name, p in mixture.experts["low_rank"].parameters.items()
             if name.startswith(f"{path}.") and not re.search(r"\.lora_[AB]\.weight\Z", name)
         }
         if not mine:
@@ -613,53 +501,53 @@ def copies_apart(subject: Subject) -> str:
         with_weights += 1
         kept = {name: parameter.detach().clone() for name, parameter in mine.items()}
         for name, parameter in mine.items():
-            _move(parameter, 0.1, "copy", name)
-        effect = _difference(_run(student, "low_rank", *subject.inputs), before["low_rank"])
+            move(parameter, 0.1, "copy", name)
+        effect = _difference(_run(mixture, "low_rank", *subject.inputs), before["low_rank"])
         assert effect > 1e-6, f"moving the copy of {path} changes nothing: it is never called"
         for name in others:
-            assert torch.equal(_run(student, name, *subject.inputs), before[name]), f"the copy of {path} changes {name}"
+            assert torch.equal(_run(mixture, name, *subject.inputs), before[name]), f"the copy of {path} changes {name}"
         with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(kept[name])
     assert with_weights, "time_dependent names no module with weights"
-    return f"{with_weights} of {len(student.backbone.time_dependent)} with weights"
+    return f"{with_weights} of {len(mixture.backbone.time_dependent)} with weights"
 
 
 @_check("a fresh expert equals its parent bit for bit")
 def fresh_expert(subject: Subject) -> str:
-    student = subject.student()
-    teacher = _run(student, TEACHER, *subject.inputs)
+    mixture = subject.mixture()
+    teacher = _run(mixture, TEACHER, *subject.inputs)
     for name in subject.experts:
-        assert torch.equal(_run(student, name, *subject.inputs), teacher), f"the fresh {name} expert is not its parent"
+        assert torch.equal(_run(mixture, name, *subject.inputs), teacher), f"the fresh {name} expert is not its parent"
     if "full" not in subject.experts:
         return "low-rank on the teacher"
-    for name, parameter in student.experts["full"].parameters.items():
-        _move(parameter, 0.05, "trained", name)
-    student.initialise(0, but=["full"])
-    full = _run(student, "full", *subject.inputs)
+    for name, parameter in mixture.experts["full"].parameters.items():
+        move(parameter, 0.05, "trained", name)
+    mixture.initialise(but=["full"])
+    full = _run(mixture, "full", *subject.inputs)
     assert not torch.equal(full, teacher), "moving a full expert's weights changes nothing"
-    assert torch.equal(_run(student, "child", *subject.inputs), full), "a fresh child is not its trained parent"
+    assert torch.equal(_run(mixture, "child", *subject.inputs), full), "a fresh child is not its trained parent"
     return "low-rank and full on the teacher, low-rank on a trained full one"
 
 
 @_check("training an expert leaves the teacher as it is")
 def teacher_untouched(subject: Subject) -> str:
-    student = subject.student()
-    shared = student.experts[TEACHER].shared
+    mixture = subject.mixture()
+    shared = mixture.experts[TEACHER].shared
     weights = {name: value.clone() for name, value in shared.network.state_dict().items() if "expert_" not in name}
-    before = _run(student, TEACHER, *subject.inputs)
+    before = _run(mixture, TEACHER, *subject.inputs)
     for name in subject.experts:
-        expert = student.experts[name]
-        start = _run(student, name, *subject.inputs)
-        student.train_only(name)
+        expert = mixture.experts[name]
+        start = _run(mixture, name, *subject.inputs)
+        mixture.train_only(name)
         optimizer = torch.optim.AdamW(expert.parameters.values(), lr=1e-2)
-        with student.using(name):
-            student(*subject.inputs).square().mean().backward()
+        with mixture.using(name):
+            mixture(*subject.inputs).square().mean().backward()
         optimizer.step()
-        assert not torch.equal(_run(student, name, *subject.inputs), start), (
+        assert not torch.equal(_run(mixture, name, *subject.inputs), start), (
             f"one step of training leaves {name} as it is"
         )
-        assert torch.equal(_run(student, TEACHER, *subject.inputs), before), f"training {name} changes the teacher"
+        assert torch.equal(_run(mixture, TEACHER, *subject.inputs), before), f"training {name} changes the teacher"
     after = shared.network.state_dict()
     changed = [name for name, value in weights.items() if not torch.equal(after[name], value)]
     assert not changed, f"training changes the teacher's {_listed(changed)}"
@@ -675,34 +563,34 @@ def bfloat16(subject: Subject) -> str:
             source = dict(subject.teacher.backbone.networks[name].named_parameters())
             for path, parameter in network.named_parameters():
                 parameter.copy_(source[path])
-    student = Student(backbone, {}).to(subject.device)
-    student.autocast_dtype = torch.bfloat16
-    found = _run(student, TEACHER, *subject.inputs)
+    mixture = Mixture(backbone, {}).to(subject.device)
+    mixture.autocast_dtype = torch.bfloat16
+    found = _run(mixture, TEACHER, *subject.inputs)
     assert found.dtype == torch.float32, f"the student's velocity is {found.dtype}"
     error = ((found - wanted).norm() / wanted.norm()).item()
     assert error <= 5e-2, f"the velocity differs by {error:.1e} (root mean square), more than 0.05"
     # Probes hand tapped states over in float32, whatever the network computes in.
     with torch.no_grad():
-        last = student.hidden_states(*subject.inputs, backbone.blocks[-1:])[0]
-        latents = student.unembed(last, *subject.inputs)
+        last = mixture.hidden_states(*subject.inputs, backbone.blocks[-1:])[0]
+        latents = mixture.unembed(last, *subject.inputs)
     assert latents.shape == found.shape, f"unembed gives {list(latents.shape)}, the network {list(found.shape)}"
     return f"{error:.1e}"
 
 
 @_check("experts are the same after saving and loading")
 def save_and_load(subject: Subject) -> str:
-    student = subject.student()
-    _as_if_trained(student)
-    wanted = {name: _run(student, name, *subject.inputs) for name in subject.experts}
-    merged = {name: _merged(subject, student, name) for name in subject.experts}
+    mixture = subject.mixture()
+    _as_if_trained(mixture)
+    wanted = {name: _run(mixture, name, *subject.inputs) for name in subject.experts}
+    merged = {name: _merged(subject, mixture, name) for name in subject.experts}
     worst = max(_agree(f"{name}, merged into one network", merged[name], wanted[name], 1e-5) for name in wanted)
-    saved = {name: dict(student.experts[name].parameters) for name in subject.experts}
+    saved = {name: dict(mixture.experts[name].parameters) for name in subject.experts}
     with tempfile.TemporaryDirectory() as folder:
         save_tree(Path(folder), "experts", saved)
         loaded = load_tree(Path(folder), "experts")
-    del student, saved  # a real model is big
-    other = subject.student()
-    Mixture(other, Trajectory.flow_matching(), None).load(loaded, {}, "the kit")
+    del mixture, saved  # a real model is big
+    other = subject.mixture()
+    other.load(loaded, {}, "the kit")
     for name, velocity_before in wanted.items():
         after = _run(other, name, *subject.inputs)
         assert torch.equal(after, velocity_before), f"{name} is another one after loading"
@@ -710,9 +598,9 @@ def save_and_load(subject: Subject) -> str:
 
 
 @torch.no_grad()
-def _merged(subject: Subject, student: Student, name: str) -> Tensor:
+def _merged(subject: Subject, mixture: Mixture, name: str) -> Tensor:
     """Velocity of a plain network that holds the expert's weights under the network's own names."""
-    backbone, expert = subject.backbone(), student.experts[name]
+    backbone, expert = subject.backbone(), mixture.experts[name]
     network = backbone.network.to(subject.device)
     parameters = dict(network.named_parameters())
     for path, weight in expert.shared.merged(expert.chain):
@@ -720,119 +608,3 @@ def _merged(subject: Subject, student: Student, name: str) -> Tensor:
         parameters.pop(path).copy_(weight)
     assert not parameters, f"{name} has no {_listed(list(parameters))}"
     return backbone.velocity(network, *subject.inputs).float()
-
-
-# -- running them -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of a check.
-
-    Attributes:
-        passed: None where there was nothing to check.
-        figure: a measured number, what is wrong, or why nothing was checked.
-    """
-
-    check: Check = field(repr=False)
-    passed: bool | None
-    figure: str
-
-    @property
-    def mark(self) -> str:
-        """✔, ✘ or –."""
-        return "–" if self.passed is None else "✔" if self.passed else "✘"
-
-
-def run_checks(subject: Subject) -> Iterator[Row]:
-    """All checks that fit the subject, one after the other; nothing that a backbone raises gets out."""
-    for check in (check for check in CHECKS if subject.real or not check.trained):
-        try:
-            yield Row(check, True, check.function(subject))
-        except Unchecked as reason:
-            yield Row(check, None, f"not checked: {reason}")
-        except AssertionError as error:
-            yield Row(check, False, _one_line(str(error) or "an assertion of the backbone's own"))
-        except Exception as error:
-            yield Row(check, False, _one_line(f"{type(error).__name__}: {error}"))
-
-
-def _one_line(text: str) -> str:
-    return shorten(" ".join(text.split()), 400)
-
-
-def read_config(
-    name: str, settings: Mapping[str, Any], overrides: Sequence[str] = (), plugins: Plugins | None = None
-) -> BackboneConfig:
-    """The config of the registered backbone `name`, with `settings` and `a.b.c=value` overrides of its keys.
-
-    Where the weights' place is required but not among them, the config is good for its miniature alone.
-
-    Raises:
-        RecipeError: no such backbone or key, or a value that does not fit.
-    """
-    components = (plugins or load_plugins()).components
-    problems: list[Problem] = []
-    root = from_data({"kind": name, **settings}, problems)
-    for override in overrides:
-        apply_override(root, override, problems)
-    builder = Builder(components, root)
-    raw = root.plain()
-    config = builder.component("backbone", raw, ())
-    if "pretrained" not in raw and isinstance(config, Partial) and failed(getattr(config, "pretrained", None)):
-        # Any place will do: the miniature looks at none.
-        builder = Builder(components, root)
-        config = builder.component("backbone", {**raw, "pretrained": "(not given)"}, ())
-    problems += builder.problems.values()
-    if problems:
-        raise RecipeError(problems, f"backbone {name}")
-    assert isinstance(config, BackboneConfig)
-    return config
-
-
-def check_backbone(config: BackboneConfig, *, real: bool = False, device: torch.device | str = "cpu") -> list[Row]:
-    """Checks a backbone on its miniature, or (`real`) as configured, with its weights.
-
-    It computes in float32, with up to three networks of the real model's size in memory.
-
-    Raises:
-        ValueError: what `config.build` raises.
-    """
-    subject = Subject(config, real=real, device=device)
-    subject.backbone()
-    return list(run_checks(subject))
-
-
-class BackboneContract:
-    """A pytest class to subclass: one test per check.
-
-    Example:
-        class TestMyModel(BackboneContract):
-            config = MyModelConfig()
-    """
-
-    config: BackboneConfig
-
-    def subject(self) -> Subject:
-        """What is checked; override it for `Subject(self.config, real=True)`."""
-        return Subject(self.config)
-
-
-def _as_test(check: Check) -> Callable[[BackboneContract], None]:
-    def test(self: BackboneContract) -> None:
-        import pytest
-
-        cls = type(self)
-        if "_subject" not in vars(cls):  # one for all tests of a class
-            cls._subject = self.subject()  # type: ignore[attr-defined]
-        try:
-            check.function(cls._subject)  # type: ignore[attr-defined]
-        except Unchecked as reason:
-            pytest.skip(f"not checked: {reason}")
-
-    test.__doc__ = check.title
-    return test
-
-
-for _each in CHECKS:
-    setattr(BackboneContract, f"test_{_each.name}", _as_test(_each))

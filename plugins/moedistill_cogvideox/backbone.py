@@ -13,11 +13,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moedistill.backbone import SampleLayout, VideoSize
-from moedistill.conditioning import Conditioning
-from moedistill.flow import from_vp, sigma_from_vp, to_vp, velocity_from_vp
-from moedistill.integrations.diffusers import DiffusersBackbone, DiffusersBackboneConfig, read_json
-from moedistill.trajectory import Trajectory
+from moedistill import (
+    Conditioning,
+    DiffusersBackbone,
+    DiffusersBackboneConfig,
+    SampleLayout,
+    Trajectory,
+    VideoSize,
+    from_vp,
+    read_json,
+    sigma_from_vp,
+    to_vp,
+    velocity_from_vp,
+)
 
 SCHEDULE: Mapping[str, Any] = {
     "num_train_timesteps": 1000,

@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moedistill.fields import PositiveInt
-from moedistill.losses import AdversarialLoss, LossConfig, ProbeLayout, StepTensors
-from moedistill.optim import OptimizerConfig
+from moedistill import AdversarialLoss, LossConfig, OptimizerConfig, PositiveInt, ProbeLayout, StepTensors
 from moedistill_dcm.losses import hinge_critic, hinge_generator
 
 
@@ -66,15 +64,15 @@ class GAN(AdversarialLoss):
         assert tensors.probe is not None
         # The critic's weights as constants: the student's gradients pass through them and leave none behind.
         weights = {name: weight.detach() for name, weight in self.critic.named_parameters()}
-        logits = functional_call(self.critic, weights, (tensors.probe.hidden_fake, tensors.probe.grid))
+        logits = functional_call(self.critic, weights, (tensors.probe.hidden_prediction, tensors.probe.grid))
         return hinge_generator(logits, clip=self._clip)
 
     def critic_loss(self, critic: nn.Module, tensors: StepTensors) -> Tensor:
         probe = tensors.probe
         assert probe is not None
         # One call on both halves: a wrapped module may be called once per backward.
-        hidden_real = probe.hidden_data if self._data else probe.hidden_real
-        both = [torch.cat([fake, real]) for fake, real in zip(probe.hidden_fake, hidden_real, strict=True)]
+        hidden_target = probe.hidden_data if self._data else probe.hidden_target
+        both = [torch.cat([fake, real]) for fake, real in zip(probe.hidden_prediction, hidden_target, strict=True)]
         logits = critic(both, probe.grid)
         fake, real = zip(*(head.chunk(2) for head in logits), strict=True)
         return hinge_critic(list(fake), list(real))

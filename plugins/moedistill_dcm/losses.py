@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from moedistill.fields import PositiveInt
-from moedistill.losses import Loss, LossConfig, ProbeLayout, StepTensors, at_least_float32, difference_of
+from moedistill import Loss, LossConfig, PositiveInt, ProbeLayout, StepTensors, at_least_float32, difference_of
 
 Space = Literal["latent", "hidden"]
 
@@ -113,8 +112,8 @@ class FeatureMatching(Loss):
         if probe is None:
             raise ValueError("feature_matching needs teacher features: the stage must have a probe")
         if self.space == "latent":
-            return feature_matching(probe.latent_fake, probe.latent_real)
-        return feature_matching(probe.hidden_fake, probe.hidden_real)
+            return feature_matching(probe.latent_prediction, probe.latent_target)
+        return feature_matching(probe.hidden_prediction, probe.hidden_target)
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moedistill.backbone import Backbone, BackboneConfig, VideoSize
-from moedistill.fields import PositiveInt
+from moedistill import Backbone, BackboneConfig, PositiveInt, VideoSize
 from moedistill_digits.codec import Codec
 from moedistill_digits.data import CANVAS, DIGITS, DIRECTIONS, FRAMES, NULL_DIGIT, NULL_DIRECTION
 from moedistill_digits.network import DigitsTransformer

@@ -17,8 +17,7 @@ import torch
 from annotated_types import Ge, Le, MinLen
 from torch import Tensor
 
-from moedistill.backbone import Backbone
-from moedistill.data.base import Dataset, DatasetConfig, Sample
+from moedistill import Backbone, Dataset, DatasetConfig, Sample
 from moedistill_digits.codec import Codec
 
 Split = Literal["train", "classifier", "reference"]

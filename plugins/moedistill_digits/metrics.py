@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moedistill.metrics import Metric, MetricConfig, MetricInputs, edge_energy, frechet_distance, unrest
+from moedistill import Metric, MetricConfig, MetricInputs, edge_energy, frechet_distance, unrest
 from moedistill_digits.classifier import APPEARANCE, DigitsClassifier
 from moedistill_digits.data import CANVAS, DIRECTIONS, FRAMES, NULL_DIGIT, NULL_DIRECTION, STARTS, load_styles, render
 

@@ -7,9 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moedistill.backbone import VideoSize
-from moedistill.conditioning import Conditioning
-from moedistill.integrations.diffusers import DiffusersBackbone, DiffusersBackboneConfig
+from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, VideoSize
 
 TEXT_LENGTH = 256
 

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moedistill.backbone import VideoSize
-from moedistill.conditioning import Conditioning
-from moedistill.integrations.diffusers import DiffusersBackbone, DiffusersBackboneConfig, read_json
+from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, VideoSize, read_json
 
 TEXT_LENGTH = 128
 """Tokens that the pipeline pads a prompt to."""

@@ -11,12 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moedistill.backbone import VideoSize
-from moedistill.conditioning import Conditioning
-from moedistill.fields import Fraction
-from moedistill.integrations.diffusers import DiffusersBackbone, DiffusersBackboneConfig, read_json
-from moedistill.routers import TimestepRouter
-from moedistill.trajectory import Trajectory
+from moedistill import (
+    Conditioning,
+    DiffusersBackbone,
+    DiffusersBackboneConfig,
+    Fraction,
+    TimestepRouter,
+    Trajectory,
+    VideoSize,
+    read_json,
+)
 
 TEXT_LENGTH = 512
 

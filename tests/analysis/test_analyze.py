@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from helpers import distil
 
 import moedistill
-from moedistill import cli, conditioning
-from moedistill.analysis import _Work
+from moedistill import cli
 from moedistill.analysis.layers import compare_experts, kind_of
+from moedistill.analysis.study import _Work
 from moedistill.analysis.suggest import (
     even_points,
     find_decisions,
@@ -34,10 +34,12 @@ from moedistill.analysis.training import (
     train,
     with_students,
 )
+from moedistill.components.plugins import load_plugins
 from moedistill.errors import UserError
-from moedistill.losses import StepTensors
-from moedistill.plugins import load_plugins
-from moedistill.recipe import dump_yaml, load_recipe
+from moedistill.losses.base import StepTensors
+from moedistill.model import conditioning
+from moedistill.recipe.loading import load_recipe
+from moedistill.recipe.yaml_tree import dump_yaml
 
 POINTS = 2
 """How far, in trajectory points, a suggested boundary may lie from the known one."""
@@ -67,27 +69,27 @@ def mixture_recipe(pairs=(6.0,), tau=0.3, shift=5.0, **changes):
 
 def job_of(recipe, plugins, tmp_path, change=lambda recipe: recipe):
     recipe = load_recipe(recipe, plugins=plugins)
-    return _Work(recipe, tmp_path, smoke=False, device="cpu").job(change(recipe))
+    return _Work(recipe, tmp_path, smoke=False, device="cpu").run(change(recipe))
 
 
 def followed(recipe, plugins, tmp_path, samples=128):
-    job = job_of(recipe, plugins, tmp_path)
-    noise, cond = draw_inputs(job, samples, seed=0)
-    return job, follow_teacher(job, noise, cond, batch_size=48), noise, cond
+    run = job_of(recipe, plugins, tmp_path)
+    noise, cond = draw_inputs(run, samples, seed=0)
+    return run, follow_teacher(run, noise, cond, batch_size=48), noise, cond
 
 
 # -- the teacher's path -----------------------------------------------------------------------------------------------
 
 
 def test_the_path_is_the_teachers_own(plugins, tmp_path):
-    job, path, noise, cond = followed(mixture_recipe(), plugins, tmp_path, samples=32)
+    run, path, noise, cond = followed(mixture_recipe(), plugins, tmp_path, samples=32)
     sigmas = path.levels.flip(0).float()
     everywhere = {"semantic": "teacher", "detail": "teacher"}
-    ends = job.mixture.generate(noise, cond, sigmas, stand_ins=everywhere, batch_size=48)
+    ends = run.mixture.generate(noise, cond, sigmas, stand_ins=everywhere, batch_size=48)
     assert torch.equal(path.ends, ends)
 
     # Everything again, from the samples and velocities themselves.
-    points, network = path.levels.tolist(), job.mixture.student.backbone.network
+    points, network = path.levels.tolist(), run.mixture.backbone.network
     x, samples, velocities = noise, {}, {}
     for i in range(50, 0, -1):
         samples[i] = x
@@ -120,12 +122,12 @@ def test_the_path_is_the_teachers_own(plugins, tmp_path):
 
 def test_a_straight_path_has_no_error(plugins, tmp_path):
     # One component of no width: every path goes straight to it.
-    job, path, noise, cond = followed(mixture_recipe(pairs=(), tau=0.0), plugins, tmp_path, samples=8)
+    run, path, noise, cond = followed(mixture_recipe(pairs=(), tau=0.0), plugins, tmp_path, samples=8)
     assert path.curvature.max() < 1e-3
     assert path.jump_errors[torch.ones_like(path.jump_errors).tril(-1).bool()].max() < 1e-5
     assert path.relative_change.min() > 1e-3
     for points in ([50], [50, 25], [50, 3]):
-        assert end_error(job, path, noise, cond, 8, points) < 1e-4
+        assert end_error(run, path, noise, cond, 8, points) < 1e-4
     assert 1 < suggest_boundaries(path, 2, [])[0] < 49
 
 
@@ -137,19 +139,19 @@ def test_a_straight_path_has_no_error(plugins, tmp_path):
     [(1.5, 0.1, 5.0), (3.0, 0.3, 5.0), (12.0, 0.5, 5.0), (3.0, 0.3, 1.0), (20.0, 1.0, 1.0), (12.0, 0.5, 17.0)],
 )
 def test_the_boundary_is_where_components_part(mean, tau, shift, plugins, tmp_path):
-    job, path, *_ = followed(mixture_recipe([mean], tau, shift), plugins, tmp_path)
+    run, path, *_ = followed(mixture_recipe([mean], tau, shift), plugins, tmp_path)
     [boundary] = suggest_boundaries(path, 2, [])
     known = mixture.critical_sigma(mean, tau)
-    nearest = (job.mixture.trajectory.points - known).abs().argmin().item()
+    nearest = (run.mixture.trajectory.points - known).abs().argmin().item()
     assert abs(boundary - nearest) <= POINTS
     assert find_decisions(path)[0].share > 0.8
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_three_experts_part_at_both_scales(shift, plugins, tmp_path):
-    job, path, *_ = followed(mixture_recipe([20.0, 2.0], 0.1, shift), plugins, tmp_path)
+    run, path, *_ = followed(mixture_recipe([20.0, 2.0], 0.1, shift), plugins, tmp_path)
     known = [mixture.critical_sigma(mean, 0.1) for mean in (20.0, 2.0)]
-    nearest = [(job.mixture.trajectory.points - sigma).abs().argmin().item() for sigma in known]
+    nearest = [(run.mixture.trajectory.points - sigma).abs().argmin().item() for sigma in known]
     first, second = suggest_boundaries(path, 3, [])
     assert abs(first - nearest[0]) <= POINTS
     assert abs(second - nearest[1]) <= 2 * POINTS  # blurred by paths that decided late, and by detail
@@ -169,13 +171,13 @@ def test_boundaries_keep_what_is_fixed_and_leave_room(plugins, tmp_path):
 
 @pytest.mark.parametrize(("mean", "tau", "shift"), [(3.0, 0.3, 5.0), (6.0, 1.0, 5.0), (12.0, 0.5, 17.0)])
 def test_suggested_points_beat_even_ones(mean, tau, shift, plugins, tmp_path):
-    job, path, noise, cond = followed(mixture_recipe([mean], tau, shift), plugins, tmp_path)
+    run, path, noise, cond = followed(mixture_recipe([mean], tau, shift), plugins, tmp_path)
     for number in (2, 4, 8):
         points = suggest_points(path.jump_errors, number, [])
         assert points[0] == 50
         assert len(points) == number
         assert points == sorted(points, reverse=True)
-        error, even = (end_error(job, path, noise, cond, 128, chosen) for chosen in (points, even_points(50, number)))
+        error, even = (end_error(run, path, noise, cond, 128, chosen) for chosen in (points, even_points(50, number)))
         assert error < 0.85 * even
 
 
@@ -225,9 +227,9 @@ def test_points_are_refined_until_nothing_moves():
 
 
 def test_halves_joined_are_the_whole(plugins, tmp_path):
-    job, path, noise, cond = followed(mixture_recipe(), plugins, tmp_path, samples=12)
+    run, path, noise, cond = followed(mixture_recipe(), plugins, tmp_path, samples=12)
     rows = [slice(0, 4), slice(4, 12)]
-    parts = [follow_teacher(job, noise[part], conditioning.select(cond, part), batch_size=48) for part in rows]
+    parts = [follow_teacher(run, noise[part], conditioning.select(cond, part), batch_size=48) for part in rows]
     whole = joined(parts)
     assert torch.equal(whole.ends, path.ends)
     for name in ("levels", "bends", "sizes", "speeds"):
@@ -241,44 +243,44 @@ def test_halves_joined_are_the_whole(plugins, tmp_path):
 def test_losses_are_the_stages_own(plugins, tmp_path, monkeypatch):
     recipe = mixture_recipe()
     recipe["stages"][0]["losses"] = [{"kind": "huber", "c": 0.01, "start": 9}, {"kind": "temporal_coherence", "lag": 1}]
-    job = job_of(recipe, plugins, tmp_path, lambda recipe: with_students(recipe, 5))
-    curves = measure_students(job, samples=16, most_points=50, num_ranges=4, steps=0)
+    run = job_of(recipe, plugins, tmp_path, lambda recipe: with_students(recipe, 5))
+    curves = measure_students(run, samples=16, most_points=50, num_ranges=4, steps=0)
     assert curves.points == list(range(1, 51))
     assert curves.ranges == [(1, 12), (13, 25), (26, 37), (38, 50)]
 
     # The stage's own step, made to start at these points.
-    [config] = job.recipe.stages
+    [config] = run.recipe.stages
     assert [(loss.kind, loss.start) for loss in config.losses] == [("huber", 0), ("temporal_coherence", 0)]
-    run, stage = set_up(job, config)
-    batch = run.begin(next(_batches(job, "analyze", 1, 16)))
+    training, stage = set_up(run, config)
+    batch = training.begin(next(_batches(run, "analyze", 1, 16)))
     for point in (2, 30, 50):
-        draw = run.draw
+        draw = training.draw
         monkeypatch.setattr(draw, "integers", lambda *_, point=point: torch.full((16,), point))
         seen = {}
-        monkeypatch.setattr(run, "update", lambda name, loss, seen=seen: seen.update(loss=loss))
-        with run.student.using(config.expert):
-            stage.step(run, batch)
+        monkeypatch.setattr(training, "update", lambda name, loss, seen=seen: seen.update(loss=loss))
+        with training.mixture.using(config.expert):
+            stage.step(training, batch)
         assert curves.loss[point - 1] == seen["loss"].item() > 0
         seen["loss"].backward()
-        gradient = torch.cat([p.grad.flatten() for p in run.trained["student"].parameters]).norm().item()
+        gradient = torch.cat([p.grad.flatten() for p in training.trained["student"].parameters]).norm().item()
         assert curves.gradient[point - 1] == pytest.approx(gradient, rel=1e-5)
-        run.trained["student"].optimizer.zero_grad()
+        training.trained["student"].optimizer.zero_grad()
 
-        noise = run.draw.normal("noise", batch.latents.shape[1:])
-        with run.student.using(config.expert), torch.no_grad():
-            made = stage.jumps(run, batch.latents, batch.conditioning, torch.full((16,), point), noise)
-        length = job.mixture.trajectory.sigma(point) - job.mixture.trajectory.sigma(0)
+        noise = training.draw.normal("noise", batch.latents.shape[1:])
+        with training.mixture.using(config.expert), torch.no_grad():
+            made = stage.jumps(training, batch.latents, batch.conditioning, torch.full((16,), point), noise)
+        length = run.mixture.trajectory.sigma(point) - run.mixture.trajectory.sigma(0)
         assert curves.jump[point - 1] == pytest.approx(length, rel=1e-5)
         unit = StepTensors(made.prediction, made.target, made.difference / curves.jump[point - 1], made.sigma)
-        assert curves.loss_per_jump[point - 1] == pytest.approx(run.objective(unit).item(), rel=1e-4)
+        assert curves.loss_per_jump[point - 1] == pytest.approx(training.objective(unit).item(), rel=1e-4)
     # The student is the teacher, and its shortest jump is the teacher's own step.
     assert curves.loss[0] < 1e-9
 
 
 def test_cosines_of_gradients(plugins, tmp_path):
-    job = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 3))
-    train(job, job.recipe.stages[0])
-    curves = measure_students(job, samples=16, most_points=12, num_ranges=3, steps=3)
+    run = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 3))
+    train(run, run.recipe.stages[0])
+    curves = measure_students(run, samples=16, most_points=12, num_ranges=3, steps=3)
     assert (curves.points[0], curves.points[-1], len(curves.points)) == (1, 50, 12)
     for matrix in (curves.cosine, curves.cosine_per_jump):
         matrix = torch.tensor(matrix, dtype=torch.float64)
@@ -287,21 +289,21 @@ def test_cosines_of_gradients(plugins, tmp_path):
         assert torch.allclose(matrix.diagonal(), torch.ones(3, dtype=torch.float64), atol=1e-9)
         assert matrix.abs().max() <= 1 + 1e-9
         assert matrix.min() < 0.999
-    again = measure_students(job, samples=16, most_points=12, num_ranges=3, steps=3)
+    again = measure_students(run, samples=16, most_points=12, num_ranges=3, steps=3)
     assert asdict(again) == asdict(curves)
 
 
 def test_cosines_across_boundaries(plugins, tmp_path):
-    job = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 3))
-    train(job, job.recipe.stages[0])
-    curves = measure_students(job, 16, 50, 5, steps=3, boundaries=[27])
+    run = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 3))
+    train(run, run.recipe.stages[0])
+    curves = measure_students(run, 16, 50, 5, steps=3, boundaries=[27])
     assert curves.ranges == [(1, 10), (11, 20), (21, 27), (28, 40), (41, 50)]
-    halves = measure_students(job, 16, 50, 2, steps=3, boundaries=[27])
+    halves = measure_students(run, 16, 50, 2, steps=3, boundaries=[27])
     assert halves.ranges == [(1, 27), (28, 50)]
     for found, matrix in ((curves.across, halves.cosine), (curves.across_per_jump, halves.cosine_per_jump)):
         assert found == [pytest.approx(matrix[0][1], rel=1e-5)]
         assert abs(found[0]) < 0.999
-    three = measure_students(job, 16, 50, 1, steps=3, boundaries=[40, 27])
+    three = measure_students(run, 16, 50, 1, steps=3, boundaries=[40, 27])
     assert three.ranges == [(1, 27), (28, 40), (41, 50)]
     assert three.across == [pytest.approx(three.cosine[1][2]), pytest.approx(three.cosine[0][1])]
 
@@ -309,47 +311,47 @@ def test_cosines_across_boundaries(plugins, tmp_path):
 def test_a_measurement_keeps_the_average(plugins, tmp_path):
     recipe = mixture_recipe()
     recipe["stages"][0] |= {"target": "ema", "ema_decay": 0.9}
-    job = job_of(recipe, plugins, tmp_path, lambda recipe: with_students(recipe, 3))
-    [config] = job.recipe.stages
-    train(job, config)
+    run = job_of(recipe, plugins, tmp_path, lambda recipe: with_students(recipe, 3))
+    [config] = run.recipe.stages
+    train(run, config)
 
     def average():
-        return {name: value.clone() for name, value in job.mixture.ema[config.expert].average.items()}
+        return {name: value.clone() for name, value in run.mixture.ema[config.expert].average.items()}
 
-    trained, weights = average(), job.mixture.student.experts[config.expert].parameters
+    trained, weights = average(), run.mixture.experts[config.expert].parameters
     assert any(not torch.equal(trained[name], weights[name]) for name in trained)
-    curves = measure_students(job, 16, 4, 1, steps=3)
+    curves = measure_students(run, 16, 4, 1, steps=3)
     assert all(torch.equal(value, trained[name]) for name, value in average().items())
-    job.mixture.ema.clear()
-    without = measure_students(job, 16, 4, 1, steps=3)
+    run.mixture.ema.clear()
+    without = measure_students(run, 16, 4, 1, steps=3)
     assert without.loss[-1] != pytest.approx(curves.loss[-1], rel=1e-4)
 
 
 def test_losses_and_gradients_are_means_over_batches(plugins, tmp_path):
-    job = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 3))
-    one, two = (measure_students(job, samples, most_points=3, num_ranges=1, steps=0) for samples in (16, 32))
-    [config] = job.recipe.stages
-    run, stage = set_up(job, config)
-    *_, (batch, noise) = _noisy_batches(job, run, 32)
-    with run.student.using(config.expert):
-        second, _ = _measure(run, stage, [(batch, noise)], 50)
+    run = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 3))
+    one, two = (measure_students(run, samples, most_points=3, num_ranges=1, steps=0) for samples in (16, 32))
+    [config] = run.recipe.stages
+    training, stage = set_up(run, config)
+    *_, (batch, noise) = _noisy_batches(run, training, 32)
+    with training.mixture.using(config.expert):
+        second, _ = _measure(training, stage, [(batch, noise)], 50)
     assert two.loss[-1] == pytest.approx((one.loss[-1] + second.losses[0]) / 2, rel=1e-5)
     assert second.losses[0] != pytest.approx(one.loss[-1], rel=1e-4)
     assert two.gradient[-1] <= (one.gradient[-1] + second.norms[0]) / 2
 
 
 def test_differences_of_layers(plugins, tmp_path):
-    job = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 2, point=20))
-    student = job.mixture.student
-    assert landings(job.mixture.trajectory, job.mixture.router) == [20]
-    weights = {name: weight.clone() for name, weight in student.experts["teacher"].shared.weights.items()}
+    run = job_of(mixture_recipe(), plugins, tmp_path, lambda recipe: with_students(recipe, 2, point=20))
+    mixture = run.mixture
+    assert landings(run.mixture.trajectory, run.mixture.router) == [20]
+    weights = {name: weight.clone() for name, weight in mixture.experts["teacher"].shared.weights.items()}
     with torch.no_grad():
-        upper, lower = student.experts["upper"].parameters, student.experts["lower"].parameters
+        upper, lower = mixture.experts["upper"].parameters, mixture.experts["lower"].parameters
         upper["blocks.0.mix.weight"] *= 1.5
         lower["blocks.0.mix.weight"] *= 0.5
         lower["time_embed.weight"] *= 1.25
         upper["proj_out.weight"] += 1.0
-    layers = compare_experts(student, "upper", "lower", 2)
+    layers = compare_experts(mixture, "upper", "lower", 2)
     kinds = {kind.name: kind for kind in layers.kinds}
     assert set(kinds) == {"blocks.*.mix", "time_embed", "proj_out"}
 
@@ -380,7 +382,7 @@ def test_differences_of_layers(plugins, tmp_path):
         lower["proj_out.weight"].copy_(upper["proj_out.weight"])
         upper["time_embed.weight"].copy_(lower["time_embed.weight"])
         upper["time_embed.bias"] += 0.1
-    layers = compare_experts(student, "upper", "lower", 2)
+    layers = compare_experts(mixture, "upper", "lower", 2)
     assert [kind.name for kind in layers.kinds] == ["blocks.*.mix", "time_embed", "proj_out"]
     assert layers.kinds[-1].disagreement == 0
     assert layers.modules["proj_out"] == 0 < layers.whole < layers.modules["time_embed"]
@@ -395,16 +397,16 @@ def test_differences_of_layers(plugins, tmp_path):
 
 
 def test_one_student_is_freed_before_two_are_made(plugins, tmp_path, quick, monkeypatch):
-    students, make = [], _Work.job
+    students, make = [], _Work.run
 
-    def job(work, recipe):
+    def run(work, recipe):
         if recipe.router is not None:
-            assert all(student() is None for student in students)
+            assert all(mixture() is None for mixture in students)
         made = make(work, recipe)
-        students.append(weakref.ref(made.mixture.student))
+        students.append(weakref.ref(made.mixture))
         return made
 
-    monkeypatch.setattr(_Work, "job", job)
+    monkeypatch.setattr(_Work, "run", run)
     moedistill.analyze(mixture_recipe(), samples=4, steps=1, output=tmp_path, plugins=plugins, device="cpu")
     assert len(students) == 3
 
@@ -478,9 +480,9 @@ def test_the_command_on_a_mixture(plugins, tmp_path):
 def test_points_are_judged_by_other_samples(plugins, tmp_path, monkeypatch):
     seen = {"chosen": [], "judged": []}
 
-    def error(job, path, noise, cond, batch_size, points):
+    def error(run, path, noise, cond, batch_size, points):
         seen["chosen" if choosing else "judged"].append(noise.flatten()[0].item())
-        return end_error(job, path, noise, cond, batch_size, points)
+        return end_error(run, path, noise, cond, batch_size, points)
 
     def refine(*args):
         nonlocal choosing
@@ -489,8 +491,8 @@ def test_points_are_judged_by_other_samples(plugins, tmp_path, monkeypatch):
         return found
 
     choosing = True
-    monkeypatch.setattr("moedistill.analysis.end_error", error)
-    monkeypatch.setattr("moedistill.analysis.refine_points", refine)
+    monkeypatch.setattr("moedistill.analysis.study.end_error", error)
+    monkeypatch.setattr("moedistill.analysis.study.refine_points", refine)
     result = moedistill.analyze(mixture_recipe(), samples=9, steps=0, output=tmp_path, plugins=plugins, device="cpu")
     assert len(set(seen["chosen"])) == len(set(seen["judged"])) == 1
     assert set(seen["chosen"]) != set(seen["judged"])
@@ -510,7 +512,7 @@ def test_the_share_of_new_noise_stays(overrides, plugins, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """A student measured at a few points, and no plots."""
-    monkeypatch.setattr("moedistill.analysis.MOST_POINTS", 4)
+    monkeypatch.setattr("moedistill.analysis.study.MOST_POINTS", 4)
     monkeypatch.setattr("moedistill.analysis.report.draw", lambda analysis: [])
 
 
@@ -546,8 +548,8 @@ def test_a_recipe_with_one_expert(plugins, tmp_path):
 
 def test_seed_and_samples_change_the_paths(plugins, tmp_path):
     def remaining(samples=4, seed=0, batch_size=4):
-        job = job_of(mixture_recipe(), plugins, tmp_path)
-        return follow_teacher(job, *draw_inputs(job, samples, seed), batch_size).remaining.tolist()
+        run = job_of(mixture_recipe(), plugins, tmp_path)
+        return follow_teacher(run, *draw_inputs(run, samples, seed), batch_size).remaining.tolist()
 
     usual = remaining()
     assert usual == pytest.approx(remaining(batch_size=3), rel=1e-5)
@@ -573,7 +575,7 @@ def test_mistakes(plugins, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dcm_digits", "dcm_wan22_a14b"])
 def test_miniatures(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("moedistill.analysis.TINY", {"samples": 4, "steps": 1, "points": 5})
+    monkeypatch.setattr("moedistill.analysis.study.TINY", {"samples": 4, "steps": 1, "points": 5})
     result = run_analyze(name, "--smoke", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     suggested, given = load_recipe(tmp_path / "suggestion.yaml"), load_recipe(name)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from moedistill import cli, hookspecs
-from moedistill.plugins import BUILTIN, load_plugins
-from moedistill.recipe import load_recipe
-from moedistill.registry import REGISTRIES, Components
+from moedistill import cli
+from moedistill.components import hookspecs
+from moedistill.components.plugins import BUILTIN, load_plugins
+from moedistill.components.registry import REGISTRIES, Components
+from moedistill.recipe.loading import load_recipe
 
 STRANGER = '''
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from typing import Annotated
 from pydantic import Field
 
 from moedistill import hookimpl
-from moedistill.fields import PositiveFloat
+from moedistill import PositiveFloat
 from moedistill.losses import Loss, LossConfig
-from moedistill.routers import RouterConfig, TimestepRouter
+from moedistill import RouterConfig, TimestepRouter
 
 
 class Power(Loss):
@@ -86,7 +87,7 @@ USE = """
 import torch
 from moedistill import load_recipe
 from moedistill.losses import StepTensors
-from moedistill.trajectory import Trajectory
+from moedistill import Trajectory
 import sys
 recipe = load_recipe(sys.argv[1])
 router = recipe.router.build(Trajectory.flow_matching(10, 3.0))
@@ -173,8 +174,8 @@ REGISTER = (
         ("import no_such_package", "ModuleNotFoundError"),
         ("def (", "SyntaxError"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),
-        ("@hookimpl\ndef on_step_ended(run): ...", "on_step_ended"),  # a misspelt hook
-        ("@hookimpl\ndef on_step_end(run, metric): ...", "metric"),  # a misspelt argument
+        ("@hookimpl\ndef on_step_ended(training): ...", "on_step_ended"),  # a misspelt hook
+        ("@hookimpl\ndef on_step_end(training, metric): ...", "metric"),  # a misspelt argument
         (REGISTER.format(name="huber", target="a:B"), "registered by both 'moedistill' and"),
         (REGISTER.format(name="mine", target="a.b"), "package.module:Class"),
         (REGISTER.replace("'loss'", "'lose'").format(name="mine", target="a:B"), "did you mean 'loss'"),
@@ -208,7 +209,7 @@ def test_two_plugins_with_one_name(tmp_path):
 def test_a_broken_entry_point_stops_nobody(monkeypatch, tmp_path):
     points = [EntryPoint("bad", "no_such_module", "moedistill"), EntryPoint("odd", "math:nothing", "moedistill")]
     points += [EntryPoint("moedistill", "math", "moedistill")]
-    monkeypatch.setattr("moedistill.plugins.entry_points", lambda group: points)
+    monkeypatch.setattr("moedistill.components.plugins.entry_points", lambda group: points)
     plugins = load_plugins()
     assert set(plugins.broken) == {"bad", "odd", "moedistill (the second)"}
     assert "huber" in plugins.components.names("loss")
@@ -242,11 +243,11 @@ def test_a_file_that_was_asked_for_must_load(tmp_path, capsys):
 
 
 def test_hooks_reach_their_plugins(tmp_path):
-    text = "calls = []\n@hookimpl\ndef on_step_end(run, metrics):\n    calls.append((run, metrics))\n"
+    text = "calls = []\n@hookimpl\ndef on_step_end(training, metrics):\n    calls.append((training, metrics))\n"
     plugins = load_plugins([plugin_file(tmp_path, text)])
-    plugins.hook.on_step_end(run="the run", metrics={"loss": 1.0})
+    plugins.hook.on_step_end(training="the stage", metrics={"loss": 1.0})
     module = plugins.manager.get_plugin(str(tmp_path / "mine.py"))
-    assert module.calls == [("the run", {"loss": 1.0})]
+    assert module.calls == [("the stage", {"loss": 1.0})]
 
 
 def test_every_hook_is_documented():

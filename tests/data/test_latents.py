@@ -8,16 +8,16 @@ import torch
 from helpers import digits_backbone, distil, evaluate, tiny_recipe
 from safetensors.torch import load_file, save_file
 
-from moedistill.conditioning import stack
 from moedistill.data import latents as latents_module
 from moedistill.data.base import Sample
 from moedistill.data.latents import LatentsConfig, open_store, write_latents
 from moedistill.data.loading import collate, load_batches
 from moedistill.data.prompts import PromptsConfig, read_prompts
-from moedistill.errors import UserError
-from moedistill.recipe import RecipeError, load_recipe
-from moedistill.smoke import miniature
-from moedistill.train import run
+from moedistill.errors import RecipeError, UserError
+from moedistill.model.conditioning import stack
+from moedistill.recipe.loading import load_recipe
+from moedistill.recipe.miniature import miniature
+from moedistill.runs.loop import run
 from moedistill_digits.data import DigitsConfig
 
 SHAPES = [(4, 3, 2, 2), (4, 5, 2, 2), (4, 3, 2, 2)]

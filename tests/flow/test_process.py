@@ -2,16 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from moedistill.flow import (
-    add_noise,
-    as_sigma,
-    from_vp,
-    jump,
-    renoise,
-    sigma_from_vp,
-    to_vp,
-    velocity_from_vp,
-)
+from moedistill.flow.process import add_noise, as_sigma, from_vp, jump, renoise, sigma_from_vp, to_vp, velocity_from_vp
 
 SHAPE = (2, 3, 4, 5, 6)
 

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from moedistill.routers import Boundary, Segment, TimestepRouter, TimestepRouterConfig
-from moedistill.trajectory import Trajectory
+from moedistill.flow.routers import Boundary, TimestepRouter, TimestepRouterConfig
+from moedistill.flow.trajectory import Segment, Trajectory
 
 EXPERTS = ["semantic", "detail"]
 

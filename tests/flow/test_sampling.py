@@ -7,16 +7,17 @@ import torch
 from helpers import distil, evaluate, tiny_recipe
 from safetensors.torch import load_file
 
-from moedistill.errors import UserError
-from moedistill.flow import add_noise, diffuse
-from moedistill.randomness import Draws
-from moedistill.recipe import RecipeError, load_recipe
-from moedistill.routers import TimestepRouter
-from moedistill.sample_run import sample_run, sampling_config
-from moedistill.sampling import sample, sample_in_batches
-from moedistill.steps import SampleConfig
-from moedistill.train import run
-from moedistill.trajectory import Trajectory
+from moedistill.errors import RecipeError, UserError
+from moedistill.flow.process import add_noise, diffuse
+from moedistill.flow.routers import TimestepRouter
+from moedistill.flow.sampling import sample
+from moedistill.flow.sampling_points import SampleConfig
+from moedistill.flow.trajectory import Trajectory
+from moedistill.model.sample_in_batches import sample_in_batches
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.loop import run
+from moedistill.runs.sample import sample_run, sampling_config
+from moedistill.runtime.randomness import Draws
 from moedistill_digits.data import DigitsDataset
 
 
@@ -369,7 +370,6 @@ def test_candidates_that_cannot_be(candidate, changes, key, message):
 
 def test_pipelines_refuse_fresh_noise(monkeypatch):
     """When a recipe is checked, when a backbone samples, and when experts are put into a pipeline."""
-    from moedistill.integrations import diffusers
     from moedistill_wan.backbone import WanConfig
 
     with pytest.raises(RecipeError) as caught:
@@ -381,10 +381,12 @@ def test_pipelines_refuse_fresh_noise(monkeypatch):
     with pytest.raises(ValueError, match=r"eta 0.5: a pipeline's steps draw no fresh noise"):
         next(backbone.generate(None, ["rain"], torch.tensor([1.0, 0.0]), seed=0, eta=0.5))
 
+    from moedistill import apply
+
     recipe = load_recipe("baselines/wan_1_3b_lcm")
     recipe.sample = SampleConfig(steps=2, eta=1.0)
-    monkeypatch.setattr(diffusers, "read_trained", lambda *_, **__: (recipe, {}, {}))
+    monkeypatch.setattr("moedistill.integrations.diffusers.apply.read_trained", lambda *_, **__: (recipe, {}, {}))
     with pytest.raises(UserError, match=r"somewhere: eta 1: .* give steps or sigmas, whose eta is 0"):
-        diffusers.apply(object(), "somewhere")
+        apply(object(), "somewhere")
     with pytest.raises(UserError, match="was made for a WanPipeline, not a object"):
-        diffusers.apply(object(), "somewhere", steps=2)
+        apply(object(), "somewhere", steps=2)

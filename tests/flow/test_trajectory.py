@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from moedistill.routers import Segment
-from moedistill.trajectory import FlowMatching, Native, Points, Trajectory
+from moedistill.flow.trajectory import FlowMatching, Native, Points, Segment, Trajectory
 
 # A variance-preserving table like CogVideoX's: starts above 0, ends in exactly 1 (zero terminal SNR).
 TABLE = torch.cat([torch.linspace(0.05, 0.9995, 99), torch.ones(1)])

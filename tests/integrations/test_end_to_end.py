@@ -6,16 +6,16 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers import equal
-from pipelines import PROMPT, save_pipeline
+from saved_pipelines import PROMPT, save_pipeline
 
 import moedistill
-from moedistill.backbone import VideoSize
-from moedistill.checkpoint import load_tree
 from moedistill.data.base import Sample
 from moedistill.data.latents import write_latents
-from moedistill.recipe import load_recipe
-from moedistill.sample_run import sample_run
-from moedistill.train import run
+from moedistill.model.backbone import VideoSize
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.loop import run
+from moedistill.runs.sample import sample_run
+from moedistill.runtime.checkpoint import load_tree
 
 RECIPES = {
     "dcm_hunyuan": "hunyuan_video",

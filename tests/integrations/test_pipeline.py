@@ -11,17 +11,17 @@ import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderKLWan, DiffusionPipeline
 from helpers import distil, tiny_recipe
-from pipelines import FAMILIES, PROMPT, VIDEO, distil_fast, make_pipeline, pipeline_recipe, save_pipeline
+from saved_pipelines import FAMILIES, PROMPT, VIDEO, distil_fast, make_pipeline, pipeline_recipe, save_pipeline
 from transformers import UMT5EncoderModel
 
 import moedistill
 from moedistill import cli
 from moedistill.errors import UserError
-from moedistill.integrations.diffusers import apply
-from moedistill.mixture import Mixture
-from moedistill.recipe import load_recipe
-from moedistill.sample_run import load_mixture, sample_run, sampling_steps
-from moedistill.train import run
+from moedistill.integrations.diffusers.apply import apply
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import build_mixture
+from moedistill.runs.loop import run
+from moedistill.runs.sample import load_mixture, sample_run, sampling_steps
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_prompt_and_its_place_decide(trained, sampled):
 def test_samples_are_what_our_own_sampler_gives(family, trained, sampled):
     """Through pipeline, routed transformer and scheduler, or without any of them; also from below the top."""
     recipe, mixture = load_mixture(trained(family))
-    backbone, cogvideox = mixture.student.backbone, family.startswith("cogvideox")
+    backbone, cogvideox = mixture.backbone, family.startswith("cogvideox")
     c, t, h, w = backbone.latent_shape()
     noise = torch.randn((1, t, c, h, w) if cogvideox else (1, c, t, h, w), generator=torch.Generator().manual_seed(3))
     noise, cond = noise.transpose(1, 2) if cogvideox else noise, backbone.encode([PROMPT])
@@ -178,12 +178,12 @@ def watch():
     """What reaches the networks of a pipeline that carries experts: (expert, times, arguments) of each call."""
 
     def spy(pipeline):
-        student, calls = pipeline.transformer.student, []
+        mixture, calls = pipeline.transformer.mixture, []
 
         def note(_module, _args, arguments):
-            calls.append((student.active, arguments["timestep"], arguments))
+            calls.append((mixture.active, arguments["timestep"], arguments))
 
-        for network in {expert.shared.network for expert in student.experts.values()}:
+        for network in {expert.shared.network for expert in mixture.experts.values()}:
             network.register_forward_pre_hook(note, with_kwargs=True)
         return calls
 
@@ -208,7 +208,7 @@ def test_each_step_runs_its_expert_at_the_exact_time(family, trained, loaded, wa
     assert {expert for expert, _, _ in calls} == {"semantic", "detail"}
     times = torch.cat([times for _, times, _ in calls])
     assert times.dtype == torch.float32
-    assert torch.equal(times, mixture.student.backbone.to_native(torch.zeros(4, 1, 1, 1, 1), sigmas)[1])
+    assert torch.equal(times, mixture.backbone.to_native(torch.zeros(4, 1, 1, 1, 1), sigmas)[1])
     assert {len(arguments["hidden_states"]) for _, _, arguments in calls} == {1}  # no unconditional half
     if family == "hunyuan_video":
         guidance = torch.cat([arguments["guidance"] for _, _, arguments in calls])
@@ -263,7 +263,7 @@ def test_the_teacher_s_steps_are_guided(name, trained, place, loaded, sampled, w
     assert len(calls) == 6  # a step of an expert is one call, of the teacher two
     assert (frames(pipeline, 3, guidance_scale=1.0) - video).abs().max() > 1e-3
     recipe, mixture = load_mixture(source)
-    backbone, path = mixture.student.backbone, recipe.sample.resolve(mixture.trajectory)
+    backbone, path = mixture.backbone, recipe.sample.resolve(mixture.trajectory)
     noise = torch.randn(1, *backbone.latent_shape(), generator=torch.Generator().manual_seed(3))
     latents = mixture.generate(noise, backbone.encode([PROMPT]), path, guidance=mixture.guidance)
     assert (backbone.decode(latents)[0] - video).abs().max() < 1e-4
@@ -280,7 +280,7 @@ def test_each_of_two_teachers_has_its_own_guidance(trained, loaded, sampled):
         assert torch.allclose(frames(pipeline, 3, guidance_scale=9.0, guidance_scale_2=3.0), video, atol=1e-6)
         assert (frames(pipeline, 3, guidance_scale=9.0, guidance_scale_2=4.0) - video).abs().max() > 1e-3
     recipe, mixture = load_mixture(source)
-    backbone, path = mixture.student.backbone, recipe.sample.resolve(mixture.trajectory)
+    backbone, path = mixture.backbone, recipe.sample.resolve(mixture.trajectory)
     noise = torch.randn(1, *backbone.latent_shape(), generator=torch.Generator().manual_seed(3))
     latents = mixture.generate(noise, backbone.encode([PROMPT]), path, guidance=mixture.guidance)
     assert (backbone.decode(latents)[0] - video).abs().max() < 1e-5
@@ -296,7 +296,7 @@ def test_bfloat16(trained, loaded, place, sampled):
     assert torch.equal(frames(pipeline, 3), video)
     other = loaded("wan")  # in the pipeline's dtype, whatever the recipe's
     apply(other, source)
-    assert other.transformer.student.autocast_dtype is None
+    assert other.transformer.mixture.autocast_dtype is None
     assert 0 < (frames(other, 3) - video).abs().mean() < 0.05
 
 
@@ -304,7 +304,7 @@ def test_gradient_checkpointing_is_for_training(trained, loaded):
     source = trained("wan", "checkpointing", training={"batch_size": 1, "gradient_checkpointing": True})
     pipeline = loaded("wan")
     with apply(pipeline, source):
-        assert not pipeline.transformer.student.backbone.network.is_gradient_checkpointing
+        assert not pipeline.transformer.mixture.backbone.network.is_gradient_checkpointing
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_for_inference_full_experts_have_the_dtype_of_the_base(place):
     recipe = pipeline_recipe("wan", place("wan"))
     recipe = load_recipe({**recipe, "backbone": {**recipe["backbone"], "dtype": "bfloat16"}})
     for inference, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        experts = Mixture.build(recipe, inference=inference).student.experts
+        experts = build_mixture(recipe, inference=inference).experts
         assert experts["semantic"].parameters["proj_out.weight"].dtype == dtype
         assert experts["detail"].parameters["proj_out.weight"].dtype == torch.float32
         islands = [name for name in experts["semantic"].parameters if "time_embedder" in name]
@@ -333,7 +333,7 @@ def test_text_encoders_and_vae_are_freed(trained, place, sampled, monkeypatch):
 
         monkeypatch.setattr(cls, "from_pretrained", classmethod(loading))
     _, mixture = load_mixture(trained("wan"))
-    backbone = mixture.student.backbone
+    backbone = mixture.backbone
     backbone.encode([PROMPT])
     gc.collect()
     assert [model() for model in made] == [None]
@@ -381,7 +381,7 @@ def test_a_failure_leaves_the_pipeline_clean(trained, loaded, monkeypatch):
     def broken(*_args, **_options):
         raise ZeroDivisionError
 
-    for place in ("moedistill.student.Student.initialise", "moedistill.experts.LoRAExpert._copied_paths"):
+    for place in ("moedistill.model.mixture.Mixture.initialise", "moedistill.model.experts.LoRAExpert._copied_paths"):
         with monkeypatch.context() as patch:
             patch.setattr(place, broken)
             with pytest.raises(ZeroDivisionError):

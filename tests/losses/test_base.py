@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 
-from moedistill.losses import (
+from moedistill.losses.base import (
     AdversarialLoss,
     HuberConfig,
     Loss,
@@ -196,8 +196,8 @@ class Probe:
     grid = (5, 2, 2)
 
     def __init__(self, pair):
-        self.hidden_fake, self.hidden_real = [pair[0].flatten(2)], [pair[1].flatten(2)]
-        self.latent_fake, self.latent_real = [2 * pair[0]], [2 * pair[1]]
+        self.hidden_prediction, self.hidden_target = [pair[0].flatten(2)], [pair[1].flatten(2)]
+        self.latent_prediction, self.latent_target = [2 * pair[0]], [2 * pair[1]]
 
     def detached(self):
         return "detached"

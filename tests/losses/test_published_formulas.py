@@ -1,4 +1,4 @@
-"""The plain formulas against numbers recorded from the published DCM training (see tests/data/README.md)."""
+"""The plain formulas against numbers recorded from the published DCM training (see tests/records/README.md)."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from moedistill.flow import add_noise, jump, renoise
-from moedistill.losses import HuberConfig, StepTensors, pseudo_huber
-from moedistill.routers import TimestepRouter
-from moedistill.sampling import sample
-from moedistill.trajectory import Trajectory
+from moedistill.flow.process import add_noise, jump, renoise
+from moedistill.flow.routers import TimestepRouter
+from moedistill.flow.sampling import sample
+from moedistill.flow.trajectory import Trajectory
+from moedistill.losses.base import HuberConfig, StepTensors, pseudo_huber
 from moedistill_dcm.losses import (
     FeatureMatchingConfig,
     TemporalCoherenceConfig,
@@ -20,7 +20,7 @@ from moedistill_dcm.losses import (
     temporal_coherence,
 )
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "records"
 
 
 class Golden:
@@ -240,8 +240,8 @@ def test_feature_matching_config_reads_the_space_it_names():
     golden = Golden("detail", "b1_mid_nocfg/")
 
     class Probe:
-        latent_fake, latent_real = golden["feat_latent_fake"], golden["feat_latent_real"]
-        hidden_fake, hidden_real = [torch.ones(1, 2, 3)], [torch.zeros(1, 2, 3)]
+        latent_prediction, latent_target = golden["feat_latent_fake"], golden["feat_latent_real"]
+        hidden_prediction, hidden_target = [torch.ones(1, 2, 3)], [torch.zeros(1, 2, 3)]
 
     tensors = Step(golden, end=0).tensors()
     tensors.probe = Probe()

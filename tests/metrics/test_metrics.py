@@ -9,14 +9,16 @@ import torch
 from helpers import distil, evaluate, tiny_recipe
 from safetensors.torch import save_file
 
+from moedistill.components.plugins import load_plugins
 from moedistill.errors import RecipeError, UserError
 from moedistill.media import write_mp4
-from moedistill.metrics import MetricInputs, edge_energy, frechet_distance, fvd, unrest
+from moedistill.metrics import fvd
+from moedistill.metrics.base import MetricInputs
 from moedistill.metrics.fvd import FVDConfig
+from moedistill.metrics.statistics import edge_energy, frechet_distance, unrest
 from moedistill.metrics.vbench import VBenchConfig
-from moedistill.plugins import load_plugins
-from moedistill.recipe import load_recipe
-from moedistill.train import run
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.loop import run
 
 BRING = {"fvd", "vbench"}
 """Metrics that cannot be built without files or programs of the user's."""
@@ -73,7 +75,7 @@ def test_rows_are_written_and_give_the_table(tmp_path):
 
 
 def test_rows_that_are_none_are_refused(tmp_path, monkeypatch):
-    from moedistill.metrics import PairedDistance
+    from moedistill.metrics.relative import PairedDistance
 
     for wrong, found in (
         (torch.zeros(4, dtype=torch.float64), r"float64 \[4\]"),

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import as_if_trained, digits_backbone, digits_inputs, digits_student, velocity_of
+from helpers import as_if_trained, digits_backbone, digits_inputs, digits_mixture, velocity_of
 from torch import nn
 
-from moedistill.backbone import Backbone
-from moedistill.experts import TEACHER, Copies, FrozenConfig, FullConfig, LoRAConfig
-from moedistill.student import Student
+from moedistill.model.backbone import TEACHER, Backbone
+from moedistill.model.experts import FrozenConfig, FullConfig, LoRAConfig
+from moedistill.model.mixture import Mixture
+from moedistill.model.shared_network import Copies
 from moedistill_digits.network import DigitsTransformer
 
 COPIED = ("time_embed", "norm_out", "proj_out")
@@ -31,12 +32,12 @@ def frozen(parent=TEACHER):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("child", [lora, frozen])
 def test_a_fresh_expert_equals_the_teacher_bit_for_bit(child, dtype):
-    student = Student(digits_backbone(dtype), {"child": child()})
-    student.autocast_dtype = None if dtype == "float32" else torch.bfloat16
+    mixture = Mixture(digits_backbone(dtype), {"child": child()})
+    mixture.autocast_dtype = None if dtype == "float32" else torch.bfloat16
     inputs = digits_inputs()
     for _ in range(2):  # as attached, and as initialised
-        assert torch.equal(velocity_of(student, "child", inputs), velocity_of(student, TEACHER, inputs))
-        student.experts["child"].initialise(0)
+        assert torch.equal(velocity_of(mixture, "child", inputs), velocity_of(mixture, TEACHER, inputs))
+        mixture.experts["child"].initialise(0)
 
 
 @pytest.mark.parametrize(
@@ -54,33 +55,33 @@ def test_a_fresh_expert_equals_the_teacher_bit_for_bit(child, dtype):
     ids=lambda config: f"{type(config).__name__}-{getattr(config, 'copies', '')}",
 )
 def test_a_child_equals_its_trained_parent_bit_for_bit(parent, child):
-    student, inputs = digits_student(child=child, parent=parent), digits_inputs()
-    student.experts["child"].initialise(0)
-    trained = velocity_of(student, "parent", inputs)
-    assert (trained - velocity_of(student, TEACHER, inputs)).abs().max() > 1e-3
-    assert torch.equal(velocity_of(student, "child", inputs), trained)
+    mixture, inputs = digits_mixture(child=child, parent=parent), digits_inputs()
+    mixture.experts["child"].initialise(0)
+    trained = velocity_of(mixture, "parent", inputs)
+    assert (trained - velocity_of(mixture, TEACHER, inputs)).abs().max() > 1e-3
+    assert torch.equal(velocity_of(mixture, "child", inputs), trained)
 
 
 def test_a_full_child_equals_its_lora_parent():
-    student, inputs = (
-        digits_student(child=full("parent"), parent=lora("grandparent"), grandparent=lora()),
+    mixture, inputs = (
+        digits_mixture(child=full("parent"), parent=lora("grandparent"), grandparent=lora()),
         digits_inputs(),
     )
-    student.experts["child"].initialise(0)
-    trained = velocity_of(student, "parent", inputs)
-    assert (trained - velocity_of(student, "grandparent", inputs)).abs().max() > 1e-3
-    torch.testing.assert_close(velocity_of(student, "child", inputs), trained, rtol=0, atol=1e-5)
+    mixture.experts["child"].initialise(0)
+    trained = velocity_of(mixture, "parent", inputs)
+    assert (trained - velocity_of(mixture, "grandparent", inputs)).abs().max() > 1e-3
+    torch.testing.assert_close(velocity_of(mixture, "child", inputs), trained, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [lora(), full()], ids=["lora", "full"])
 def test_initialising_is_in_place_and_by_seed_and_name(config):
-    student = digits_student(one=config, two=config)
-    one, two = student.experts["one"].parameters, student.experts["two"].parameters
+    mixture = digits_mixture(one=config, two=config)
+    one, two = mixture.experts["one"].parameters, mixture.experts["two"].parameters
     places = [parameter.data_ptr() for parameter in one.values()]
 
     def initialised(seed):
         for name in ("one", "two"):
-            student.experts[name].initialise(seed)
+            mixture.experts[name].initialise(seed)
         return {name: parameter.detach().clone() for name, parameter in one.items()}
 
     torch.manual_seed(123)
@@ -99,14 +100,14 @@ def test_initialising_is_in_place_and_by_seed_and_name(config):
 
 
 def test_each_trained_tensor_changes_its_own_experts_only():
-    student = digits_student(
+    mixture = digits_mixture(
         full=full(), lora=lora(), other=lora(), on_full=lora("full", copies=["proj_out"]), on_lora=lora("lora")
     )
     inputs = digits_inputs()
-    before = {name: velocity_of(student, name, inputs) for name in student.experts}
-    weights = {name: weight.clone() for name, weight in student.experts[TEACHER].shared.weights.items()}
+    before = {name: velocity_of(mixture, name, inputs) for name in mixture.experts}
+    weights = {name: weight.clone() for name, weight in mixture.experts[TEACHER].shared.weights.items()}
     heirs = {"full": {"full", "on_full"}, "lora": {"lora", "on_lora"}}
-    for name, expert in student.experts.items():
+    for name, expert in mixture.experts.items():
         for key, parameter in expert.parameters.items():
             kept = parameter.detach().clone()
             with torch.no_grad():
@@ -114,13 +115,13 @@ def test_each_trained_tensor_changes_its_own_experts_only():
             expected = heirs.get(name, {name})
             if key.startswith(COPIED):  # a child has copies of its own
                 expected = {name, "on_full"} if name == "full" and not key.startswith("proj_out") else {name}
-            changed = {other for other in before if not torch.equal(velocity_of(student, other, inputs), before[other])}
+            changed = {other for other in before if not torch.equal(velocity_of(mixture, other, inputs), before[other])}
             # A key's bias adds the same to all logits of a query.
             assert changed == expected or (key.endswith("to_k.bias") and changed <= expected), (name, key)
             with torch.no_grad():
                 parameter.copy_(kept)
-    assert {name for name, expert in student.experts.items() if expert.parameters} == set(student.experts) - {TEACHER}
-    for name, weight in student.experts[TEACHER].shared.weights.items():
+    assert {name for name, expert in mixture.experts.items() if expert.parameters} == set(mixture.experts) - {TEACHER}
+    for name, weight in mixture.experts[TEACHER].shared.weights.items():
         assert torch.equal(weight, weights[name]), name
 
 
@@ -150,33 +151,33 @@ class TwinsBackbone(Backbone):
 
 
 def test_only_exact_paths_are_adapted_and_copied():
-    student = Student(TwinsBackbone(), {"lora": lora()})
+    mixture = Mixture(TwinsBackbone(), {"lora": lora()})
     trained = {"to_q.lora_A.weight", "to_q.lora_B.weight"}
     trained |= {f"{path}.{name}" for path in ("proj_out", "original") for name in ("weight", "bias")}
-    assert set(student.experts["lora"].parameters) == trained
-    network = student.backbone.network
+    assert set(mixture.experts["lora"].parameters) == trained
+    network = mixture.backbone.network
     assert [name for name, module in network.named_modules() if isinstance(module, Copies)] == ["proj_out", "original"]
     changed = {name for name, module in network.named_children() if type(module) is not nn.Linear}
     assert changed == {"proj_out", "original", "to_q", "inner"}
     assert all(type(module) is nn.Linear for name, module in network.inner.named_children() if name != "inner")
     x = torch.randn(3, 4)
-    as_if_trained(student.experts["lora"], 0)
+    as_if_trained(mixture.experts["lora"], 0)
     expected = Twins()
-    expected.load_state_dict(student.experts["lora"].merged())
-    with student.using("lora"), torch.no_grad():
+    expected.load_state_dict(mixture.experts["lora"].merged())
+    with mixture.using("lora"), torch.no_grad():
         torch.testing.assert_close(network(x), expected(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("copied", ["inner.original", "inner.proj_out"])
 def test_a_path_may_name_any_module(copied):
     """Also one named as our own wrappers name what they wrap, and with other copies about."""
-    student = Student(TwinsBackbone(), {"other": lora(), "lora": lora(copies=[copied])})
-    assert f"{copied}.weight" in student.experts["lora"].parameters
+    mixture = Mixture(TwinsBackbone(), {"other": lora(), "lora": lora(copies=[copied])})
+    assert f"{copied}.weight" in mixture.experts["lora"].parameters
 
 
 def test_no_adapter_inside_a_copy():
-    student = digits_student(lora=lora(copies=["blocks.0", "proj_out"]))
-    names = student.experts["lora"].parameters
+    mixture = digits_mixture(lora=lora(copies=["blocks.0", "proj_out"]))
+    names = mixture.experts["lora"].parameters
     adapted = {name.split(".lora_")[0] for name in names if ".lora_" in name}
     assert adapted == {f"blocks.1.attn.{linear}" for linear in ("to_q", "to_k", "to_v", "to_out")}
     plain = {name for name, _ in DigitsTransformer(16, 2, 2).named_parameters()}
@@ -188,7 +189,7 @@ def test_no_adapter_inside_a_copy():
 @pytest.mark.parametrize("targets", ["attention", ["attention", "attention"]])
 def test_names_do_not_depend_on_what_else_is_attached(targets):
     config = lora(targets=targets)
-    alone, among = digits_student(lora=config), digits_student(first=lora(), on=lora("lora"), lora=config, full=full())
+    alone, among = digits_mixture(lora=config), digits_mixture(first=lora(), on=lora("lora"), lora=config, full=full())
     assert list(alone.experts["lora"].parameters) == list(among.experts["lora"].parameters)
     assert set(among.experts["full"].parameters) == set(dict(DigitsTransformer(16, 2, 2).named_parameters()))
 
@@ -206,7 +207,7 @@ def test_names_do_not_depend_on_what_else_is_attached(targets):
 )
 def test_what_the_backbone_does_not_have_is_refused(settings, message):
     with pytest.raises(ValueError, match=f"expert lora: .*{message}"):
-        Student(digits_backbone(), {"first": lora(), "lora": lora(**settings)})
+        Mixture(digits_backbone(), {"first": lora(), "lora": lora(**settings)})
 
 
 @pytest.mark.parametrize("order", [("copying", "adapting"), ("adapting", "copying")])
@@ -216,30 +217,30 @@ def test_an_expert_cannot_copy_what_another_adapts(order):
     with pytest.raises(
         ValueError, match=rf"expert {order[1]}: .*blocks\.0.*copying runs a copy of that, without what adapting"
     ):
-        Student(digits_backbone(), {name: configs[name] for name in order})
+        Mixture(digits_backbone(), {name: configs[name] for name in order})
 
 
 # --- dtypes, and weights as a plain network
 
 
 def test_trained_tensors_are_float32_whatever_the_base():
-    student = digits_student(
+    mixture = digits_mixture(
         digits_backbone("bfloat16"), full=full(), lora=lora(), on_full=lora("full"), on_lora=lora("lora")
     )
-    student.autocast_dtype = torch.bfloat16
+    mixture.autocast_dtype = torch.bfloat16
     inputs = digits_inputs()
-    assert {weight.dtype for weight in student.experts[TEACHER].shared.weights.values()} == {torch.bfloat16}
-    for name, expert in student.experts.items():
+    assert {weight.dtype for weight in mixture.experts[TEACHER].shared.weights.values()} == {torch.bfloat16}
+    for name, expert in mixture.experts.items():
         assert all(parameter.dtype == torch.float32 for parameter in expert.parameters.values())
-        velocity = velocity_of(student, name, inputs)
+        velocity = velocity_of(mixture, name, inputs)
         assert velocity.dtype == torch.float32
         assert velocity.isfinite().all()
-        student.train_only(name)
+        mixture.train_only(name)
         before = {key: parameter.detach().clone() for key, parameter in expert.parameters.items()}
         if not before:
             continue
-        with student.using(name):
-            student(*inputs).square().sum().backward()
+        with mixture.using(name):
+            mixture(*inputs).square().sum().backward()
         torch.optim.AdamW(expert.parameters.values(), lr=1e-6, weight_decay=0.0).step()
         unmoved = {key for key, parameter in expert.parameters.items() if torch.equal(parameter, before[key])}
         assert all(key.endswith("to_k.bias") for key in unmoved), (name, unmoved)
@@ -247,30 +248,30 @@ def test_trained_tensors_are_float32_whatever_the_base():
 
 @pytest.mark.parametrize("expert", ["full", "lora", "on_full", "on_lora", "frozen", TEACHER])
 def test_merged_weights_make_a_plain_network_equal_to_the_expert(expert):
-    student = digits_student(
+    mixture = digits_mixture(
         full=full(),
         lora=lora(),
         on_full=lora("full", copies=["norm_out"]),
         on_lora=lora("lora"),
         frozen=frozen("on_lora"),
     )
-    merged = student.experts[expert].merged()
+    merged = mixture.experts[expert].merged()
     assert all(weight.dtype == torch.float32 and not weight.requires_grad for weight in merged.values())
     plain = DigitsTransformer(16, 2, 2)
     plain.load_state_dict(merged)
     x, sigma, cond = digits_inputs()
-    expected = velocity_of(student, expert, (x, sigma, cond))
+    expected = velocity_of(mixture, expert, (x, sigma, cond))
     with torch.no_grad():
         torch.testing.assert_close(plain(x, sigma, **cond), expected, rtol=0, atol=1e-5)
     for weight in merged.values():  # its own memory
         weight.zero_()
-    assert torch.equal(velocity_of(student, expert, (x, sigma, cond)), expected)
+    assert torch.equal(velocity_of(mixture, expert, (x, sigma, cond)), expected)
 
 
 @pytest.mark.parametrize("expert", ["full", "lora", "on_lora", None])
 def test_only_the_expert_in_training_takes_gradients(expert):
-    student = digits_student(full=full(), lora=lora(), on_lora=lora("lora"))
-    student.train_only("full")
-    student.train_only(expert)
-    trainable = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
-    assert trainable == ({id(p) for p in student.experts[expert].parameters.values()} if expert else set())
+    mixture = digits_mixture(full=full(), lora=lora(), on_lora=lora("lora"))
+    mixture.train_only("full")
+    mixture.train_only(expert)
+    trainable = {id(parameter) for parameter in mixture.parameters() if parameter.requires_grad}
+    assert trainable == ({id(p) for p in mixture.experts[expert].parameters.values()} if expert else set())

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import digits_backbone, digits_inputs, digits_student, velocity_of
+from helpers import digits_backbone, digits_inputs, digits_mixture, velocity_of
 
-from moedistill.backbone import Guidance
-from moedistill.experts import TEACHER, FullConfig, LoRAConfig
+from moedistill.model.backbone import TEACHER
+from moedistill.model.experts import FullConfig, LoRAConfig
+from moedistill.model.guidance import Guidance
 
 EXPERTS = {
     "full": FullConfig(),
@@ -18,109 +19,109 @@ BLOCKS = ("blocks.0", "blocks.1")
 
 
 @pytest.fixture(scope="module")
-def student():
-    return digits_student(**EXPERTS)
+def mixture():
+    return digits_mixture(**EXPERTS)
 
 
 @pytest.fixture(scope="module")
 def checkpointing():
-    return digits_student(gradient_checkpointing=True, **EXPERTS)
+    return digits_mixture(gradient_checkpointing=True, **EXPERTS)
 
 
 # --- The switch
 
 
-def test_using_nests_and_restores(student):
+def test_using_nests_and_restores(mixture):
     inputs = digits_inputs()
-    alone = {name: velocity_of(student, name, inputs) for name in student.experts}
+    alone = {name: velocity_of(mixture, name, inputs) for name in mixture.experts}
 
     def now():
         with torch.no_grad():
-            return next(name for name, velocity in alone.items() if torch.equal(student(*inputs), velocity))
+            return next(name for name, velocity in alone.items() if torch.equal(mixture(*inputs), velocity))
 
     def descend(names):
         if names:
             before = now()
-            with student.using(names[0]):
-                assert student.active == now() == names[0]
+            with mixture.using(names[0]):
+                assert mixture.active == now() == names[0]
                 descend(names[1:])
-                assert student.active == now() == names[0]
-            assert student.active == now() == before
+                assert mixture.active == now() == names[0]
+            assert mixture.active == now() == before
 
     assert now() == TEACHER
     descend(["lora", "other", "full", "on_full", "full", TEACHER, "on_lora", "lora", "lora", "on_full", "other"])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_using_restores_after_exceptions(student, error):
+def test_using_restores_after_exceptions(mixture, error):
     inputs = digits_inputs()
-    expected = velocity_of(student, "lora", inputs)
-    with student.using("lora"):
-        with pytest.raises(error), student.using("on_full"), student.using("other"):
+    expected = velocity_of(mixture, "lora", inputs)
+    with mixture.using("lora"):
+        with pytest.raises(error), mixture.using("on_full"), mixture.using("other"):
             raise error
-        assert student.active == "lora"
+        assert mixture.active == "lora"
         with torch.no_grad():
-            assert torch.equal(student(*inputs), expected)
-    assert student.active == TEACHER
+            assert torch.equal(mixture(*inputs), expected)
+    assert mixture.active == TEACHER
 
 
-def test_an_unknown_expert_changes_nothing(student):
-    with student.using("lora"):
-        with pytest.raises(KeyError, match="loar"), student.using("loar"):
+def test_an_unknown_expert_changes_nothing(mixture):
+    with mixture.using("lora"):
+        with pytest.raises(KeyError, match="loar"), mixture.using("loar"):
             pass
-        assert student.active == "lora"
+        assert mixture.active == "lora"
 
 
-def test_using_never_changes_requires_grad(student):
-    student.train_only("on_lora")
-    expected = [parameter.requires_grad for parameter in student.parameters()]
+def test_using_never_changes_requires_grad(mixture):
+    mixture.train_only("on_lora")
+    expected = [parameter.requires_grad for parameter in mixture.parameters()]
     assert 0 < sum(expected) < len(expected)
-    for name in student.experts:
-        with student.using(name):
-            assert [parameter.requires_grad for parameter in student.parameters()] == expected
+    for name in mixture.experts:
+        with mixture.using(name):
+            assert [parameter.requires_grad for parameter in mixture.parameters()] == expected
 
 
 def test_initialising_goes_from_parents_to_children():
     """Also where a full expert, attached before all others, descends from them; trained experts are left out."""
     configs = {"youngest": FullConfig(parent="middle"), "middle": LoRAConfig(parent="eldest", rank=2, alpha=4.0)}
-    student, inputs = digits_student(**configs, eldest=FullConfig()), digits_inputs()
-    trained = velocity_of(student, "eldest", inputs)
-    student.initialise(0, but=["eldest"])
-    assert torch.equal(velocity_of(student, "eldest", inputs), trained)
-    assert torch.equal(velocity_of(student, "middle", inputs), trained)
-    torch.testing.assert_close(velocity_of(student, "youngest", inputs), trained, rtol=0, atol=1e-5)
-    student.initialise(0)
-    teacher = velocity_of(student, TEACHER, inputs)
+    mixture, inputs = digits_mixture(**configs, eldest=FullConfig()), digits_inputs()
+    trained = velocity_of(mixture, "eldest", inputs)
+    mixture.initialise(but=["eldest"])
+    assert torch.equal(velocity_of(mixture, "eldest", inputs), trained)
+    assert torch.equal(velocity_of(mixture, "middle", inputs), trained)
+    torch.testing.assert_close(velocity_of(mixture, "youngest", inputs), trained, rtol=0, atol=1e-5)
+    mixture.initialise()
+    teacher = velocity_of(mixture, TEACHER, inputs)
     assert (teacher - trained).abs().max() > 1e-3
-    for name in student.experts:
-        torch.testing.assert_close(velocity_of(student, name, inputs), teacher, rtol=0, atol=1e-5)
+    for name in mixture.experts:
+        torch.testing.assert_close(velocity_of(mixture, name, inputs), teacher, rtol=0, atol=1e-5)
 
 
 # --- Gradients
 
 
-def gradients(student, expert, *, meanwhile=None, through_teacher=False, repeat=1):
+def gradients(mixture, expert, *, meanwhile=None, through_teacher=False, repeat=1):
     """Gradients of `expert`; between forward and backward, and around the backward, `meanwhile` is active."""
     inputs = digits_inputs()
-    student.train_only(expert)
-    student.zero_grad()
-    with student.using(expert):
-        velocity = student(*inputs)
+    mixture.train_only(expert)
+    mixture.zero_grad()
+    with mixture.using(expert):
+        velocity = mixture(*inputs)
     loss = velocity.square().mean()
     if through_teacher:
-        with student.using(TEACHER):
-            features = student.hidden_states(inputs[0] - velocity, *inputs[1:], BLOCKS)
+        with mixture.using(TEACHER):
+            features = mixture.hidden_states(inputs[0] - velocity, *inputs[1:], BLOCKS)
         loss = loss + sum(state.square().mean() for state in features)
     if meanwhile is None:
-        with student.using(expert):
+        with mixture.using(expert):
             loss.backward()
     else:
-        with student.using(meanwhile):
+        with mixture.using(meanwhile):
             with torch.no_grad():
-                student(*inputs)
+                mixture(*inputs)
             for _ in range(repeat):
                 loss.backward(retain_graph=repeat > 1)
-    return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+    return {name: parameter.grad for name, parameter in mixture.named_parameters() if parameter.grad is not None}
 
 
 def assert_same_gradients(ours, expected, factor=1):
@@ -131,35 +132,35 @@ def assert_same_gradients(ours, expected, factor=1):
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
-def test_every_trained_tensor_and_nothing_else_gets_a_gradient(student, expert):
-    found = gradients(student, expert)
-    shared = {id(parameter): name for name, parameter in student.named_parameters()}
-    expected = {shared[id(parameter)] for parameter in student.experts[expert].parameters.values()}
+def test_every_trained_tensor_and_nothing_else_gets_a_gradient(mixture, expert):
+    found = gradients(mixture, expert)
+    shared = {id(parameter): name for name, parameter in mixture.named_parameters()}
+    expected = {shared[id(parameter)] for parameter in mixture.experts[expert].parameters.values()}
     assert found.keys() == expected
     assert all(gradient.any() for gradient in found.values())
 
 
 @pytest.mark.parametrize("meanwhile", [TEACHER, "full", "other"])
 @pytest.mark.parametrize("expert", ["full", "lora", "on_full", "on_lora"])
-def test_a_switch_between_forward_and_backward_loses_no_gradient(student, expert, meanwhile):
-    expected = gradients(student, expert)
-    assert_same_gradients(gradients(student, expert, meanwhile=meanwhile), expected)
+def test_a_switch_between_forward_and_backward_loses_no_gradient(mixture, expert, meanwhile):
+    expected = gradients(mixture, expert)
+    assert_same_gradients(gradients(mixture, expert, meanwhile=meanwhile), expected)
 
 
 @pytest.mark.parametrize("through_teacher", [False, True], ids=["", "through_teacher"])
 @pytest.mark.parametrize("meanwhile", [None, TEACHER, "full", "other", "on_full"])
 @pytest.mark.parametrize("expert", ["full", "lora", "on_full", "on_lora"])
 def test_checkpointing_recomputes_with_the_expert_of_the_forward(
-    student, checkpointing, expert, meanwhile, through_teacher
+    mixture, checkpointing, expert, meanwhile, through_teacher
 ):
-    expected = gradients(student, expert, through_teacher=through_teacher)
+    expected = gradients(mixture, expert, through_teacher=through_teacher)
     found = gradients(checkpointing, expert, meanwhile=meanwhile, through_teacher=through_teacher)
     assert_same_gradients(found, expected)
     assert checkpointing.active == TEACHER
 
 
-def test_checkpointed_graphs_can_be_walked_twice(student, checkpointing):
-    expected = gradients(student, "lora")
+def test_checkpointed_graphs_can_be_walked_twice(mixture, checkpointing):
+    expected = gradients(mixture, "lora")
     assert_same_gradients(gradients(checkpointing, "lora", meanwhile="other", repeat=2), expected, factor=2)
 
 
@@ -176,26 +177,26 @@ def test_a_network_that_cannot_checkpoint_is_refused():
     backbone = digits_backbone()
     backbone.network.enable_gradient_checkpointing = None
     with pytest.raises(ValueError, match="gradient_checkpointing: DigitsTransformer cannot checkpoint"):
-        digits_student(backbone, gradient_checkpointing=True)
+        digits_mixture(backbone, gradient_checkpointing=True)
 
 
 # --- Guidance
 
 
 @pytest.mark.parametrize("expert", [TEACHER, "lora"])
-def test_guided_is_one_batched_forward_equal_to_two(student, expert):
+def test_guided_is_one_batched_forward_equal_to_two(mixture, expert):
     x, sigma, cond = digits_inputs()
     calls = []
-    network = student.experts[expert].shared.network
+    network = mixture.experts[expert].shared.network
     handle = network.register_forward_hook(lambda _module, args, _output: calls.append(len(args[0])))
-    with student.using(expert), torch.no_grad():
-        guided = student.guided(x, sigma, cond, Guidance(mode="classifier_free", scale=4.0))
+    with mixture.using(expert), torch.no_grad():
+        guided = mixture.guided(x, sigma, cond, Guidance(mode="classifier_free", scale=4.0))
         assert calls == [4]
-        v_cond, v_null = student(x, sigma, cond), student(x, sigma, student.backbone.null_conditioning(cond))
+        v_cond, v_null = mixture(x, sigma, cond), mixture(x, sigma, mixture.backbone.null_conditioning(cond))
         torch.testing.assert_close(guided, v_cond + 3.0 * (v_cond - v_null), rtol=1e-5, atol=1e-5)
         assert (guided - v_cond).abs().max() > 1e-3
         for guidance in (Guidance(), Guidance(mode="classifier_free"), Guidance(mode="embedded", scale=6.0)):
             calls.clear()
-            assert torch.equal(student.guided(x, sigma, cond, guidance), v_cond)
+            assert torch.equal(mixture.guided(x, sigma, cond, guidance), v_cond)
             assert calls == [2]
     handle.remove()

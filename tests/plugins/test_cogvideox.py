@@ -11,19 +11,19 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from helpers import as_if_trained, distil, set_up
 
-from moedistill.backbone import Guidance, VideoSize
 from moedistill.data.loading import Batch
-from moedistill.experts import TEACHER
-from moedistill.flow import add_noise, jump, to_vp
-from moedistill.integrations.diffusers import attach
-from moedistill.integrations.scheduler import FewStepScheduler
-from moedistill.mixture import Mixture
-from moedistill.randomness import torch_seed
-from moedistill.recipe import load_recipe
-from moedistill.sampling import sample
-from moedistill.student import Student
-from moedistill.testing import BackboneContract
-from moedistill.trajectory import Trajectory
+from moedistill.flow.process import add_noise, jump, to_vp
+from moedistill.flow.sampling import sample
+from moedistill.flow.trajectory import Trajectory
+from moedistill.integrations.diffusers.pipeline import attach
+from moedistill.integrations.diffusers.scheduler import FewStepScheduler
+from moedistill.model.backbone import TEACHER, VideoSize
+from moedistill.model.guidance import Guidance
+from moedistill.model.mixture import Mixture
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import build_mixture
+from moedistill.runtime.randomness import torch_seed
+from moedistill.testing.running import BackboneContract
 from moedistill_cogvideox.backbone import PUBLISHED, CogVideoXBackbone, CogVideoXConfig, sigma_table
 
 MODELS = list(PUBLISHED)
@@ -219,14 +219,14 @@ def test_images_and_their_offset_go_in_as_the_pipeline_gives_them():
 
 def test_unembed_in_bfloat16_takes_float32_features():
     backbone = tiny("1.5-5b", dtype="bfloat16").build()
-    student = Student(backbone, {})
-    student.autocast_dtype = torch.bfloat16
+    mixture = Mixture(backbone, {})
+    mixture.autocast_dtype = torch.bfloat16
     x, sigma, cond = noise_for(backbone), torch.tensor([0.8]), backbone.encode(["a dog"])
-    with torch.no_grad(), student.using(TEACHER):
-        [hidden] = student.hidden_states(x, sigma, cond, backbone.blocks[-1:])
+    with torch.no_grad(), mixture.using(TEACHER):
+        [hidden] = mixture.hidden_states(x, sigma, cond, backbone.blocks[-1:])
         assert hidden.dtype == torch.float32
         wanted = backbone.native_prediction(backbone.network, x, sigma, cond).float()
-        assert (student.unembed(hidden, x, sigma, cond) - wanted).abs().max() < 1e-2 * wanted.abs().max()
+        assert (mixture.unembed(hidden, x, sigma, cond) - wanted).abs().max() < 1e-2 * wanted.abs().max()
 
 
 # -- videos -----------------------------------------------------------------------------------------------------------
@@ -297,35 +297,37 @@ def recipe_for(model, **backbone):
 
 def trained_mixture(model, **backbone):
     recipe = load_recipe(recipe_for(model, **backbone))
-    mixture = Mixture.build(recipe)
+    mixture = build_mixture(recipe)
     for seed, name in enumerate(("semantic", "detail")):
-        as_if_trained(mixture.student.experts[name], seed)
+        as_if_trained(mixture.experts[name], seed)
     return mixture, recipe.sample.resolve(mixture.trajectory)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_one_step_of_consistency_on_the_native_trajectory(model):
-    run, stage = set_up(recipe_for(model, guidance={"mode": "classifier_free", "scale": 6.0}))
-    expert = run.student.experts["semantic"]
+    training, stage = set_up(recipe_for(model, guidance={"mode": "classifier_free", "scale": 6.0}))
+    expert = training.mixture.experts["semantic"]
     before = {name: value.detach().clone() for name, value in expert.parameters.items()}
-    samples = [run.dataset[k] for k in range(2)]
+    samples = [training.dataset[k] for k in range(2)]
     cond = {"prompt_embeds": torch.stack([one.conditioning["prompt_embeds"] for one in samples])}
-    batch = run.begin(Batch(torch.stack([one.latents for one in samples]), cond, [0, 1], boundary=True))
+    batch = training.begin(Batch(torch.stack([one.latents for one in samples]), cond, [0, 1], boundary=True))
     teacher = []
-    run.teacher = lambda *inputs, usual=run.teacher: teacher.append((inputs, usual(*inputs))) or teacher[-1][1]
-    with run.student.using("semantic"):
-        stage.step(run, batch)
+    training.teacher = lambda *inputs, usual=training.teacher: (
+        teacher.append((inputs, usual(*inputs))) or teacher[-1][1]
+    )
+    with training.mixture.using("semantic"):
+        stage.step(training, batch)
     [((x, sigma, _), velocity)] = teacher
-    assert set(sigma.tolist()) <= set(run.trajectory.points[39:].tolist())
-    assert velocity.shape == x.shape == (2, *run.student.backbone.latent_shape())
+    assert set(sigma.tolist()) <= set(training.trajectory.points[39:].tolist())
+    assert velocity.shape == x.shape == (2, *training.mixture.backbone.latent_shape())
     assert any(not torch.equal(value, before[name]) for name, value in expert.parameters.items())
-    assert run.take_metrics()["loss/huber"] > 0
+    assert training.take_metrics()["loss/huber"] > 0
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_pipeline_with_experts_is_our_sampler(model):
     mixture, sigmas = trained_mixture(model)
-    backbone, prompts = mixture.student.backbone, ["a dog", "rain"]
+    backbone, prompts = mixture.backbone, ["a dog", "rain"]
     videos = list(backbone.generate(mixture, prompts, sigmas, seed=3))
     for k, prompt in enumerate(prompts):
         channels, frames, *size = backbone.latent_shape()
@@ -339,13 +341,13 @@ def test_the_pipeline_with_experts_is_our_sampler(model):
 
 def test_a_guided_call_of_a_pipeline_with_experts_is_an_unguided_one():
     mixture, sigmas = trained_mixture("5b")
-    backbone = mixture.student.backbone
+    backbone = mixture.backbone
     pipeline, cond = backbone.pipeline(), backbone.encode(["a dog"])
     pipeline.set_progress_bar_config(disable=True)
     size = {"num_frames": 9, "height": 64, "width": 32, "output_type": "latent"}
     batches = []
     backbone.network.patch_embed.register_forward_pre_hook(lambda _, args: batches.append(len(args[1])))
-    mixture.student.experts["semantic"].shared.network.patch_embed.register_forward_pre_hook(
+    mixture.experts["semantic"].shared.network.patch_embed.register_forward_pre_hook(
         lambda _, args: batches.append(len(args[1]))
     )
     null = {"negative_prompt_embeds": backbone.encode([""])["prompt_embeds"]}
@@ -369,7 +371,7 @@ def test_a_guided_call_of_a_pipeline_with_experts_is_an_unguided_one():
 
 def test_bfloat16_from_the_pipeline():
     mixture, sigmas = trained_mixture("2b", dtype="bfloat16")
-    [video] = mixture.student.backbone.generate(mixture, ["a dog"], sigmas, seed=0)
+    [video] = mixture.backbone.generate(mixture, ["a dog"], sigmas, seed=0)
     assert video.dtype == torch.float32
     assert video.isfinite().all()
     assert video.std() > 1e-3
@@ -378,7 +380,7 @@ def test_bfloat16_from_the_pipeline():
 def test_each_expert_is_at_its_sigma_in_variance_preserving_steps():
     """The pipeline's sample is `to_vp` of ours after every step."""
     mixture, sigmas = trained_mixture("2b")
-    backbone, cond = mixture.student.backbone, mixture.student.backbone.encode(["a dog"])
+    backbone, cond = mixture.backbone, mixture.backbone.encode(["a dog"])
     pipeline, seen = backbone.pipeline(), []
     pipeline.set_progress_bar_config(disable=True)
 
@@ -396,8 +398,8 @@ def test_each_expert_is_at_its_sigma_in_variance_preserving_steps():
     for k, (time, latents) in enumerate(seen):
         name = mixture.router.expert_at(sigmas[k].item())
         assert time == pytest.approx(mixture.trajectory.timestep(sigmas[k].item()), abs=1e-3)
-        with torch.no_grad(), mixture.student.using(name):
-            velocity = mixture.student(x, sigmas[k : k + 1], cond)
+        with torch.no_grad(), mixture.using(name):
+            velocity = mixture(x, sigmas[k : k + 1], cond)
         x = jump(x, velocity, sigmas[k : k + 1], sigmas[k + 1 : k + 2])
         assert torch.allclose(latents.transpose(1, 2), to_vp(x, sigmas[k + 1].item()), atol=1e-5)
     assert len(seen) == 4

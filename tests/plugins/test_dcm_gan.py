@@ -6,9 +6,10 @@ from helpers import as_if_trained, digits_batch, distil, set_up, tiny_recipe
 from torch import nn
 from torch.nn.functional import relu
 
-from moedistill.features import Probe
-from moedistill.losses import ProbeLayout, StepTensors
-from moedistill.recipe import RecipeError, load_recipe
+from moedistill.errors import RecipeError
+from moedistill.losses.base import ProbeLayout, StepTensors
+from moedistill.losses.probe import Probe
+from moedistill.recipe.loading import load_recipe
 from moedistill_dcm.gan import GANConfig
 
 
@@ -147,12 +148,12 @@ def test_the_critic_learns_to_tell_and_then_moves_the_student_towards_real():
         train_critic()
     assert accuracy() > 0.9
 
-    student = torch.optim.Adam([fake_mean], lr=2e-2)
+    mixture = torch.optim.Adam([fake_mean], lr=2e-2)
     distance = (fake_mean - real_mean).norm().item()
     for _ in range(100):
-        student.zero_grad()
+        mixture.zero_grad()
         gan(probe_of(batch(fake_mean), batch(real_mean), grid)).backward()
-        student.step()
+        mixture.step()
         train_critic()
     assert (fake_mean - real_mean).norm().item() < 0.5 * distance
     assert accuracy() < 0.85
@@ -164,10 +165,10 @@ def test_the_critic_learns_to_tell_and_then_moves_the_student_towards_real():
 def detail_run(dtype="float32", steps=4, **gan):
     losses = [{"kind": "huber"}, {"kind": "gan", "width": 8, "groups": 2, **gan}]
     stages = [distil("semantic"), distil("detail", losses=losses, probe={"block_stride": 1}, steps=steps)]
-    run, stage = set_up(tiny_recipe(stages, {"backbone.dtype": dtype}), 1)
+    training, stage = set_up(tiny_recipe(stages, {"backbone.dtype": dtype}), 1)
     for name in ("semantic", "detail"):
-        as_if_trained(run.student.experts[name], 0)
-    return run, stage
+        as_if_trained(training.mixture.experts[name], 0)
+    return training, stage
 
 
 def copies(tensors):
@@ -180,62 +181,71 @@ def changed(tensors, before):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_each_update_moves_its_own_weights_only(dtype):
-    run, stage = detail_run(dtype)
-    critic, student = run.terms[1].loss.critic, run.student
-    update, seen = run.update, []
+    training, stage = detail_run(dtype)
+    critic, mixture = training.terms[1].loss.critic, training.mixture
+    update, seen = training.update, []
 
     def watched(name, loss):
-        before = copies(student.named_parameters()), copies(critic.named_parameters())
+        before = copies(mixture.named_parameters()), copies(critic.named_parameters())
         update(name, loss)
         seen.append(name)
-        moved = changed(student.named_parameters(), before[0]), changed(critic.named_parameters(), before[1])
+        moved = changed(mixture.named_parameters(), before[0]), changed(critic.named_parameters(), before[1])
         assert bool(moved[0]) == (name == "student")
         # Fake and real push the last bias against each other, until one of them has come over the margin.
         still = {key for key in before[1] if key not in moved[1] and not key.endswith("conv_out.bias")}
         assert not still if name == "gan" else not moved[1]
-        assert all(parameter.grad is None for module in (student, critic) for parameter in module.parameters())
+        assert all(parameter.grad is None for module in (mixture, critic) for parameter in module.parameters())
 
-    run.update = watched
-    with student.using("detail"):
-        stage.step(run, digits_batch(run))
+    training.update = watched
+    with mixture.using("detail"):
+        stage.step(training, digits_batch(training))
     assert seen == ["student", "gan"]
     assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}
-    metrics = run.take_metrics()
+    metrics = training.take_metrics()
     assert all(metrics[name] > 0 for name in ("loss/gan", "loss/gan_critic", "grad_norm/gan", "grad_norm/student"))
 
 
 def test_the_critic_learns_from_the_features_that_the_student_saw():
     """Computed once: two forwards of the teacher for the probe, whatever the number of critic updates."""
-    run, stage = detail_run(critic_updates=3)
+    training, stage = detail_run(critic_updates=3)
     forwards, features = [], []
-    hidden_states, critic_loss = run.student.hidden_states, run.terms[1].loss.critic_loss
-    run.student.hidden_states = lambda *args: forwards.append(hidden_states(*args)) or forwards[-1]
-    run.terms[1].loss.critic_loss = lambda critic, tensors: (
+    hidden_states, critic_loss = training.mixture.hidden_states, training.terms[1].loss.critic_loss
+    training.mixture.hidden_states = lambda *args: forwards.append(hidden_states(*args)) or forwards[-1]
+    training.terms[1].loss.critic_loss = lambda critic, tensors: (
         features.append(tensors.probe) or critic_loss(critic, tensors)
     )
-    with run.student.using("detail"):
-        stage.step(run, digits_batch(run))
+    with training.mixture.using("detail"):
+        stage.step(training, digits_batch(training))
     fake, real = forwards
     assert len(features) == 3
     for probe in features:
         assert all(
             torch.equal(ours, states) and not ours.requires_grad
-            for ours, states in zip(probe.hidden_fake, fake, strict=True)
+            for ours, states in zip(probe.hidden_prediction, fake, strict=True)
         )
-        assert all(ours is states for ours, states in zip(probe.hidden_real, real, strict=True))
+        assert all(ours is states for ours, states in zip(probe.hidden_target, real, strict=True))
 
 
 def test_a_critic_of_data_sees_the_data_noised_to_the_same_level():
     """Three forwards for the probe; what the critic takes for real does not depend on the student or its target."""
     seen = {}
     for real in ("target", "data"):
-        run, stage = detail_run(real=real)
-        inputs, hidden_states, critic = [], run.student.hidden_states, run.terms[1].loss.critic_loss
-        run.student.hidden_states = lambda x, sigma, *rest: inputs.append((x, sigma)) or hidden_states(x, sigma, *rest)  # noqa: B023
-        run.terms[1].loss.critic_loss = lambda module, tensors: seen.update({real: tensors}) or critic(module, tensors)  # noqa: B023
-        batch = digits_batch(run)
-        with run.student.using("detail"):
-            stage.step(run, batch)
+        training, stage = detail_run(real=real)
+        inputs, hidden_states, critic = [], training.mixture.hidden_states, training.terms[1].loss.critic_loss
+
+        def note_inputs(x, sigma, *rest, inputs=inputs, hidden_states=hidden_states):
+            inputs.append((x, sigma))
+            return hidden_states(x, sigma, *rest)
+
+        def note_tensors(module, tensors, real=real, critic=critic):
+            seen[real] = tensors
+            return critic(module, tensors)
+
+        training.mixture.hidden_states = note_inputs
+        training.terms[1].loss.critic_loss = note_tensors
+        batch = digits_batch(training)
+        with training.mixture.using("detail"):
+            stage.step(training, batch)
         assert len(inputs) == (3 if real == "data" else 2)
         assert all(torch.equal(sigma, inputs[0][1]) for _, sigma in inputs)
     assert seen["target"].probe.hidden_data == []
@@ -246,9 +256,9 @@ def test_a_critic_of_data_sees_the_data_noised_to_the_same_level():
     noise = (x - (1 - per_sample) * batch.latents) / per_sample
     assert 0.7 < float(noise.std()) < 1.05
     assert abs(float((noise * batch.latents).mean())) < 0.05
-    gan = run.terms[1].loss
+    gan = training.terms[1].loss
     with torch.no_grad():
-        logits = [gan.critic(hidden, probe.grid) for hidden in (probe.hidden_fake, probe.hidden_data)]
+        logits = [gan.critic(hidden, probe.grid) for hidden in (probe.hidden_prediction, probe.hidden_data)]
         expected = torch.stack(
             [(1 + fake).relu().mean() + (1 - real).relu().mean() for fake, real in zip(*logits, strict=True)]
         ).mean()
@@ -258,15 +268,15 @@ def test_a_critic_of_data_sees_the_data_noised_to_the_same_level():
 @pytest.mark.parametrize(("updates", "start"), [(1, 0), (3, 0), (2, 1)])
 def test_critic_updates_are_counted_also_in_its_schedule(updates, start):
     optimizer = {"lr": 1e-3, "schedule": "linear"}
-    run, stage = detail_run(critic_updates=updates, start=start, steps=3, optimizer=optimizer)
-    rates, scheduler = [], run.trained["gan"].scheduler
-    with run.student.using("detail"):
+    training, stage = detail_run(critic_updates=updates, start=start, steps=3, optimizer=optimizer)
+    rates, scheduler = [], training.trained["gan"].scheduler
+    with training.mixture.using("detail"):
         for _ in range(3):
-            stage.step(run, digits_batch(run))
+            stage.step(training, digits_batch(training))
             rates.append(scheduler.get_last_lr()[0])
-            run.step += 1
+            training.step += 1
     done = [max(0, step - start) * updates for step in (1, 2, 3)]
     assert rates == pytest.approx([1e-3 * (1 - steps / (updates * (3 - start))) for steps in done])
-    counts = {int(state["step"]) for state in run.trained["gan"].optimizer.state.values()}
+    counts = {int(state["step"]) for state in training.trained["gan"].optimizer.state.values()}
     assert counts == {done[-1]}
-    assert {int(state["step"]) for state in run.trained["student"].optimizer.state.values()} == {3}
+    assert {int(state["step"]) for state in training.trained["student"].optimizer.state.values()} == {3}

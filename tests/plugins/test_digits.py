@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moedistill.backbone import BackboneConfig, Guidance
+from moedistill.components.plugins import load_plugins
 from moedistill.data.base import DatasetConfig
-from moedistill.metrics import MetricConfig, MetricInputs, frechet_distance
-from moedistill.plugins import load_plugins
+from moedistill.metrics.base import MetricConfig, MetricInputs
+from moedistill.metrics.statistics import frechet_distance
+from moedistill.model.backbone import BackboneConfig
+from moedistill.model.guidance import Guidance
 from moedistill_digits import backbone as backbone_module
 from moedistill_digits import metrics, plugin
 from moedistill_digits.backbone import TEACHER_FILE, DigitsBackbone, DigitsBackboneConfig

@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
-from pipelines import save_pipeline
+from saved_pipelines import save_pipeline
 
-from moedistill.backbone import Guidance, VideoSize
-from moedistill.experts import LoRAConfig
-from moedistill.integrations.diffusers import attach
-from moedistill.mixture import Mixture
-from moedistill.routers import TimestepRouter
-from moedistill.sampling import sample
-from moedistill.student import Student
-from moedistill.testing import BackboneContract
-from moedistill.trajectory import Trajectory
+from moedistill.flow.routers import TimestepRouter
+from moedistill.flow.sampling import sample
+from moedistill.flow.trajectory import Trajectory
+from moedistill.integrations.diffusers.pipeline import attach
+from moedistill.model.backbone import VideoSize
+from moedistill.model.experts import LoRAConfig
+from moedistill.model.guidance import Guidance
+from moedistill.model.mixture import Mixture
+from moedistill.testing.running import BackboneContract
 from moedistill_hunyuan_video.backbone import HunyuanVideoConfig
 
-REAL_KEYS = Path(__file__).parents[2] / "shared" / "goldens" / "real_keys_hy.json.gz"
+REAL_KEYS = Path(__file__).parents[3] / "shared" / "goldens" / "real_keys_hy.json.gz"
 EMBEDDED = Guidance(mode="embedded", scale=6.0)
 PROMPTS = ["a dog runs along a beach", "rain at night"]
 
@@ -187,23 +187,27 @@ def test_networks_that_take_no_scale():
 
 def mixture_of(backbone):
     """The teacher above point 2 of four, and a fresh low-rank expert below it."""
-    student = Student(backbone, {"low": LoRAConfig(rank=2)})
-    student.initialise(0)
-    student.student_scale = backbone.config.guidance.student_scale
-    student.autocast_dtype = torch.bfloat16 if backbone.config.dtype == "bfloat16" else None
     trajectory = Trajectory.flow_matching(4, 5.0)
-    router = TimestepRouter.from_points(trajectory, ["teacher", "low"], [2])
-    return Mixture(student, trajectory, router, backbone.config.guidance)
+    mixture = Mixture(
+        backbone,
+        {"low": LoRAConfig(rank=2)},
+        trajectory=trajectory,
+        router=TimestepRouter.from_points(trajectory, ["teacher", "low"], [2]),
+        guidance=backbone.config.guidance,
+        autocast_dtype=torch.bfloat16 if backbone.config.dtype == "bfloat16" else None,
+    )
+    mixture.initialise()
+    return mixture
 
 
 def test_another_scale_for_the_experts():
     mixture = mixture_of(tiny(Guidance(mode="embedded", scale=6.0, student_scale=2.5)))
-    student, told = mixture.student, Told(mixture.student.backbone.network)
-    x, sigma, cond = inputs(student.backbone)
+    told = Told(mixture.backbone.network)
+    x, sigma, cond = inputs(mixture.backbone)
     with torch.no_grad():
-        student(x, sigma, cond)
-        with student.using("low"):
-            student(x, sigma, cond)
+        mixture(x, sigma, cond)
+        with mixture.using("low"):
+            mixture(x, sigma, cond)
     assert told.scales == [[6000.0] * 2, [2500.0] * 2]
 
 
@@ -211,7 +215,7 @@ def test_another_scale_for_the_experts():
 @pytest.mark.parametrize(("student_scale", "scale"), [(None, 6000.0), (2.5, 2500.0)])
 def test_in_a_pipeline_experts_are_told_what_they_were_trained_with(student_scale, scale, dtype):
     mixture = mixture_of(tiny(Guidance(mode="embedded", scale=6.0, student_scale=student_scale), dtype=dtype))
-    backbone = mixture.student.backbone
+    backbone = mixture.backbone
     pipeline, seen = backbone.pipeline(), []
     pipeline.set_progress_bar_config(disable=True)
     x, _, cond = inputs(backbone, batch=1)
@@ -225,7 +229,7 @@ def test_in_a_pipeline_experts_are_told_what_they_were_trained_with(student_scal
 @pytest.mark.parametrize("guidance", [EMBEDDED, Guidance(mode="classifier_free", scale=3.0, negative_prompt="fog")])
 def test_in_a_pipeline_the_teacher_is_guided_as_the_recipe_says(guidance):
     backbone = tiny(guidance)
-    mixture = Mixture(Student(backbone, {}), Trajectory.flow_matching(4, 5.0), None, guidance)
+    mixture = Mixture(backbone, {}, trajectory=Trajectory.flow_matching(4, 5.0), guidance=guidance)
     sigmas = torch.tensor([1.0, 0.8, 0.5, 0.0])
     [video] = backbone.generate(mixture, PROMPTS[:1], sigmas, seed=3)
     noise = torch.randn(1, *backbone.latent_shape(), generator=torch.Generator().manual_seed(3))

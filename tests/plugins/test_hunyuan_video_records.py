@@ -17,14 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moedistill.context import Job, Run
 from moedistill.data.loading import Batch
-from moedistill.mixture import Mixture
-from moedistill.recipe import load_recipe
-from moedistill.train import make_accelerator
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import build_mixture, make_accelerator
+from moedistill.stages.run import Run
+from moedistill.stages.training import Training
 
-SELECTION = Path(__file__).parent / "data" / "hunyuan"
-RECORD = Path(__file__).parents[2] / "shared" / "goldens"
+SELECTION = Path(__file__).parents[1] / "records" / "hunyuan"
+RECORD = Path(__file__).parents[3] / "shared" / "goldens"
 NETWORK = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
     "num_single_layers": 4, "num_refiner_layers": 1, "mlp_ratio": 2.0, "patch_size": 2, "patch_size_t": 1,
@@ -217,14 +217,14 @@ class Step:
     def __init__(self, golden, folder, expert, *, v_target=None, guidance=None, student="student", **stage):
         num_steps = int(golden["num_euler"]) if "num_euler" in golden else 50
         recipe = load_recipe(recipe_data(folder, expert, guidance or guidance_of(golden), num_steps, **stage))
-        mixture = Mixture.build(recipe)
-        backbone = mixture.student.backbone
+        mixture = build_mixture(recipe)
+        backbone = mixture.backbone
         mixture.load(experts_of(golden, expert, student), {}, "the record")
         # What dropped text is told, where the record has it; its shape is a sample's without the batch.
         null = {"prompt_embeds": golden["uncond_text"], "prompt_attention_mask": golden["uncond_mask"]}
         backbone.set_null(null)
-        job = Job(recipe, Path("unused"), make_accelerator(recipe, "cpu"), mixture, None)
-        self.run = Run(job, recipe.stages[0])
+        run = Run(recipe, Path("unused"), make_accelerator(recipe, "cpu"), mixture, None)
+        self.run = Training(run, recipe.stages[0])
         stage = recipe.stages[0].build()
         stage.setup(self.run)
         if self.run.ema is not None:
@@ -240,53 +240,53 @@ class Step:
         batch = self.run.begin(Batch(golden["latents_raw"], cond, list(range(len(golden["text"]))), boundary=True))
         self.batch = batch
         self.run.draw = RecordedDraws(golden)
-        with self.run.micro_batch(), self.run.student.using(expert):
+        with self.run.micro_batch(), self.run.mixture.using(expert):
             stage.step(self.run, batch)
         self.metrics = self.run.take_metrics()
 
     def _spy(self, v_target):
-        run, clip = self.run, self.run.accelerator.clip_grad_norm_
+        training, clip = self.run, self.run.accelerator.clip_grad_norm_
         self.gradients, self.v_target = {}, None
 
-        def velocity(x, sigma, cond, inner=run.velocity):
+        def velocity(x, sigma, cond, inner=training.velocity):
             self.x, self.sigma = x, sigma
             self.v_student = inner(x, sigma, cond)
             self.v_student.retain_grad()
             return self.v_student
 
-        def teacher(x, sigma, cond, inner=run.teacher):
+        def teacher(x, sigma, cond, inner=training.teacher):
             self.v_teacher = inner(x, sigma, cond)
             return self.v_teacher
 
-        def target(x, sigma, cond, inner=run.target, **options):
+        def target(x, sigma, cond, inner=training.target, **options):
             self.x_previous, self.previous = x, sigma
             self.v_target = inner(x, sigma, cond, **options) if v_target is None else v_target
             return self.v_target
 
-        def objective(tensors, inner=run.objective):
+        def objective(tensors, inner=training.objective):
             self.tensors, probe = tensors, tensors.probe
             if probe is not None:
-                for tensor in [probe.fake, *probe.latent_fake]:
+                for tensor in [probe.prediction, *probe.latent_prediction]:
                     tensor.retain_grad()
                 # The record has the gradient that reaches the tapped states through the critic's heads alone.
-                states = [state.detach().requires_grad_() for state in probe.hidden_fake]
-                [gan] = [term for term in run.terms if term.name == "gan"]
-                value = gan.config.weight * gan.loss(replace(tensors, probe=replace(probe, hidden_fake=states)))
+                states = [state.detach().requires_grad_() for state in probe.hidden_prediction]
+                [gan] = [term for term in training.terms if term.name == "gan"]
+                value = gan.config.weight * gan.loss(replace(tensors, probe=replace(probe, hidden_prediction=states)))
                 self.state_gradients = torch.autograd.grad(value, states)
             return inner(tensors)
 
         def clip_grad_norm(parameters, limit):
-            [name] = [name for name, trained in run.trained.items() if trained.parameters is parameters]
+            [name] = [name for name, trained in training.trained.items() if trained.parameters is parameters]
             self.gradients[name] = {key: p.grad.clone() for key, p in self.parameters(name).items()}
             return clip(parameters, limit)
 
-        run.velocity, run.teacher, run.target, run.objective = velocity, teacher, target, objective
-        run.accelerator.clip_grad_norm_ = clip_grad_norm
+        training.velocity, training.teacher, training.target, training.objective = velocity, teacher, target, objective
+        training.accelerator.clip_grad_norm_ = clip_grad_norm
 
     def parameters(self, name):
         """Of the expert in training, or of a critic."""
         if name == "student":
-            return dict(self.run.student.experts[self.run.expert].parameters)
+            return dict(self.run.mixture.experts[self.run.expert].parameters)
         [term] = [term for term in self.run.terms if term.name == name]
         return dict(term.loss.critic.named_parameters())
 
@@ -423,8 +423,8 @@ def test_detail_step(path, pretrained):
 
     probe, heads = step.tensors.probe, int(golden["num_heads"])
     for kind, sample, hidden, latent in (
-        ("fake", probe.fake, probe.hidden_fake, probe.latent_fake),
-        ("real", probe.real, probe.hidden_real, probe.latent_real),
+        ("fake", probe.prediction, probe.hidden_prediction, probe.latent_prediction),
+        ("real", probe.target, probe.hidden_target, probe.latent_target),
     ):
         assert len(hidden) == len(latent) == heads
         assert_close(sample.detach(), golden[f"{kind}_adv"], 1e-6)
@@ -438,9 +438,9 @@ def test_detail_step(path, pretrained):
     assert_scalar(step.metrics["loss"], golden["loss_g_total"], 1e-5)
     assert_scalar(step.metrics["loss/gan_critic"], golden["loss_d"], 1e-5)
 
-    assert_gradient(probe.fake.grad, golden["grad_fake_adv"])
+    assert_gradient(probe.prediction.grad, golden["grad_fake_adv"])
     assert_gradient(torch.stack(step.state_gradients), golden["grad_feat_hidden_fake"])
-    assert_gradient(torch.stack([state.grad for state in probe.latent_fake]), golden["grad_feat_latent_fake"])
+    assert_gradient(torch.stack([state.grad for state in probe.latent_prediction]), golden["grad_feat_latent_fake"])
     assert_gradient(step.v_student.grad, golden["grad_v_student"])
     assert_same_gradients(step, "student", golden, "g_")
     assert_same_gradients(step, "gan", golden, "d_")
@@ -454,9 +454,9 @@ def test_experts_by_time(pretrained):
     """Both experts and the teacher at the record's times; our router sends every point where the record sends it."""
     golden = Golden(RECORD / "detail_hy" / "routing.npz")
     guidance = {"mode": "embedded", "scale": EMBEDDED}
-    mixture = Mixture.build(load_recipe(recipe_data(pretrained(golden), "detail", guidance)))
+    mixture = build_mixture(load_recipe(recipe_data(pretrained(golden), "detail", guidance)))
     mixture.load(experts_of(golden, "detail", "student"), {}, "the record")
-    student, points = mixture.student, mixture.trajectory.points
+    student, points = mixture, mixture.trajectory.points
     text = {"prompt_embeds": golden["text"], "prompt_attention_mask": golden["text_mask"]}
     x, cond = golden["x"], student.backbone.unpack(text)
     times = golden.times()
@@ -465,12 +465,12 @@ def test_experts_by_time(pretrained):
         for time in times:
             expert = "detail" if golden[f"active_t{time}"] else "semantic"
             with student.using(expert):
-                v = student(x, torch.full((len(x),), float(time) / 1000), cond)
+                v = mixture(x, torch.full((len(x),), float(time) / 1000), cond)
             assert_close(v, golden[f"student_t{time}"], 1e-5)
         sigma = torch.full((len(x),), 0.9)
         states = student.hidden_states(x, sigma, cond, student.backbone.blocks[::2])
         latents = [student.unembed(state, x, sigma, cond) for state in states]
-        assert_close(student(x, sigma, cond), golden["teacher_t900"], 1e-5)
+        assert_close(mixture(x, sigma, cond), golden["teacher_t900"], 1e-5)
         assert_close(torch.stack(states), golden["teacher_feat_hidden_t900"], 1e-5)
         assert_close(torch.stack(latents), golden["teacher_feat_latent_t900"], 1e-5)
     assert [mixture.router.expert_at(sigma) == "detail" for sigma in points.tolist()] == [

@@ -7,18 +7,18 @@ import re
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
-from pipelines import _t5, t5_tokenizer
+from saved_pipelines import _t5, t5_tokenizer
 from transformers import T5Config, T5EncoderModel
 
-from moedistill.backbone import VideoSize
-from moedistill.flow import jump
-from moedistill.integrations.diffusers import apply
-from moedistill.recipe import load_recipe
-from moedistill.sample_run import sample_run
-from moedistill.sampling import sample
-from moedistill.student import Student
-from moedistill.testing import BackboneContract
-from moedistill.train import run
+from moedistill.flow.process import jump
+from moedistill.flow.sampling import sample
+from moedistill.integrations.diffusers.apply import apply
+from moedistill.model.backbone import VideoSize
+from moedistill.model.mixture import Mixture
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.loop import run
+from moedistill.runs.sample import sample_run
+from moedistill.testing.running import BackboneContract
 from moedistill_ltx.backbone import LTXConfig
 
 PROMPT = "a dog runs along a beach"
@@ -133,9 +133,9 @@ def test_padding_is_not_read():
 
 def test_modulation_is_shared_by_low_rank_experts_and_trained_by_full_ones():
     recipe = load_recipe("dcm_ltx")
-    student = Student(tiny(), recipe.experts)
-    assert "scale_shift_table" in student.experts["semantic"].parameters
-    assert not any(name.startswith("scale_shift_table") for name in student.experts["detail"].parameters)
+    mixture = Mixture(tiny(), recipe.experts)
+    assert "scale_shift_table" in mixture.experts["semantic"].parameters
+    assert not any(name.startswith("scale_shift_table") for name in mixture.experts["detail"].parameters)
 
 
 # -- latents ----------------------------------------------------------------------------------------------------------

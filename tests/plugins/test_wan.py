@@ -4,19 +4,19 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from helpers import as_if_trained
-from pipelines import PROMPT, distil_fast, pipeline_recipe, save_pipeline
+from saved_pipelines import PROMPT, distil_fast, pipeline_recipe, save_pipeline
 
-from moedistill.backbone import Guidance
-from moedistill.conditioning import concat
 from moedistill.errors import RecipeError
-from moedistill.experts import LoRAConfig
-from moedistill.mixture import Mixture
-from moedistill.recipe import load_recipe
-from moedistill.sampling import sample
+from moedistill.flow.sampling import sample
+from moedistill.model.conditioning import concat
+from moedistill.model.experts import LoRAConfig
+from moedistill.model.guidance import Guidance
+from moedistill.model.mixture import Mixture
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import build_mixture
+from moedistill.runs.loop import run
 from moedistill.stages.consistency import ConsistencyStage
-from moedistill.student import Student
-from moedistill.testing import BackboneContract
-from moedistill.train import run
+from moedistill.testing.running import BackboneContract
 from moedistill_wan.backbone import WanConfig
 
 GUIDED = Guidance(mode="classifier_free", scale=5.0)
@@ -105,8 +105,8 @@ def test_embedded_guidance_is_an_error():
 def test_fifty_steps_are_those_of_the_stock_pipeline(family, recipe):
     """From a saved folder, which comes with a multistep scheduler: plain Euler steps take its place."""
     loaded = load_recipe(recipe(family))
-    mixture = Mixture.build(loaded)
-    student, backbone = mixture.student, mixture.student.backbone
+    mixture = build_mixture(loaded)
+    mixture, backbone = mixture, mixture.backbone
     noise, _, cond = inputs(backbone)
     assert isinstance(backbone.pipeline().scheduler, FlowMatchEulerDiscreteScheduler)
     stock = backbone.native_trajectory(noise, cond, 50)
@@ -115,8 +115,8 @@ def test_fifty_steps_are_those_of_the_stock_pipeline(family, recipe):
     assert backbone.pipeline().scheduler.config.shift == 3.0  # the folder's flow_shift
 
     def velocity(x, sigma):
-        with student.using(student.teacher_at(sigma[0].item())):
-            return student(x, sigma, cond)
+        with mixture.using(mixture.teacher_at(sigma[0].item())):
+            return mixture(x, sigma, cond)
 
     ours = sample(velocity, noise, sigmas)
     assert (ours - stock[-1][1]).abs().max() <= 1e-4 * ours.abs().max()
@@ -150,15 +150,15 @@ def test_loaded_weights_keep_their_float32_islands(folders):
 @pytest.mark.parametrize("inference", [False, True])
 def test_time_is_embedded_in_float32(recipe, expert, inference):
     """Under autocast, in the base, in a full expert and in a copy."""
-    student = Mixture.build(load_recipe(recipe("wan", backbone__dtype="bfloat16")), inference=inference).student
-    network, dtypes, linears = student.experts[expert].shared.network, [], []
+    mixture = build_mixture(load_recipe(recipe("wan", backbone__dtype="bfloat16")), inference=inference)
+    network, dtypes, linears = mixture.experts[expert].shared.network, [], []
     for path, module in network.named_modules():
         if path.rpartition(".")[2] == "time_embedder":
             module.register_forward_hook(lambda _module, _args, output: dtypes.append(output.dtype))
         if path.endswith("text_embedder"):
             module.register_forward_hook(lambda _module, _args, output: linears.append(output.dtype))
-    with student.using(expert), torch.no_grad():
-        student(*inputs(student.backbone))
+    with mixture.using(expert), torch.no_grad():
+        mixture(*inputs(mixture.backbone))
     assert dtypes == [torch.float32]
     assert linears == [torch.bfloat16]
 
@@ -168,7 +168,7 @@ def test_time_is_embedded_in_float32(recipe, expert, inference):
 
 def test_the_teacher_of_a_stage_is_the_network_of_its_segment(recipe, tmp_path, monkeypatch):
     seen, stage_of = [], {}
-    guided, setup = Student.guided, ConsistencyStage.setup
+    guided, setup = Mixture.guided, ConsistencyStage.setup
 
     def spy(self, x, sigma, cond, guidance):
         seen.append((stage_of["now"], self.active, sigma.item() >= 0.875))
@@ -178,46 +178,46 @@ def test_the_teacher_of_a_stage_is_the_network_of_its_segment(recipe, tmp_path, 
         stage_of["now"] = run_.config.name
         return setup(self, run_, *args)
 
-    monkeypatch.setattr(Student, "guided", spy)
+    monkeypatch.setattr(Mixture, "guided", spy)
     monkeypatch.setattr(ConsistencyStage, "setup", note)
     stages = [distil_fast("semantic", steps=6), distil_fast("detail", steps=6)]
-    run(recipe(stages=stages, training__heldout=None), output=tmp_path, device="cpu")
+    run(recipe(stages=stages, training__monitor=None), output=tmp_path, device="cpu")
     assert set(seen) == {("semantic", "teacher", True), ("detail", "teacher.transformer_2", False)}
     assert len(seen) == 12
 
 
 def test_each_network_is_guided_by_its_own_scale(recipe):
-    student = Mixture.build(load_recipe(recipe())).student
-    x, sigma, cond = inputs(student.backbone)
-    both = concat(cond, student.backbone.null_conditioning(cond))
+    mixture = build_mixture(load_recipe(recipe()))
+    x, sigma, cond = inputs(mixture.backbone)
+    both = concat(cond, mixture.backbone.null_conditioning(cond))
     for teacher, scale in (("teacher", 4.0), ("teacher.transformer_2", 3.0)):
-        with student.using(teacher), torch.no_grad():
-            guided = student.guided(x, sigma, cond, TWO_SCALES)
-            v_cond, v_null = student(torch.cat([x, x]), sigma.repeat(2), both).chunk(2)
+        with mixture.using(teacher), torch.no_grad():
+            guided = mixture.guided(x, sigma, cond, TWO_SCALES)
+            v_cond, v_null = mixture(torch.cat([x, x]), sigma.repeat(2), both).chunk(2)
         assert torch.allclose(guided, v_null + scale * (v_cond - v_null), atol=1e-5)
-    assert student.teacher_at(0.875) == "teacher"  # as diffusers has it
-    assert student.teacher_at(0.8749) == "teacher.transformer_2"
+    assert mixture.teacher_at(0.875) == "teacher"  # as diffusers has it
+    assert mixture.teacher_at(0.8749) == "teacher.transformer_2"
 
 
 def test_adapters_are_separate(recipe):
-    student = Mixture.build(load_recipe(recipe())).student
-    networks = student.backbone.networks
+    mixture = build_mixture(load_recipe(recipe()))
+    networks = mixture.backbone.networks
     for expert, base in (("semantic", "transformer"), ("detail", "transformer_2")):
-        assert student.experts[expert].shared.network is networks[base]
-    point = inputs(student.backbone)
+        assert mixture.experts[expert].shared.network is networks[base]
+    point = inputs(mixture.backbone)
 
     def velocities():
         found = {}
-        for expert in student.experts:
-            with student.using(expert), torch.no_grad():
-                found[expert] = student(*point)
+        for expert in mixture.experts:
+            with mixture.using(expert), torch.no_grad():
+                found[expert] = mixture(*point)
         return found
 
     before = velocities()
     assert torch.equal(before["semantic"], before["teacher"])
     assert torch.equal(before["detail"], before["teacher.transformer_2"])
     assert not torch.allclose(before["semantic"], before["detail"], atol=1e-3)
-    as_if_trained(student.experts["semantic"], 0)
+    as_if_trained(mixture.experts["semantic"], 0)
     after = velocities()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["semantic"]
 
@@ -266,14 +266,14 @@ def test_adapters_of_the_published_model():
             num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960, freq_dim=256, text_dim=4096
         )  # fmt: skip
         backbone = WanConfig(pretrained="unused/unused").wrap({"transformer": network})
-        student = Student(backbone, {"detail": LoRAConfig(rank=128)})
-    sizes = {name: parameter.numel() for name, parameter in student.experts["detail"].parameters.items()}
+        mixture = Mixture(backbone, {"detail": LoRAConfig(rank=128)})
+    sizes = {name: parameter.numel() for name, parameter in mixture.experts["detail"].parameters.items()}
     lora = {name: size for name, size in sizes.items() if ".lora_" in name}
     assert len(lora) == 2 * 240
     assert sum(lora.values()) == 94_371_840
     copies = sum(sizes.values()) - sum(lora.values())
     assert copies == pytest.approx(25.7e6, rel=2e-3)
-    own = sum(weight.numel() for weight in student.experts["teacher"].shared.weights.values())
+    own = sum(weight.numel() for weight in mixture.experts["teacher"].shared.weights.values())
     assert sum(sizes.values()) / own == pytest.approx(0.085, abs=5e-4)
     assert len(backbone.blocks) == 30
     assert backbone.hidden_size == 1536

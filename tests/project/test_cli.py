@@ -14,7 +14,7 @@ import yaml
 
 from moedistill import __version__, cli
 from moedistill.errors import Interrupted, UserError
-from moedistill.recipe import load_recipe, shipped_recipes
+from moedistill.recipe.loading import load_recipe, shipped_recipes
 
 SHIPPED = "digits_teacher"
 
@@ -34,9 +34,9 @@ def call(capsys):
 
 @pytest.fixture
 def fake_train(monkeypatch):
-    """A `moedistill.train` whose `run` records what it gets, and does what it is told to."""
+    """A `moedistill.runs.loop` whose `run` records what it gets, and does what it is told to."""
     calls: list[tuple[tuple, dict]] = []
-    module = types.ModuleType("moedistill.train")
+    module = types.ModuleType("moedistill.runs.loop")
 
     def run(*args, **kwargs):
         calls.append((args, kwargs))
@@ -44,7 +44,7 @@ def fake_train(monkeypatch):
             raise module.error
 
     module.run, module.calls, module.error = run, calls, None
-    monkeypatch.setitem(sys.modules, "moedistill.train", module)
+    monkeypatch.setitem(sys.modules, "moedistill.runs.loop", module)
     return module
 
 
@@ -123,10 +123,10 @@ def test_a_bug_keeps_its_traceback(fake_train):
 
 
 def test_sample_passes_everything_on(call, monkeypatch, tmp_path):
-    module = types.ModuleType("moedistill.sample_run")
+    module = types.ModuleType("moedistill.runs.sample")
     calls: list[tuple[tuple, dict]] = []
     module.sample_run = lambda *args, **kwargs: calls.append((args, kwargs)) or types.SimpleNamespace(output="there")
-    monkeypatch.setitem(sys.modules, "moedistill.sample_run", module)
+    monkeypatch.setitem(sys.modules, "moedistill.runs.sample", module)
     args = ("sample", tmp_path, "--prompt", "3 right", "--prompt", "7 up", "--num", 2, "--seed", 5, "--ema")
     (tmp_path / "more.txt").write_text("1 left\n")
     args += ("--prompts", tmp_path / "more.txt", "--height", 48, "--frames", 9, "--fps", 12)

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from moedistill import report
-from moedistill.recipe import load_recipe, shipped_recipes
-from moedistill.smoke import miniature
-from moedistill.train import run
+from moedistill.recipe.loading import load_recipe, shipped_recipes
+from moedistill.recipe.miniature import miniature
+from moedistill.runs import tables as report
+from moedistill.runs.loop import run
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def imported(name):

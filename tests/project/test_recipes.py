@@ -8,13 +8,13 @@ import torch
 from helpers import distil, tiny_recipe
 
 from moedistill import hookimpl
-from moedistill.plugins import load_plugins
-from moedistill.recipe import load_recipe, shipped_recipes
-from moedistill.smoke import miniature
-from moedistill.stages.base import TrainingStageConfig
+from moedistill.components.plugins import load_plugins
+from moedistill.recipe.keys import TrainingStageConfig
+from moedistill.recipe.loading import load_recipe, shipped_recipes
+from moedistill.recipe.miniature import miniature
+from moedistill.runs.loop import run
 from moedistill.stages.consistency import landing_points
 from moedistill.stages.evaluate import fingerprint
-from moedistill.train import run
 
 RECIPES = shipped_recipes()
 BASELINES = sorted(name for name in RECIPES if name.startswith("baselines/"))
@@ -63,7 +63,7 @@ def forwards_per_step(name, output):
     small = replace(
         small,
         stages=[stage.replace(steps=1) for stage in training(small)],
-        training=replace(small.training, heldout=None),
+        training=replace(small.training, monitor=None),
     )
     cost = run(small, output=output / name, device="cpu", plugins=plugins()).cost
     return {stage: spent["forwards"] / spent["steps"] / small.training.batch_size for stage, spent in cost.items()}
@@ -171,15 +171,15 @@ def test_stages_of_one_expert_continue_each_other(tmp_path):
 
     class Watch:
         @hookimpl
-        def on_stage_start(self, run):
-            seen.append((run.config.name, "start", weights(run)))
+        def on_stage_start(self, training):
+            seen.append((training.config.name, "start", weights(training)))
 
         @hookimpl
-        def on_stage_end(self, run):
-            seen.append((run.config.name, "end", weights(run)))
+        def on_stage_end(self, training):
+            seen.append((training.config.name, "end", weights(training)))
 
-    def weights(run):
-        return {name: value.detach().clone() for name, value in run.student.experts["semantic"].parameters.items()}
+    def weights(training):
+        return {name: value.detach().clone() for name, value in training.mixture.experts["semantic"].parameters.items()}
 
     stages = [distil(name=f"phases_{n}", phases=n, optimizer={"lr": 1e-2}) for n in (4, 2, 1)]
     mine = load_plugins()

@@ -21,29 +21,32 @@ from helpers import as_if_trained, digits_inputs, distil, evaluate, tiny_recipe,
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import moedistill.recipe
 from moedistill import cli, hookimpl
-from moedistill.backbone import Guidance, VideoSize
-from moedistill.checkpoint import load_tree
-from moedistill.context import Job, Run
+from moedistill.components.fields import Config
+from moedistill.components.plugins import load_plugins
 from moedistill.data.base import Sample
 from moedistill.data.latents import write_latents
 from moedistill.data.loading import Batch, load_batches
 from moedistill.data.prompts import PromptsConfig
 from moedistill.errors import UserError
-from moedistill.fields import Config
-from moedistill.losses import HuberConfig, ProbeLayout, StepTensors
-from moedistill.metrics import MetricInputs, vbench
+from moedistill.flow.routers import Boundary, TimestepRouterConfig
+from moedistill.flow.sampling_points import SampleConfig
+from moedistill.flow.trajectory import FlowMatching, Native, Points, Trajectory
+from moedistill.losses.base import HuberConfig, ProbeLayout, StepTensors
+from moedistill.losses.optim import OptimizerConfig
+from moedistill.metrics import vbench
+from moedistill.metrics.base import MetricInputs
 from moedistill.metrics.fvd import FVDConfig
-from moedistill.mixture import Mixture
-from moedistill.optim import OptimizerConfig
-from moedistill.plugins import load_plugins
-from moedistill.recipe import Recipe, load_recipe
-from moedistill.routers import Boundary, TimestepRouterConfig
-from moedistill.steps import SampleConfig
-from moedistill.student import Student
-from moedistill.train import run
-from moedistill.trajectory import FlowMatching, Native, Points, Trajectory
+from moedistill.model.backbone import VideoSize
+from moedistill.model.guidance import Guidance
+from moedistill.model.mixture import Mixture
+from moedistill.recipe.keys import Recipe
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import build_mixture
+from moedistill.runs.loop import run
+from moedistill.runtime.checkpoint import load_tree
+from moedistill.stages.run import Run
+from moedistill.stages.training import Training
 from moedistill_cogvideox.backbone import CogVideoXConfig
 from moedistill_dcm.gan import GANConfig
 from moedistill_dcm.losses import FeatureMatchingConfig, TemporalCoherenceConfig
@@ -199,7 +202,7 @@ def error_of(tmp_path):
 
 def built(changes=()):
     """The mixture of the tiny recipe."""
-    return Mixture.build(load_recipe(tiny_recipe([distil()], changes)))
+    return build_mixture(load_recipe(tiny_recipe([distil()], changes)))
 
 
 def distance(first, second):
@@ -224,7 +227,7 @@ def test_name_is_the_folder(monkeypatch, tmp_path):
 def test_description_is_listed(monkeypatch, tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(json.dumps(tiny_recipe([distil()], {"description": "what it is good for"})))
-    monkeypatch.setattr(moedistill.recipe, "shipped_recipes", lambda: {"tiny": file})
+    monkeypatch.setattr("moedistill.recipe.loading.shipped_recipes", lambda: {"tiny": file})
     assert "what it is good for" in CliRunner().invoke(cli.cli, ["list", "recipe"]).output
 
 
@@ -236,14 +239,14 @@ def test_seed(done):
 @observes("Recipe.backbone", "Recipe.trajectory", "Recipe.router", "Recipe.experts")
 def test_what_the_mixture_is_made_of():
     usual = built()
-    assert usual.student.backbone.hidden_size == 16
-    assert built({"backbone.width": 8}).student.backbone.hidden_size == 8
+    assert usual.backbone.hidden_size == 16
+    assert built({"backbone.width": 8}).backbone.hidden_size == 8
     assert torch.equal(usual.trajectory.points, GRID.points)
     assert built({"trajectory.num_steps": 10}).trajectory.num_steps == 10
     assert (usual.router.expert_at(0.8), usual.router.expert_at(0.9)) == ("detail", "semantic")
     assert built({"router.boundaries": [{"point": 3}]}).router.expert_at(0.8) == "semantic"
-    assert usual.student.experts["detail"].parameters
-    assert not built({"experts.detail": {"kind": "frozen"}}).student.experts["detail"].parameters
+    assert usual.experts["detail"].parameters
+    assert not built({"experts.detail": {"kind": "frozen"}}).experts["detail"].parameters
 
 
 @observes("Recipe.data")
@@ -254,7 +257,7 @@ def test_data_is_needed(error_of):
 @observes("Recipe.training", "TrainingConfig.batch_size")
 def test_batch_size(watch):
     assert {call.batch for call in watch()} == {4}
-    assert {call.batch for call in watch(changes={"training": {"batch_size": 6, "heldout": None}})} == {6}
+    assert {call.batch for call in watch(changes={"training": {"batch_size": 6, "monitor": None}})} == {6}
 
 
 @observes("Recipe.stages")
@@ -301,7 +304,7 @@ def test_threads(tmp_path):
         threads = 0
 
         @hookimpl
-        def on_step_end(self, run, metrics):
+        def on_step_end(self, training, metrics):
             self.threads = torch.get_num_threads()
 
     for number, expected in ((None, 1), (2, 2)):
@@ -319,7 +322,7 @@ def test_workers(tmp_path):
         workers = 0
 
         @hookimpl
-        def on_step_end(self, run, metrics):
+        def on_step_end(self, training, metrics):
             self.workers = len(multiprocessing.active_children())
 
     for number in (0, 2):
@@ -396,7 +399,7 @@ def test_learning_rates():
 @observes("OptimizerConfig.max_grad_norm")
 def test_gradients_are_clipped_to_a_norm(done):
     """With a large eps the first step is the gradient itself."""
-    start = built().student.experts["teacher"].merged()
+    start = built().experts["teacher"].merged()
     for limit in (None, 1e-3):
         optimizer = {"lr": 1.0, "eps": 1.0, "weight_decay": 0.0, "max_grad_norm": limit}
         result = done(distil(steps=1, optimizer=optimizer))
@@ -423,7 +426,7 @@ def test_which_expert_is_trained_for_how_long(done, kind):
 @TRAINING
 @observes("stage.consistency.optimizer", "stage.finetune.optimizer")
 def test_the_stage_s_optimizer(done, kind):
-    start = built().student.experts["teacher"].merged()
+    start = built().experts["teacher"].merged()
     for lr in (1e-3, 1e-4):
         trained = done(distil(kind=kind, steps=1, optimizer={"lr": lr})).tree("experts")["semantic"]
         assert distance(trained, start) == pytest.approx(lr, rel=0.01)
@@ -443,7 +446,7 @@ def test_the_stage_s_losses(done, kind):
 @TRAINING
 @observes("stage.consistency.ema_decay", "stage.finetune.ema_decay")
 def test_ema_decay(done, kind):
-    start = built().student.experts["teacher"].merged()
+    start = built().experts["teacher"].merged()
     assert done(distil(kind=kind)).tree("ema") == {}
     for decay in (0.25, 0.75):
         result = done(distil(kind=kind, steps=1, ema_decay=decay))
@@ -468,9 +471,9 @@ def test_probe(error_of, kind):
 @observes("stage.consistency.target")
 def test_target_ema(done, error_of):
     assert "needs ema_decay" in error_of(distil(target="ema"))
-    student, average = (done(distil(target=target, ema_decay=0.9)).lines for target in ("student", "ema"))
-    assert student[0]["loss"] == average[0]["loss"]  # the average starts as the student
-    assert student[1]["loss"] != average[1]["loss"]
+    mixture, average = (done(distil(target=target, ema_decay=0.9)).lines for target in ("student", "ema"))
+    assert mixture[0]["loss"] == average[0]["loss"]  # the average starts as the student
+    assert mixture[1]["loss"] != average[1]["loss"]
 
 
 @observes("stage.consistency.phases", "PhasePoints.points")
@@ -558,7 +561,9 @@ def test_what_terms_measure():
     assert value(TemporalCoherenceConfig(lag=1), frames) == 1
     assert value(TemporalCoherenceConfig(lag=3), frames) == 9
     one = torch.ones(1)
-    probe = SimpleNamespace(hidden_fake=[2 * one], hidden_real=[one], latent_fake=[4 * one], latent_real=[one])
+    probe = SimpleNamespace(
+        hidden_prediction=[2 * one], hidden_target=[one], latent_prediction=[4 * one], latent_target=[one]
+    )
     assert value(FeatureMatchingConfig(space="hidden"), probe=probe) == 1
     assert value(FeatureMatchingConfig(space="latent"), probe=probe) == 9
 
@@ -566,7 +571,7 @@ def test_what_terms_measure():
 @observes("loss.gan.width", "loss.gan.groups", "loss.gan.clip")
 def test_gan():
     layout = ProbeLayout(num_taps=1, hidden_size=3)
-    probe = SimpleNamespace(hidden_fake=[torch.zeros(1, 1, 3)], grid=(1, 1, 1))
+    probe = SimpleNamespace(hidden_prediction=[torch.zeros(1, 1, 3)], grid=(1, 1, 1))
     for width, groups, clip, expected in ((4, 2, True, 0.0), (6, 3, False, -1.0)):
         gan = GANConfig(width=width, groups=groups, clip=clip).build(layout)
         [head] = gan.critic.heads
@@ -685,22 +690,22 @@ GUIDED = {"mode": "classifier_free", "scale": 3.0}
 @observes("backbone.digits.guidance")
 def test_guidance_is_the_teacher_s(watch):
     assert [call.batch for call in watch(distil(steps=1))] == [4, 4, 4]
-    student, teacher, target = watch(distil(steps=1), changes={"backbone.guidance": GUIDED})
-    assert (student.batch, teacher.batch, target.batch) == (4, 8, 4)
-    assert teacher.digits == student.digits + [10] * 4
+    mixture, teacher, target = watch(distil(steps=1), changes={"backbone.guidance": GUIDED})
+    assert (mixture.batch, teacher.batch, target.batch) == (4, 8, 4)
+    assert teacher.digits == mixture.digits + [10] * 4
 
 
 @observes("Guidance.mode", "Guidance.scale")
 def test_guidance():
-    student = built().student
+    mixture = built()
     inputs = digits_inputs()
-    null = student.backbone.null_conditioning(inputs[2])
+    null = mixture.backbone.null_conditioning(inputs[2])
     with torch.no_grad():
-        conditional, unconditional = student(*inputs), student(*inputs[:2], null)
+        conditional, unconditional = mixture(*inputs), mixture(*inputs[:2], null)
         for scale in (0.5, 3.0):
-            guided = student.guided(*inputs, Guidance(mode="classifier_free", scale=scale))
+            guided = mixture.guided(*inputs, Guidance(mode="classifier_free", scale=scale))
             assert distance(guided, unconditional + scale * (conditional - unconditional)) < 1e-5
-        assert torch.equal(student.guided(*inputs, Guidance()), conditional)
+        assert torch.equal(mixture.guided(*inputs, Guidance()), conditional)
     with pytest.raises(ValueError, match=r"scale 3.0 needs a mode"):
         Guidance(scale=3.0)
 
@@ -816,13 +821,13 @@ def test_sampling_steps(unit, two, three):
 @pytest.mark.parametrize("kind", kinds("expert"))
 def test_parents(kind):
     for parent in ("teacher", "semantic"):
-        student = built({"experts.detail": {"kind": kind, "from": parent}}).student
-        as_if_trained(student.experts["semantic"], 0)
-        student.experts["detail"].initialise(0)
-        velocity = velocity_of(student, "detail", digits_inputs())
-        assert torch.equal(velocity, velocity_of(student, parent, digits_inputs()))
+        mixture = built({"experts.detail": {"kind": kind, "from": parent}})
+        as_if_trained(mixture.experts["semantic"], 0)
+        mixture.experts["detail"].initialise(0)
+        velocity = velocity_of(mixture, "detail", digits_inputs())
+        assert torch.equal(velocity, velocity_of(mixture, parent, digits_inputs()))
         assert not torch.equal(
-            velocity_of(student, "teacher", digits_inputs()), velocity_of(student, "semantic", digits_inputs())
+            velocity_of(mixture, "teacher", digits_inputs()), velocity_of(mixture, "semantic", digits_inputs())
         )
 
 
@@ -831,7 +836,7 @@ def test_lora(error_of):
     linear = "blocks.0.attn.to_q"
 
     def build(**config):
-        return built({"experts.detail": {"kind": "lora", "rank": 2, "alpha": 4.0, **config}}).student.experts["detail"]
+        return built({"experts.detail": {"kind": "lora", "rank": 2, "alpha": 4.0, **config}}).experts["detail"]
 
     def change(expert):
         as_if_trained(expert, 0)
@@ -880,15 +885,15 @@ def test_prompts_as_data(watch, tmp_path):
     assert sorted(watch(evaluate(), changes={"data": both})[0].digits) == [1, 1, 3, 3]
     assert watch(evaluate(), changes={"data": {**data, "path": None}})[0].digits == [10] * 4
     # For stages that train on prompts alone; those of the core also want latents.
-    recipe, backbone = load_recipe(tiny_recipe([distil()])), built().student.backbone
+    recipe, backbone = load_recipe(tiny_recipe([distil()])), built().backbone
     for dropout, digits in ((0.0, [1, 1]), (1.0, [10, 10])):
         config = PromptsConfig(path=str(tmp_path / "one"), text_dropout=dropout)
         place = SimpleNamespace(device=torch.device("cpu"))
         changed = dataclasses.replace(recipe, data=config)
-        job = Job(changed, tmp_path, place, Mixture.build(recipe), config.build(backbone))
+        run = Run(changed, tmp_path, place, build_mixture(recipe), config.build(backbone))
         options = {"batch_size": 2, "accumulation": 1, "seed": 0, "stage": "s", "steps": range(1)}
-        [batch] = load_batches(job.dataset, **options)
-        assert Run(job, recipe.stages[0]).begin(batch).conditioning["digit"].tolist() == digits
+        [batch] = load_batches(run.dataset, **options)
+        assert Training(run, recipe.stages[0]).begin(batch).conditioning["digit"].tolist() == digits
 
 
 @TRAINING
@@ -898,9 +903,9 @@ def test_latent_frames(kind, tmp_path):
     frames = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(2, 12, 5, 4, 4)
     for cut, left in ((None, 5), (2, 2), (9, 5)):
         recipe = load_recipe(tiny_recipe([distil(kind=kind, latent_frames=cut)]))
-        job = Job(recipe, tmp_path, SimpleNamespace(device=torch.device("cpu")), Mixture.build(recipe), None)
+        run = Run(recipe, tmp_path, SimpleNamespace(device=torch.device("cpu")), build_mixture(recipe), None)
         batch = Batch(frames, digits_inputs()[2], [0, 1], boundary=True)
-        latents = Run(job, recipe.stages[0]).begin(batch).latents
+        latents = Training(run, recipe.stages[0]).begin(batch).latents
         assert torch.equal(latents, frames[:, :, :left])
 
 
@@ -982,13 +987,13 @@ def test_what_experts_and_dropped_text_are_told():
     for guidance, told in ((embedded, 6000.0), ({**embedded, "student_scale": 2.0}, 2000.0)):
         backbone = {"kind": "hunyuan_video", "pretrained": None, "guidance": guidance}
         changes = {"backbone": backbone, "data": {"kind": "latents", "path": None}}
-        student = Mixture.build(load_recipe(tiny_recipe([distil()], changes))).student
+        mixture = build_mixture(load_recipe(tiny_recipe([distil()], changes)))
         scales = []
         for expert in ("semantic", "teacher"):
-            shared = student.experts[expert].shared.network
+            shared = mixture.experts[expert].shared.network
             shared.time_text_embed.register_forward_pre_hook(lambda _, args, to=scales: to.append(args[2].item()))
-            with torch.no_grad(), student.using(expert):
-                student(torch.zeros(1, 16, 1, 2, 2), torch.ones(1), student.backbone.encode(["rain"]))
+            with torch.no_grad(), mixture.using(expert):
+                mixture(torch.zeros(1, 16, 1, 2, 2), torch.ones(1), mixture.backbone.encode(["rain"]))
         assert scales == [told, 6000.0]
     with pytest.raises(ValueError, match=r"student_scale 2.0 needs mode: embedded"):
         Guidance(student_scale=2.0)
@@ -1098,10 +1103,10 @@ def test_base_of_an_expert(kind):
     backbone = WanConfig(pretrained=None, boundary_ratio=0.9).tiny().build()
     for base, teacher in (("transformer", "teacher"), ("transformer_2", "teacher.transformer_2")):
         config = load_plugins().components.get("expert", kind)(base=base)
-        student = Student(backbone, {"one": config})
-        student.initialise(0)
+        mixture = Mixture(backbone, {"one": config})
+        mixture.initialise()
         inputs = torch.ones(1, *backbone.latent_shape()), torch.ones(1), backbone.encode(["rain"])
-        assert torch.equal(velocity_of(student, "one", inputs), velocity_of(student, teacher, inputs))
+        assert torch.equal(velocity_of(mixture, "one", inputs), velocity_of(mixture, teacher, inputs))
         backbone = WanConfig(pretrained=None, boundary_ratio=0.9).tiny().build()
 
 
@@ -1146,18 +1151,18 @@ def test_samples_of_another_evaluation(error_of, tmp_path):
 # -- the held-out loss, metrics with something brought ----------------------------------------------------------------
 
 
-@observes("TrainingConfig.heldout", "HeldOutConfig.every", "HeldOutConfig.samples", "HeldOutConfig.levels")
+@observes("TrainingConfig.monitor", "MonitorConfig.every", "MonitorConfig.samples", "MonitorConfig.levels")
 def test_the_held_out_loss(done):
     def found(config, steps=3):
-        return done(distil(steps=steps), changes={"training.heldout": config}).lines
+        return done(distil(steps=steps), changes={"training.monitor": config}).lines
 
     usual = {"every": 2, "samples": 2, "levels": 2}
-    assert not any("heldout" in line for line in found(None))
-    assert [line["step"] for line in found(usual) if "heldout" in line] == [0, 2, 3]
-    assert [line["step"] for line in found({**usual, "every": 9}) if "heldout" in line] == [0, 3]
-    levels = {n: [name for name in found({**usual, "levels": n})[0] if name.startswith("heldout/")] for n in (2, 3)}
+    assert not any("monitor" in line for line in found(None))
+    assert [line["step"] for line in found(usual) if "monitor" in line] == [0, 2, 3]
+    assert [line["step"] for line in found({**usual, "every": 9}) if "monitor" in line] == [0, 3]
+    levels = {n: [name for name in found({**usual, "levels": n})[0] if name.startswith("monitor/")] for n in (2, 3)}
     assert {n: len(names) for n, names in levels.items()} == {2: 2, 3: 3}
-    assert found({**usual, "samples": 3})[0]["heldout"] != found(usual)[0]["heldout"]
+    assert found({**usual, "samples": 3})[0]["monitor"] != found(usual)[0]["monitor"]
 
 
 @observes(*(f"metric.fvd.{name}" for name in ("detector", "real", "frames", "size", "batch_size")))

@@ -14,11 +14,15 @@ import yaml
 
 import moedistill
 from moedistill import cli
-from moedistill.fields import Component, Config, PositiveInt
-from moedistill.losses import LossConfig
-from moedistill.plugins import load_plugins
-from moedistill.recipe import Recipe, RecipeError, SampleConfig, json_schema, load_recipe, shipped_recipes
-from moedistill.trajectory import FlowMatching, Trajectory
+from moedistill.components.fields import Component, Config, PositiveInt
+from moedistill.components.plugins import load_plugins
+from moedistill.errors import RecipeError
+from moedistill.flow.sampling_points import SampleConfig
+from moedistill.flow.trajectory import FlowMatching, Trajectory
+from moedistill.losses.base import LossConfig
+from moedistill.recipe.json_schema import json_schema
+from moedistill.recipe.keys import Recipe
+from moedistill.recipe.loading import load_recipe, shipped_recipes
 
 GOOD = """\
 name: toy
@@ -197,8 +201,8 @@ def test_schema_refuses_what_recipes_refuse(plugins):
 
 
 def test_components_anywhere(plugins):
-    from moedistill.validation import Builder
-    from moedistill.yaml_tree import Node, from_data
+    from moedistill.recipe.building import Builder
+    from moedistill.recipe.yaml_tree import Node, from_data
 
     def build(raw):
         builder = Builder(plugins.components, from_data(raw, []))
@@ -451,7 +455,7 @@ def test_bad_recipe(tmp_path, plugins, case, capsys, monkeypatch):
     edits, path, fragments = CASES[case]
     file = write(tmp_path, edited(*edits))
     # Through the command: one screen, no traceback, exit code 2.
-    monkeypatch.setattr("moedistill.plugins.load_plugins", lambda files=(): plugins)
+    monkeypatch.setattr("moedistill.components.plugins.load_plugins", lambda files=(): plugins)
     with pytest.raises(SystemExit) as stop:
         cli.main(["validate", str(file)])
     output = capsys.readouterr().err

@@ -7,11 +7,11 @@ import json
 
 import pytest
 
-from moedistill.plugins import load_plugins
-from moedistill.recipe import load_recipe, shipped_recipes
-from moedistill.smoke import miniature
-from moedistill.stages.base import TrainingStageConfig
-from moedistill.train import run
+from moedistill.components.plugins import load_plugins
+from moedistill.recipe.keys import TrainingStageConfig
+from moedistill.recipe.loading import load_recipe, shipped_recipes
+from moedistill.recipe.miniature import miniature
+from moedistill.runs.loop import run
 
 RECIPES = sorted(shipped_recipes())
 RUN = [

@@ -4,16 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pipelines import PROMPT, VIDEO, pipeline_recipe, save_pipeline
+from saved_pipelines import PROMPT, VIDEO, pipeline_recipe, save_pipeline
 
-from moedistill.backbone import Guidance, SampleLayout
 from moedistill.data.base import Dataset, Sample
 from moedistill.data.latents import write_latents
 from moedistill.errors import RecipeError, UserError
-from moedistill.mixture import Mixture
-from moedistill.recipe import load_recipe
-from moedistill.sample_run import sample_run
-from moedistill.train import _check_layout, run
+from moedistill.model.backbone import SampleLayout
+from moedistill.model.guidance import Guidance
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import _check_layout, build_mixture
+from moedistill.runs.loop import run
+from moedistill.runs.sample import sample_run
 from moedistill_ltx.backbone import LTXConfig
 from moedistill_wan.backbone import WanConfig
 
@@ -93,7 +94,7 @@ def test_a_cut_video_takes_its_image_latents_along():
 
     recipe = smoke("dcm_wan_1_3b", "data.path=null", "stages.semantic.latent_frames=3").resolved()
     started, _ = set_up(recipe)
-    backbone = started.student.backbone
+    backbone = started.mixture.backbone
     latents = torch.randn(2, *backbone.latent_shape())
     text = backbone.encode(["a", "b"])
     batch = started.begin(
@@ -117,7 +118,7 @@ def test_a_guidance_scale_of_one_leaves_the_other_networks_guided(scale):
         "experts={}",
         "stages=[{name: s, kind: sample, prompts: [a]}]",
     )
-    mixture = Mixture.build(recipe, backbone=backbone)
+    mixture = build_mixture(recipe, backbone=backbone)
     mixture.guidance = guidance
     sigmas = torch.tensor([1.0, 0.9, 0.6, 0.0])
     [video] = backbone.generate(mixture, [PROMPT], sigmas, seed=0)
@@ -186,7 +187,7 @@ def test_targets_that_match_nothing_are_named():
     backbone = smoke("dcm_wan_1_3b").backbone.tiny().build()
     backbone.lora_targets = {"attention": "to_q"}
     with pytest.raises(UserError, match="'attention' matches no linear of the network; its pattern is to_q"):
-        Mixture.build(smoke("dcm_wan_1_3b"), backbone=backbone)
+        build_mixture(smoke("dcm_wan_1_3b"), backbone=backbone)
 
 
 def test_samples_never_replace_others(tmp_path):
@@ -213,7 +214,7 @@ def test_a_backbone_of_any_kind_misses_the_text_that_its_layout_names():
     backbone = SimpleNamespace(prepare=lambda latents, cond: (latents, cond))
     layout = SampleLayout(16, (2, 2, 2), {"words": (None, 3)})
     recipe = SimpleNamespace(backbone=SimpleNamespace(layout=lambda: layout))
-    mixture = SimpleNamespace(student=SimpleNamespace(backbone=backbone))
+    mixture = SimpleNamespace(backbone=backbone)
 
     class One(Dataset):
         def __len__(self):

@@ -9,11 +9,11 @@ from helpers import distil, evaluate, tiny_recipe
 from test_latents import NAMES, entry, write_index, write_own, write_published
 
 from moedistill import cli
-from moedistill.backbone import SampleLayout
 from moedistill.data.base import Sample
-from moedistill.data.check import check_latents
 from moedistill.data.latents import write_latents
-from moedistill.recipe import load_recipe
+from moedistill.model.backbone import SampleLayout
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.check import check_set
 from moedistill_digits.backbone import DigitsBackboneConfig
 
 LAYOUT = SampleLayout(4, (1, 2, 2), {"prompt_embeds": (None, 8), "prompt_attention_mask": (None,)})
@@ -28,7 +28,7 @@ def check(tmp_path, monkeypatch):
         monkeypatch.setattr(DigitsBackboneConfig, "layout", lambda self: layout)
         data = {"data": {"kind": "latents", "path": str(tmp_path)}, "training.batch_size": 1}
         recipe = load_recipe(tiny_recipe(stages or [distil()], {**data, **dict(changes)}))
-        return check_latents(path, recipe)
+        return check_set(path, recipe)
 
     return do
 
@@ -72,7 +72,7 @@ def test_what_is_in_a_set(tmp_path, check, layout):
     else:
         negative = {"prompt_embeds": torch.ones(6, 8), "prompt_attention_mask": torch.ones(6)}
         write_own(tmp_path, captions=["a", "b", "c"], negative=negative)
-    report = check_latents(tmp_path)
+    report = check_set(tmp_path)
     assert report.title == f"{tmp_path}: 3 samples, {layout} layout"
     assert {**facts(report), "dtypes": set(facts(report)["dtypes"].split(", "))} == {
         "latents": "[4, 3, 2, 2] × 2, [4, 5, 2, 2] × 1",
@@ -102,7 +102,7 @@ def test_all_that_is_missing_broken_and_not_a_number(tmp_path):
     torch.save(torch.full((6, 8), float("inf")), tmp_path / "prompt_embed" / NAMES[0])
     torch.save(torch.zeros(6), tmp_path / "prompt_attention_mask" / NAMES[0])
     (tmp_path / "latent" / NAMES[1]).write_bytes(b"")
-    found = {found.message.split(":")[0]: found.places for found in check_latents(tmp_path).problems}
+    found = {found.message.split(":")[0]: found.places for found in check_set(tmp_path).problems}
     assert set(found) == {
         "2 files are missing", "2 samples cannot be read", "4 numbers are NaN or infinite",
         "2 text is masked out altogether, which makes the attention of some models NaN",
@@ -122,7 +122,7 @@ def test_all_that_is_missing_broken_and_not_a_number(tmp_path):
 def test_captions_alone(tmp_path):
     bare = {"prompt_embed_path": None, "prompt_attention_mask": None}
     publish(tmp_path, entries=[entry(0, **bare), entry(1), entry(2, **bare, caption=None)])
-    report = check_latents(tmp_path)
+    report = check_set(tmp_path)
     assert facts(report)["captions"] == "2; 1 samples have nothing else"
     assert report.notes == [
         "1 of 3 samples have a caption only: it will be encoded with the model's text encoder"
@@ -133,7 +133,7 @@ def test_captions_alone(tmp_path):
 def test_texts_that_make_no_batch(tmp_path, check):
     publish(tmp_path)
     torch.save(torch.ones(7, 8), tmp_path / "prompt_embed" / NAMES[2])  # of the shape of sample 0; sample 1 has another
-    [note] = check_latents(tmp_path).notes
+    [note] = check_set(tmp_path).notes
     assert note.startswith("1 samples have the latent shape, but not the conditioning of others")
     assert check().fits  # one sample at a time
     message, [place] = problem(check(changes={"training.batch_size": 2}))
@@ -146,11 +146,11 @@ def test_texts_that_make_no_batch(tmp_path, check):
 def test_the_stored_negative_prompt(tmp_path, check):
     negative = {"prompt_embeds": torch.full((5, 8), float("nan")), "prompt_attention_mask": torch.ones(6)}
     write_own(tmp_path, negative=negative)
-    places = [found.places for found in check_latents(tmp_path).problems]
+    places = [found.places for found in check_set(tmp_path).problems]
     assert places[0] == [f"{tmp_path}/negative.safetensors: prompt_embeds"]
     assert [place.rpartition(": ")[2] for place in places[1]] == ["prompt_embeds [6, 8], not [5, 8]"] * 3
     (tmp_path / "negative.safetensors").unlink()
-    report = check_latents(tmp_path)
+    report = check_set(tmp_path)
     assert problem(report)[1] == [f"{tmp_path}/negative.safetensors: is missing"]
     assert facts(report)["negative prompt"] == "cannot be read"
 
@@ -265,7 +265,7 @@ def test_a_backbone_that_cannot_tell(tmp_path, check, monkeypatch):
 
     recipe = load_recipe(tiny_recipe([distil()]))
     monkeypatch.setattr(DigitsBackboneConfig, "layout", raises)
-    assert problem(check_latents(tmp_path, recipe))[1] == ["backbone: its folder is empty"]
+    assert problem(check_set(tmp_path, recipe))[1] == ["backbone: its folder is empty"]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_a_report_fits_a_screen(tmp_path):
     entries += [entry(0) for _ in range(40)]
     publish(tmp_path, entries=entries)
     torch.save(torch.full((4, 3, 2, 2), float("nan")), tmp_path / "latent" / NAMES[0])
-    report = check_latents(tmp_path)
+    report = check_set(tmp_path)
     assert [len(found.places) for found in report.problems] == [40, 40, 40]
     lines = report.lines()
     assert len(lines) <= 24

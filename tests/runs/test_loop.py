@@ -15,11 +15,11 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moedistill import hookimpl
-from moedistill.callbacks import Progress
+from moedistill.components.plugins import load_plugins
 from moedistill.errors import UserError
-from moedistill.losses import Loss, LossConfig
-from moedistill.plugins import load_plugins
-from moedistill.train import run
+from moedistill.losses.base import Loss, LossConfig
+from moedistill.runs.callbacks import Progress
+from moedistill.runs.loop import run
 from moedistill_digits.data import DigitsDataset
 
 STAGES = [distil(steps=2), distil("detail", steps=2)]
@@ -101,8 +101,8 @@ def test_steps_are_logged_as_asked_whatever_is_saved(tmp_path, log_every, logged
 
     class Observer:
         @hookimpl
-        def on_step_end(self, run, metrics):
-            calls.append((run.step, metrics["loss"]))
+        def on_step_end(self, training, metrics):
+            calls.append((training.step, metrics["loss"]))
 
     plugins = load_plugins()
     plugins.manager.register(Observer())
@@ -120,16 +120,16 @@ def show(console):
     progress = Progress(console)
     config = SimpleNamespace(name="semantic", kind="consistency")
     stage = SimpleNamespace(config=config, expert="sem", step=0, steps=10)
-    progress.on_stage_start(run=stage)
+    progress.on_stage_start(training=stage)
     for stage.step in (1, 2):
-        progress.on_step_end(run=stage, metrics=METRICS)
+        progress.on_step_end(training=stage, metrics=METRICS)
     return progress, stage
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal():
     file = io.StringIO()
     progress, stage = show(Console(file=file, width=60))
-    progress.on_stage_end(run=stage)
+    progress.on_stage_end(training=stage)
     title, first, second = file.getvalue().splitlines()
     assert title == "semantic (consistency, expert sem, 10 steps)"
     assert first.startswith("  1/10  grad_norm/student 0.5  loss 1.25  huber 0.0123  ")
@@ -179,10 +179,10 @@ def test_an_exact_target_needs_a_posterior_mean(tmp_path, monkeypatch):
 
 def test_an_error_in_a_step_ends_the_process_though_workers_wait(tmp_path):
     script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from helpers import distil, tiny_recipe\n"
         "from moedistill.stages.consistency import ConsistencyStage\n"
-        "from moedistill.train import run\n"
+        "from moedistill import run\n"
         "def fail(*_): raise RuntimeError('a bug')\n"
         "ConsistencyStage.step = fail\n"
         f"run(tiny_recipe([distil(steps=50)], {{'training.num_workers': 1}}), output={str(tmp_path)!r}, device='cpu')\n"

@@ -11,11 +11,12 @@ from helpers import dcm_recipe, digits_inputs, distil, equal, evaluate, tiny_rec
 from safetensors.torch import load_file
 
 from moedistill import hookimpl
-from moedistill.checkpoint import find_checkpoint, load_tree
+from moedistill.components.plugins import load_plugins
 from moedistill.errors import Interrupted, UserError
-from moedistill.plugins import load_plugins
-from moedistill.recipe import load_recipe
-from moedistill.train import changed_keys, run
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.loop import run
+from moedistill.runs.resume import changed_keys
+from moedistill.runtime.checkpoint import find_checkpoint, load_tree
 
 STEPS = 5
 CANDIDATES = [{"name": "student"}, {"name": "teacher", "model": "teacher"}]
@@ -47,13 +48,13 @@ class Watch:
         self.started = []
 
     @hookimpl
-    def on_stage_start(self, run):
+    def on_stage_start(self, training):
         semantic, detail, teacher = (
-            velocity_of(run.student, name, digits_inputs()) for name in ("semantic", "detail", "teacher")
+            velocity_of(training.mixture, name, digits_inputs()) for name in ("semantic", "detail", "teacher")
         )
-        saved = dict(run.student.experts["semantic"].parameters)
+        saved = dict(training.mixture.experts["semantic"].parameters)
         saved = {name: value.detach().clone() for name, value in saved.items()}
-        self.started.append((run.config.name, run.step, semantic, detail, teacher, saved))
+        self.started.append((training.config.name, training.step, semantic, detail, teacher, saved))
 
 
 @pytest.fixture(scope="module")
@@ -194,12 +195,12 @@ def test_a_stopped_evaluation_is_done_again(tmp_path, monkeypatch):
     stages = [evaluate(name="before"), distil(steps=1), evaluate(name="after"), evaluate(name="last")]
     done = []
 
-    def execute(stage, job):
+    def execute(stage, run):
         if stage.config.name == "last" and len(done) == 2:
             done.append("stopped")
             raise Interrupted(15)
         done.append(stage.config.name)
-        job.metrics[stage.config.name] = {"number": len(done)}
+        run.metrics[stage.config.name] = {"number": len(done)}
 
     monkeypatch.setattr("moedistill.stages.evaluate.EvaluateStage.execute", execute)
     with pytest.raises(Interrupted):
@@ -290,13 +291,15 @@ def test_what_was_used_before_the_checkpoint_is_settled(tmp_path):
     stages = [distil(steps=1), distil("detail", steps=1)]
     begun = run(tiny_recipe(stages, grown), output=tmp_path / "a", device="cpu").checkpoint.parent
     other = {**grown, "experts.middle": {"kind": "lora", "from": "teacher", "rank": 4}, "sample.points": [8, 2]}
-    before, after = changed_keys(load_recipe(tiny_recipe(stages, other)), begun / "00_semantic_00000001")
+    before, after = changed_keys(
+        load_recipe(tiny_recipe(stages, other)), load_tree(begun / "00_semantic_00000001", "state")
+    )
     assert (before, after) == (["experts.middle.rank"], ["sample.points.1"])
 
     stages.insert(1, evaluate(name="early", candidates=CANDIDATES))
     begun = run(tiny_recipe(stages), output=tmp_path / "b", device="cpu").checkpoint
     other = tiny_recipe(stages, {"sample.points": [8, 2], "experts.detail.rank": 4, "name": "other"})
-    before, after = changed_keys(load_recipe(other), begun)
+    before, after = changed_keys(load_recipe(other), load_tree(begun, "state"))
     assert (sorted(before), after) == (["experts.detail.rank", "sample.points.1"], ["name"])
 
 

@@ -9,11 +9,11 @@ import torch
 from helpers import distil, tiny_recipe
 from PIL import Image
 
-from moedistill import conditioning
 from moedistill.errors import UserError
-from moedistill.randomness import Draws
-from moedistill.sample_run import load_mixture, sample_run
-from moedistill.train import run
+from moedistill.model import conditioning
+from moedistill.runs.loop import run
+from moedistill.runs.sample import load_mixture, sample_run
+from moedistill.runtime.randomness import Draws
 
 LR = {"lr": 0.02}
 
@@ -50,7 +50,7 @@ def test_a_run_its_checkpoint_and_its_export_give_the_same(folder, videos):
 @pytest.mark.parametrize("weights", ["trained", "ema"])
 def test_samples_are_what_the_mixture_generates(folder, videos, weights):
     _, mixture = load_mixture(folder, weights=weights)
-    backbone, points = mixture.student.backbone, mixture.trajectory.points
+    backbone, points = mixture.backbone, mixture.trajectory.points
     noise = Draws(5, "sample", 0, range(2)).normal("noise", backbone.latent_shape())
     cond = conditioning.to(backbone.encode(["3 right"] * 2), "cpu")
     latents = mixture.generate(noise, cond, torch.tensor([points[8], points[4], 0.0]), weights=weights)

@@ -8,17 +8,17 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from forks import Command
 from helpers import dcm_recipe, equal, evaluate, trees
+from started_commands import Command
 
-from moedistill.checkpoint import Checkpoints, find_checkpoint
-from moedistill.train import run
+from moedistill.runs.loop import run
+from moedistill.runtime.checkpoint import Checkpoints, find_checkpoint
 
 STEPS = 4
 
 SLOW_SAVES = """
 import time
-from moedistill import checkpoint
+from moedistill.runtime import checkpoint
 
 save_tree = checkpoint.save_tree
 
@@ -34,9 +34,9 @@ import time
 from moedistill import hookimpl
 
 @hookimpl
-def on_step_end(run, metrics):
-    if run.step == 2:
-        (run.job.output / "asleep").touch()
+def on_step_end(training, metrics):
+    if training.step == 2:
+        (training.run.output / "asleep").touch()
         time.sleep(100)
 """
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from moedistill.cli import main
 from moedistill.errors import UserError
-from moedistill.report import Estimate, Record, _estimate, methods, read_records, tabulate
-from moedistill.train import run
+from moedistill.runs.loop import run
+from moedistill.runs.tables import Estimate, Record, _estimate, methods, read_records, tabulate
 
 SAMPLES = 400
 

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from forks import Command
 from helpers import dcm_recipe
+from started_commands import Command
 
-from moedistill.checkpoint import find_checkpoint, load_tree
-from moedistill.train import run
+from moedistill.runs.loop import run
+from moedistill.runtime.checkpoint import find_checkpoint, load_tree
 
 STEPS = 20
 STOPPED_AT = 14
@@ -22,25 +22,25 @@ WITNESS = f"""
 import json, os, signal
 from moedistill import hookimpl
 
-def note(run, **what):
-    with open(run.job.output.parent / f"rank-{{os.environ['RANK']}}.jsonl", "a") as file:
+def note(training, **what):
+    with open(training.run.output.parent / f"rank-{{os.environ['RANK']}}.jsonl", "a") as file:
         file.write(json.dumps(what) + "\\n")
 
 @hookimpl
-def on_stage_start(run):
-    accelerator = run.accelerator
-    note(run, stage=run.config.name, step=run.step, world=accelerator.num_processes, pid=os.getpid(),
+def on_stage_start(training):
+    accelerator = training.accelerator
+    note(training, stage=training.config.name, step=training.step, world=accelerator.num_processes, pid=os.getpid(),
          type=str(accelerator.distributed_type), rank=accelerator.process_index)
 
 @hookimpl
-def on_step_end(run, metrics):
-    note(run, batch=run.draw._samples)
-    if os.environ["RANK"] == "1" and run.config.name == "detail" and run.step == {STOPPED_AT - 1}:
+def on_step_end(training, metrics):
+    note(training, batch=training.draw._samples)
+    if os.environ["RANK"] == "1" and training.config.name == "detail" and training.step == {STOPPED_AT - 1}:
         os.kill(os.getpid(), signal.SIGTERM)
 
 @hookimpl
-def on_checkpoint(run, path):
-    note(run, saved=path.name)
+def on_checkpoint(training, path):
+    note(training, saved=path.name)
 """
 
 

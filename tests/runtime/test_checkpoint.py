@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import equal
 
-from moedistill import checkpoint
-from moedistill.checkpoint import Checkpoints, find_checkpoint, load_tree, save_tree, write_text
 from moedistill.errors import UserError
+from moedistill.runtime import checkpoint
+from moedistill.runtime.checkpoint import Checkpoints, find_checkpoint, load_tree, save_tree, write_text
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,

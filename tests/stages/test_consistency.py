@@ -18,14 +18,14 @@ from helpers import (
 )
 
 from moedistill import hookimpl
-from moedistill.checkpoint import load_tree
+from moedistill.components.plugins import load_plugins
 from moedistill.errors import RecipeError, UserError
-from moedistill.experts import TEACHER
-from moedistill.mixture import Mixture
-from moedistill.plugins import load_plugins
-from moedistill.recipe import load_recipe
+from moedistill.model.backbone import TEACHER
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import build_mixture
+from moedistill.runs.loop import run as run_recipe
+from moedistill.runtime.checkpoint import load_tree
 from moedistill.stages.consistency import landing_points
-from moedistill.train import run as run_recipe
 
 # --- Where jumps land
 
@@ -78,11 +78,11 @@ def test_phases_that_do_not_fit_the_segment_are_refused_in_a_run(tmp_path, phase
 class Spy:
     """Records what goes into each network and comes out, and what the losses see. Nothing is updated."""
 
-    def __init__(self, run):
+    def __init__(self, training):
         self.velocity, self.teacher, self.target, self.objective = [], [], [], []
         for name, calls in vars(self).items():
-            setattr(run, name, self._watched(getattr(run, name), calls))
-        run.update = lambda name, loss: None
+            setattr(training, name, self._watched(getattr(training, name), calls))
+        training.update = lambda name, loss: None
 
     @staticmethod
     def _watched(method, calls):
@@ -99,12 +99,12 @@ class Spy:
 
 def one_step(expert="semantic", changes=(), batch=8, **stage):
     """One step of a stage whose experts are as if trained: its run, what was seen, and where it started."""
-    run, built = set_up_trained(expert, changes, **stage)
-    spy, inputs = Spy(run), digits_batch(run, batch)
-    with run.student.using(expert):
-        built.step(run, inputs)
+    training, built = set_up_trained(expert, changes, **stage)
+    spy, inputs = Spy(training), digits_batch(training, batch)
+    with training.mixture.using(expert):
+        built.step(training, inputs)
     [(x, sigma, cond, _)] = spy.velocity
-    return run, spy, inputs, torch.searchsorted(run.trajectory.points, sigma), sigma, x, cond
+    return training, spy, inputs, torch.searchsorted(training.trajectory.points, sigma), sigma, x, cond
 
 
 def column(values):
@@ -125,8 +125,8 @@ def column(values):
 )
 def test_a_step_compares_what_the_formulas_say(expert, phases, edges, scale):
     guidance = {"mode": "classifier_free", "scale": scale}
-    run, spy, batch, i, sigma, x, cond = one_step(expert, {"backbone.guidance": guidance}, phases=phases)
-    student, points, tensors = run.student, run.trajectory.points, spy.tensors
+    training, spy, batch, i, sigma, x, cond = one_step(expert, {"backbone.guidance": guidance}, phases=phases)
+    mixture, points, tensors = training.mixture, training.trajectory.points, spy.tensors
     assert torch.equal(points[i], sigma)
     assert set(i.tolist()) <= set(range(5, 9) if expert == "semantic" else range(1, 5))
     landing = points[torch.tensor([max(edge for edge in edges if edge < start) for start in i.tolist()])]
@@ -135,9 +135,9 @@ def test_a_step_compares_what_the_formulas_say(expert, phases, edges, scale):
     assert abs(noise.std().item() - 1) < 0.03
 
     def velocity(name, x, sigma, cond=cond):
-        return velocity_of(student, name, (x, sigma, cond)).double()
+        return velocity_of(mixture, name, (x, sigma, cond)).double()
 
-    v_cond, v_null = velocity(TEACHER, x, sigma), velocity(TEACHER, x, sigma, student.backbone.null_conditioning(cond))
+    v_cond, v_null = velocity(TEACHER, x, sigma), velocity(TEACHER, x, sigma, mixture.backbone.null_conditioning(cond))
     v_teacher = v_cond + (scale - 1) * (v_cond - v_null)
     x_previous = x + column(points[i - 1] - sigma) * v_teacher
     v_target = velocity(expert, x_previous.float(), points[i - 1])
@@ -150,14 +150,14 @@ def test_a_step_compares_what_the_formulas_say(expert, phases, edges, scale):
     assert (prediction - target).abs().max() > 1e-2
     assert (scale == 1) == torch.equal(v_teacher, v_cond)
     assert torch.equal(tensors.sigma, sigma)
-    assert tensors.segment == run.segment
+    assert tensors.segment == training.segment
     assert {t.dtype for t in (tensors.prediction, tensors.target, tensors.difference, sigma)} == {torch.float32}
 
 
 def test_the_difference_is_formed_from_the_velocities():
     """That of prediction and target themselves has lost what rounding took from them."""
-    run, spy, _, i, sigma, _, _ = one_step()
-    points, tensors = run.trajectory.points, spy.tensors
+    training, spy, _, i, sigma, _, _ = one_step()
+    points, tensors = training.trajectory.points, spy.tensors
     v_student, v_teacher, v_target = (
         calls[0][-1].detach().double() for calls in (spy.velocity, spy.teacher, spy.target)
     )
@@ -170,11 +170,11 @@ def test_the_difference_is_formed_from_the_velocities():
 
 @pytest.mark.parametrize("expert", ["semantic", "detail"])
 def test_the_gradient_is_that_of_the_students_jump(expert):
-    run, spy, _, _, sigma, x, cond = one_step(expert)
-    wanted = list(run.student.experts[expert].parameters.values())
+    training, spy, _, _, sigma, x, cond = one_step(expert)
+    wanted = list(training.mixture.experts[expert].parameters.values())
     weights = torch.randn(x.shape)
-    with run.student.using(expert):
-        jump = column(run.segment.low - sigma).float() * run.student(x, sigma, cond)
+    with training.mixture.using(expert):
+        jump = column(training.segment.low - sigma).float() * training.mixture(x, sigma, cond)
     expected = torch.autograd.grad((jump * weights).sum(), wanted)
     for tensor in (spy.tensors.prediction, spy.tensors.difference):
         found = torch.autograd.grad((tensor * weights).sum(), wanted, retain_graph=True)
@@ -196,17 +196,17 @@ def test_starting_points_are_drawn_evenly_from_the_segment():
     ids=["one point", "n phases", "else"],
 )
 def test_a_jump_of_zero_length_needs_no_target_forward(phases, boundary, wanted):
-    run, spy, _, i, sigma, x, _ = one_step(changes={"router.boundaries": [{"point": boundary}]}, phases=phases)
+    training, spy, _, i, sigma, x, _ = one_step(changes={"router.boundaries": [{"point": boundary}]}, phases=phases)
     assert len(spy.target) == wanted
     if not wanted:
-        one_euler_step = x + column(run.trajectory.points[i - 1] - sigma) * spy.teacher[0][-1]
+        one_euler_step = x + column(training.trajectory.points[i - 1] - sigma) * spy.teacher[0][-1]
         torch.testing.assert_close(spy.tensors.target.double(), one_euler_step, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("target", ["ema", "student"])
 def test_the_target_is_the_averages_or_the_students(target):
-    run, spy, batch, *_ = one_step(target=target, ema_decay=0.5)
-    weights = {"student": run.student.experts["semantic"].parameters, "ema": run.ema.average}
+    training, spy, batch, *_ = one_step(target=target, ema_decay=0.5)
+    weights = {"student": training.mixture.experts["semantic"].parameters, "ema": training.ema.average}
     plain = digits_backbone().network
     [(x, sigma, _, v_target)] = spy.target
     with torch.no_grad():
@@ -220,19 +220,19 @@ def test_the_target_is_the_averages_or_the_students(target):
 
 
 def test_the_average_is_lent_for_the_target_only():
-    run, stage = set_up(tiny_recipe([distil(target="ema", ema_decay=0.5)]))
-    parameters = run.student.experts["semantic"].parameters
-    as_if_trained(run.student.experts["semantic"], 0)
+    training, stage = set_up(tiny_recipe([distil(target="ema", ema_decay=0.5)]))
+    parameters = training.mixture.experts["semantic"].parameters
+    as_if_trained(training.mixture.experts["semantic"], 0)
     places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    average = {name: value.clone() for name, value in run.ema.average.items()}
-    with run.student.using("semantic"):
-        stage.step(run, digits_batch(run))
+    average = {name: value.clone() for name, value in training.ema.average.items()}
+    with training.mixture.using("semantic"):
+        stage.step(training, digits_batch(training))
     assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == places
     for name, parameter in parameters.items():
         # The step is of the live weights, at a rate of 1e-3, and the average follows it.
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=2e-3)
-        torch.testing.assert_close(run.ema.average[name], (average[name] + parameter) / 2)
+        torch.testing.assert_close(training.ema.average[name], (average[name] + parameter) / 2)
         assert name.endswith("to_k.bias") or not torch.equal(parameter, before[name])
 
 
@@ -260,11 +260,13 @@ class Watch:
     def __init__(self):
         self.velocities, self.weights, self.metrics, self.trainable = {}, {}, {}, {}
 
-    def _look(self, run, when):
-        key = (run.config.name, when)
-        self.velocities[key] = {name: velocity_of(run.student, name, digits_inputs()) for name in run.student.experts}
+    def _look(self, training, when):
+        key = (training.config.name, when)
+        self.velocities[key] = {
+            name: velocity_of(training.mixture, name, digits_inputs()) for name in training.mixture.experts
+        }
         # The teacher's weights, and what each expert has trained.
-        experts = run.student.experts.items()
+        experts = training.mixture.experts.items()
         parameters = {name: expert.parameters if name != TEACHER else expert.shared.weights for name, expert in experts}
         self.weights[key] = {
             name: {key: value.detach().clone() for key, value in tensors.items()}
@@ -272,19 +274,19 @@ class Watch:
         }
 
     @hookimpl
-    def on_stage_start(self, run):
-        self._look(run, "start")
-        own = {id(parameter) for parameter in run.student.experts[run.expert].parameters.values()}
-        takes_gradients = {id(parameter) for parameter in run.student.parameters() if parameter.requires_grad}
-        self.trainable[run.config.name] = takes_gradients == own
+    def on_stage_start(self, training):
+        self._look(training, "start")
+        own = {id(parameter) for parameter in training.mixture.experts[training.expert].parameters.values()}
+        takes_gradients = {id(parameter) for parameter in training.mixture.parameters() if parameter.requires_grad}
+        self.trainable[training.config.name] = takes_gradients == own
 
     @hookimpl
-    def on_stage_end(self, run):
-        self._look(run, "end")
+    def on_stage_end(self, training):
+        self._look(training, "end")
 
     @hookimpl
-    def on_step_end(self, run, metrics):
-        self.metrics.setdefault(run.config.name, []).append(metrics)
+    def on_step_end(self, training, metrics):
+        self.metrics.setdefault(training.config.name, []).append(metrics)
 
 
 def watched_run(recipe, folder, **options):
@@ -375,11 +377,11 @@ def test_an_expert_equals_its_parent_until_it_is_trained(tmp_path):
     assert result.metrics["evaluate"]["student"]["paired_distance"] == 0
     assert result.metrics["evaluate"]["a"]["paired_distance"] > 0
     [between] = result.checkpoint.parent.glob("00_semantic_*")
-    mixture = Mixture.build(load_recipe(recipe))
+    mixture = build_mixture(load_recipe(recipe))
     mixture.load(load_tree(between, "experts"), {}, "the checkpoint")
     trained = watch.velocities["semantic", "end"]["semantic"]
-    assert torch.equal(velocity_of(mixture.student, "semantic", digits_inputs()), trained)
-    assert torch.equal(velocity_of(mixture.student, "detail", digits_inputs()), trained)
+    assert torch.equal(velocity_of(mixture, "semantic", digits_inputs()), trained)
+    assert torch.equal(velocity_of(mixture, "detail", digits_inputs()), trained)
 
 
 def test_checkpointed_training_ends_in_the_same_weights(tmp_path):

@@ -10,17 +10,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from moedistill.context import Job
-from moedistill.ema import EMA
-from moedistill.errors import UserError
-from moedistill.metrics import MetricInputs
-from moedistill.mixture import Mixture
-from moedistill.plugins import load_plugins
-from moedistill.randomness import Draws
-from moedistill.recipe import RecipeError, load_recipe
-from moedistill.sampling import sample
+from moedistill.components.plugins import load_plugins
+from moedistill.errors import RecipeError, UserError
+from moedistill.flow.sampling import sample
+from moedistill.metrics.base import MetricInputs
+from moedistill.model.ema import EMA
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import build_mixture
+from moedistill.runs.loop import run
+from moedistill.runtime.randomness import Draws
 from moedistill.stages.evaluate import fingerprint
-from moedistill.train import run
+from moedistill.stages.run import Run
 
 BRING = {"fvd", "vbench"}
 """Metrics that need files or programs of the user's."""
@@ -35,9 +35,9 @@ class Trained:
         self.folder, self.changes, self.runs = folder, changes, 0
         self.recipe = load_recipe(tiny_recipe([distil()], changes))
         self.dataset = self.recipe.data.build(None)
-        self.mixture = Mixture.build(self.recipe)
+        self.mixture = build_mixture(self.recipe)
         for seed, name in enumerate(["semantic", "detail"]):
-            expert = self.mixture.student.experts[name]
+            expert = self.mixture.experts[name]
             self.mixture.ema[name] = EMA(expert.parameters, decay=0.9)
             as_if_trained(expert, seed)
 
@@ -46,11 +46,11 @@ class Trained:
         self.runs += 1
         [_, config] = load_recipe(tiny_recipe([distil(ema_decay=0.9), evaluate(**stage)], self.changes)).stages
         place = SimpleNamespace(is_main_process=main, device=torch.device("cpu"))
-        job = Job(self.recipe, self.folder / str(self.runs), place, self.mixture, self.dataset)
-        config.build().execute(job)
-        folder = job.output / "evaluate"
+        run = Run(self.recipe, self.folder / str(self.runs), place, self.mixture, self.dataset)
+        config.build().execute(run)
+        folder = run.output / "evaluate"
         latents = load_file(folder / "latents.safetensors") if folder.exists() else None
-        return SimpleNamespace(table=job.metrics.get("evaluate"), latents=latents, folder=folder)
+        return SimpleNamespace(table=run.metrics.get("evaluate"), latents=latents, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_the_teacher_is_guided_and_the_student_is_not(tmp_path):
 def merged(mixture, expert):
     """The velocity of an expert by a plain network with its merged weights."""
     backbone = digits_backbone()
-    backbone.network.load_state_dict(mixture.student.experts[expert].merged())
+    backbone.network.load_state_dict(mixture.experts[expert].merged())
     return lambda x, sigma, cond: backbone.velocity(backbone.network, x, sigma, cond)
 
 
@@ -161,7 +161,7 @@ def test_the_student_is_routed_and_stand_ins_replace_experts(trained):
 
 def test_averaged_weights_are_used_and_put_back(trained):
     """The averages are those of experts before they were moved: semantic's is the teacher."""
-    before = {name: weight.clone() for name, weight in trained.mixture.student.state_dict().items()}
+    before = {name: weight.clone() for name, weight in trained.mixture.state_dict().items()}
     above = {"name": "student", "stand_ins": {"detail": "teacher"}}
     result = trained.evaluate(candidates=[above, TEACHER], weights="ema")
     assert torch.equal(result.latents["student"], result.latents["teacher"])
@@ -170,7 +170,7 @@ def test_averaged_weights_are_used_and_put_back(trained):
     # detail's average stands on the semantic that it was trained on, not on semantic's average.
     assert not torch.equal(averaged, result.latents["teacher"])
     assert not torch.equal(averaged, trained.evaluate(candidates=[below, TEACHER]).latents["student"])
-    after = trained.mixture.student.state_dict()
+    after = trained.mixture.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
@@ -190,7 +190,7 @@ def test_the_table_holds_what_the_metrics_say(trained):
     candidates = [STUDENT, TEACHER]
     metrics = [{"kind": kind} for kind in METRICS]
     result = trained.evaluate(candidates=candidates, reference="teacher", metrics=metrics, samples=6)
-    decode, components = trained.mixture.student.backbone.decode, load_plugins().components
+    decode, components = trained.mixture.backbone.decode, load_plugins().components
     for name in ("student", "teacher"):
         one, other = result.latents[name], result.latents["teacher"]
         inputs = MetricInputs(decode(one), one, decode(other), other, conditioning_of(result.latents))

@@ -1,6 +1,6 @@
 """Gaussian data, for which velocity and flow map are known: what the real stages learn, against closed forms.
 
-The teacher is exact. The student is distilled by `moedistill.train.run`, and its jumps are compared with the exact flow
+The teacher is exact. The student is distilled by `moedistill.run`, and its jumps are compared with the exact flow
 map. An error is the root mean square over x drawn from the data's law at σ and over a channel's elements; each channel
 has its own, and the worst one counts.
 """
@@ -14,10 +14,10 @@ import torch
 from helpers import velocity_of
 
 from moedistill import hookimpl
-from moedistill.checkpoint import load_tree
-from moedistill.plugins import load_plugins
-from moedistill.sample_run import load_mixture
-from moedistill.train import run
+from moedistill.components.plugins import load_plugins
+from moedistill.runs.loop import run
+from moedistill.runs.sample import load_mixture
+from moedistill.runtime.checkpoint import load_tree
 
 SAMPLES = 256
 
@@ -91,8 +91,8 @@ class Start:
     inputs = (torch.ones(2, *gaussian.SHAPE), torch.tensor([0.3, 0.9]), {})
 
     @hookimpl
-    def on_stage_start(self, run):
-        self.velocities = {name: velocity_of(run.student, name, self.inputs) for name in run.student.experts}
+    def on_stage_start(self, training):
+        self.velocities = {name: velocity_of(training.mixture, name, self.inputs) for name in training.mixture.experts}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def rms(values):
 
 
 def jump(mixture, expert, x, sigma, sigma_to):
-    return x + (sigma_to - sigma) * velocity_of(mixture.student, expert, (x, torch.full((len(x),), sigma), {}))
+    return x + (sigma_to - sigma) * velocity_of(mixture, expert, (x, torch.full((len(x),), sigma), {}))
 
 
 def euler(x, sigmas):
@@ -156,9 +156,9 @@ def test_jumps_land_on_the_exact_flow_map(distilled, name, expert, start, end):
 def test_detail_started_as_the_trained_semantic_expert(distilled):
     """And each has learned something that the expert it started from did not know."""
     mixture = distilled("dcm")
-    start, now = mixture.start.velocities, velocity_of(mixture.student, "detail", mixture.start.inputs)
+    start, now = mixture.start.velocities, velocity_of(mixture, "detail", mixture.start.inputs)
     assert torch.equal(start["detail"], start["semantic"])
-    assert torch.equal(start["semantic"], velocity_of(mixture.student, "semantic", mixture.start.inputs))
+    assert torch.equal(start["semantic"], velocity_of(mixture, "semantic", mixture.start.inputs))
     assert (start["semantic"] - start["teacher"]).abs().max() > 0.1
     assert (now - start["detail"])[0].abs().max() > 0.1
 
@@ -213,9 +213,9 @@ def test_students_are_at_the_exact_map_where_the_teacher_is_far_from_it(distille
     mixture, x = distilled(name), noise()
     sigmas = [*map(mixture.trajectory.sigma, points), 0.0]
     exact, tau = gaussian.flow_map(x, 1.0, 0.0), gaussian.TAU.flatten()
-    student = mixture.generate(x, {}, torch.tensor(sigmas))
+    found = mixture.generate(x, {}, torch.tensor(sigmas))
     floor = rms(euler(x, mixture.trajectory.points.flip(0).tolist()) - exact) / tau
-    assert (rms(student - exact) / tau).max() <= 0.02
+    assert (rms(found - exact) / tau).max() <= 0.02
     assert floor.max() <= 0.02
     assert (rms(euler(x, sigmas) - exact) / tau).min() >= 0.2
 
@@ -276,11 +276,9 @@ def test_finetune_corrects_a_wrong_teacher(tmp_path, plugins, target, expert, to
         x = gaussian.flow_map(noise(), 1.0, sigma)
         inputs = (x, torch.full((len(x),), sigma), {})
         exact = gaussian.velocity(x, sigma)
-        assert rms(velocity_of(mixture.student, "fit", inputs) - exact).max() <= tolerance
+        assert rms(velocity_of(mixture, "fit", inputs) - exact).max() <= tolerance
         # What was wrong, scale and shift by 0.5 each, still is: the teacher never changes.
-        torch.testing.assert_close(
-            rms(velocity_of(mixture.student, "teacher", inputs) - exact), torch.full((4,), 0.5**0.5)
-        )
+        torch.testing.assert_close(rms(velocity_of(mixture, "teacher", inputs) - exact), torch.full((4,), 0.5**0.5))
 
 
 def gradients(output, plugins, target, draws=16):

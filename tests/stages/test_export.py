@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from moedistill import __version__, load_recipe
 from moedistill.errors import RecipeError, UserError
-from moedistill.routers import TimestepRouter
-from moedistill.sample_run import load_mixture
-from moedistill.train import run
+from moedistill.flow.routers import TimestepRouter
+from moedistill.runs.loop import run
+from moedistill.runs.sample import load_mixture
 from moedistill_digits.backbone import DigitsBackboneConfig
 
 LR = {"lr": 0.02}
@@ -46,10 +46,10 @@ def index_of(finished, name="export"):
 def test_every_expert_comes_back_bit_for_bit(finished, expert):
     (recipe, original), (again, loaded) = (load_mixture(finished.output), load_mixture(finished.output / "export"))
     assert recipe == again
-    velocity = velocity_of(loaded.student, expert, digits_inputs())
-    assert torch.equal(velocity, velocity_of(original.student, expert, digits_inputs()))
+    velocity = velocity_of(loaded, expert, digits_inputs())
+    assert torch.equal(velocity, velocity_of(original, expert, digits_inputs()))
     others = {"teacher", "semantic", "detail"} - {expert}
-    assert not any(torch.equal(velocity, velocity_of(loaded.student, other, digits_inputs())) for other in others)
+    assert not any(torch.equal(velocity, velocity_of(loaded, other, digits_inputs())) for other in others)
     assert loaded.router == original.router
     assert torch.equal(loaded.trajectory.points, original.trajectory.points)
 
@@ -60,7 +60,7 @@ def test_a_full_expert_s_file_is_a_plain_network(finished):
     _, loaded = load_mixture(finished.output)
     with torch.no_grad():
         velocity = bare.velocity(bare.network, *digits_inputs())
-    assert torch.equal(velocity, velocity_of(loaded.student, "semantic", digits_inputs()))
+    assert torch.equal(velocity, velocity_of(loaded, "semantic", digits_inputs()))
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "moedistill_expert": "semantic"}
 
@@ -77,7 +77,7 @@ def test_a_lora_expert_s_file_and_index_are_enough_to_merge_it(finished):
     assert {name.split(".")[0] for name in change} == {"time_embed", "norm_out", "proj_out"}
     base.update(change)
     _, loaded = load_mixture(finished.output)
-    merged = loaded.student.experts["detail"].merged()
+    merged = loaded.experts["detail"].merged()
     assert set(merged) == set(base)
     assert all(torch.allclose(merged[name], base[name], atol=1e-6) for name in base)
 
@@ -113,12 +113,12 @@ def test_averaged_weights(finished):
     assert index_of(finished, "average")["provenance"]["weights"] == "ema"
     _, original = load_mixture(finished.output, weights="ema")
     _, average = load_mixture(finished.output / "average")
-    trained = velocity_of(original.student, "detail", digits_inputs())
+    trained = velocity_of(original, "detail", digits_inputs())
     with original.running("detail", "ema"):
-        averaged = original.student(*digits_inputs()).detach()
-    assert torch.equal(velocity_of(average.student, "detail", digits_inputs()), averaged)
+        averaged = original(*digits_inputs()).detach()
+    assert torch.equal(velocity_of(average, "detail", digits_inputs()), averaged)
     assert not torch.equal(averaged, trained)
-    assert torch.equal(velocity_of(original.student, "detail", digits_inputs()), trained)  # put back
+    assert torch.equal(velocity_of(original, "detail", digits_inputs()), trained)  # put back
 
 
 def test_no_average_under_what_was_not_trained_on_it():
@@ -135,7 +135,7 @@ def test_an_expert_that_no_stage_trains_has_no_file(tmp_path):
     assert {path.name for path in (tmp_path / "export").iterdir()} == {"export.json", "semantic.safetensors"}
     assert index["provenance"]["smoke"] is True
     _, loaded = load_mixture(tmp_path / "export")
-    semantic, detail = (velocity_of(loaded.student, name, digits_inputs()) for name in ("semantic", "detail"))
+    semantic, detail = (velocity_of(loaded, name, digits_inputs()) for name in ("semantic", "detail"))
     assert torch.equal(semantic, detail)  # it starts as its parent
 
 

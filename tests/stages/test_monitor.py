@@ -1,5 +1,6 @@
 """The held-out consistency loss: what it measures, when, and that training is the same bits with and without it."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -7,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import as_if_trained, dcm_recipe, distil, equal, set_up, set_up_trained, tiny_recipe, velocity_of
-from test_processes import start_pair
+from test_two_processes import start_pair
 
 from moedistill import hookimpl
-from moedistill.checkpoint import find_checkpoint, load_tree
-from moedistill.experts import TEACHER
-from moedistill.heldout import HeldOut
-from moedistill.plugins import load_plugins
-from moedistill.randomness import Draws
-from moedistill.recipe import HeldOutConfig, load_recipe
-from moedistill.train import run as run_recipe
+from moedistill.components.plugins import load_plugins
+from moedistill.model.backbone import TEACHER
+from moedistill.recipe.keys import MonitorConfig
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.loop import run as run_recipe
+from moedistill.runtime.checkpoint import find_checkpoint, load_tree
+from moedistill.runtime.randomness import Draws
 
 TREES = ("experts", "ema", "training")
 
@@ -26,18 +27,19 @@ def lines(folder):
 
 
 def measured(line):
-    return {name: value for name, value in line.items() if name.startswith("heldout")}
+    return {name: value for name, value in line.items() if name.startswith("monitor")}
 
 
-def monitor(expert="semantic", changes=(), config=None, **stage):
+def watching(expert="semantic", changes=(), config=None, **stage):
     """The monitor of a stage whose experts, and average, are as if trained."""
-    run, built = set_up_trained(expert, changes, **stage)
-    return run, HeldOut(config or HeldOutConfig(), run, built)
+    keys = dataclasses.asdict(config or MonitorConfig())
+    training, built = set_up_trained(expert, {**dict(changes), "training.monitor": keys}, **stage)
+    return training, built.monitor(training)
 
 
-def measure(run, heldout):
-    with run.student.using(run.expert):
-        return heldout.measure()
+def measure(training, monitor):
+    with training.mixture.using(training.expert):
+        return monitor.measure()
 
 
 # -- what it measures -------------------------------------------------------------------------------------------------
@@ -47,39 +49,39 @@ def measure(run, heldout):
 @pytest.mark.parametrize("target", ["student", "ema"])
 def test_it_is_the_distance_of_the_jump_to_its_target(expert, target):
     """By the formulas of a step, one sample and level at a time."""
-    run, heldout = monitor(expert, ema_decay=0.5, target=target, config=HeldOutConfig(samples=3, levels=2))
-    found = measure(run, heldout)
-    student, points = run.student, run.trajectory.points
-    assert heldout.points == {"semantic": [6, 8], "detail": [2, 4]}[expert]
+    training, monitor = watching(expert, ema_decay=0.5, target=target, config=MonitorConfig(samples=3, levels=2))
+    found = measure(training, monitor)
+    mixture, points = training.mixture, training.trajectory.points
+    assert monitor.points == {"semantic": [6, 8], "detail": [2, 4]}[expert]
     low = 4 if expert == "semantic" else 0
     means = []
-    for point in heldout.points:
+    for point in monitor.points:
         squares = []
-        for index in (0, len(run.dataset) // 3, 2 * len(run.dataset) // 3):
-            sample = run.dataset[index]
+        for index in (0, len(training.dataset) // 3, 2 * len(training.dataset) // 3):
+            sample = training.dataset[index]
             x0, cond = sample.latents[None], {name: value[None] for name, value in sample.conditioning.items()}
             noise = Draws(0, "training.heldout", 0, [index]).normal("noise", x0.shape[1:])
             sigma, previous, end = points[[point]], points[[point - 1]], points[[low]]
 
             def at(name, x, sigma, cond=cond):
-                return velocity_of(student, name, (x, sigma, cond))
+                return velocity_of(mixture, name, (x, sigma, cond))
 
             x = (1 - sigma) * x0 + sigma * noise
             x_previous = x + (previous - sigma) * at(TEACHER, x, sigma)
             prediction = x + (end - sigma) * at(expert, x, sigma)
             if target == "ema":
-                with run.ema.swapped():
+                with training.ema.swapped():
                     v = at(expert, x_previous, previous)
             else:
                 v = at(expert, x_previous, previous)
             squares.append((prediction - x_previous - (end - previous) * v).square().mean().item())
         means.append(math.sqrt(sum(squares) / 3))
-        name = f"sigma_{run.trajectory.sigma(point):.4f}"
-        length = run.trajectory.sigma(point) - run.trajectory.sigma(low)
-        assert found[f"heldout/{name}"] == pytest.approx(means[-1], rel=1e-3)
-        assert found[f"heldout_velocity/{name}"] == pytest.approx(means[-1] / length, rel=1e-3)
+        name = f"sigma_{training.trajectory.sigma(point):.4f}"
+        length = training.trajectory.sigma(point) - training.trajectory.sigma(low)
+        assert found[f"monitor/{name}"] == pytest.approx(means[-1], rel=1e-3)
+        assert found[f"monitor_velocity/{name}"] == pytest.approx(means[-1] / length, rel=1e-3)
     assert means[0] > 1e-3
-    assert found["heldout"] == pytest.approx(sum(means) / 2, rel=1e-3)
+    assert found["monitor"] == pytest.approx(sum(means) / 2, rel=1e-3)
     assert len(found) == 6
 
 
@@ -87,30 +89,30 @@ def test_it_is_the_distance_of_the_jump_to_its_target(expert, target):
     ("levels", "points"), [(1, [7]), (2, [6, 8]), (3, [5, 7, 8]), (4, [5, 6, 7, 8]), (9, [5, 6, 7, 8])]
 )
 def test_levels_are_spread_over_the_segment(levels, points):
-    assert monitor(config=HeldOutConfig(levels=levels))[1].points == points
+    assert watching(config=MonitorConfig(levels=levels))[1].points == points
 
 
 def test_batches_do_not_matter():
-    config = HeldOutConfig(samples=5, levels=3)
-    values = [measure(*monitor(changes={"training.batch_size": size}, config=config)) for size in (1, 4, 64)]
+    config = MonitorConfig(samples=5, levels=3)
+    values = [measure(*watching(changes={"training.batch_size": size}, config=config)) for size in (1, 4, 64)]
     for other in values[1:]:
         assert other == pytest.approx(values[0], rel=1e-4)
 
 
 def test_small_datasets_give_what_they_have():
-    run, heldout = monitor(config=HeldOutConfig(samples=10_000))
-    assert len(heldout._latents) == len(run.dataset)
+    training, monitor = watching(config=MonitorConfig(samples=10_000))
+    assert len(monitor._latents) == len(training.dataset)
 
 
 def test_samples_are_of_many_classes():
     """Digits are in the order of digit and direction."""
     for samples, wanted in ((4, [0, 2, 5, 7]), (10, list(range(10)))):
-        _, heldout = monitor(config=HeldOutConfig(samples=samples))
-        assert [cond["digit"].item() for cond in heldout._cond] == wanted
+        _, monitor = watching(config=MonitorConfig(samples=samples))
+        assert [cond["digit"].item() for cond in monitor._cond] == wanted
 
 
 def test_samples_have_the_last_ones_shape_and_are_cut_as_in_training():
-    run, built = set_up(tiny_recipe([distil(latent_frames=2)]))
+    training, built = set_up(tiny_recipe([distil(latent_frames=2)], {"training.monitor": {"samples": 2}}))
     shapes = [(12, 8, 4, 4), (12, 4, 4, 4), (12, 8, 4, 4), (12, 4, 4, 4), (12, 8, 4, 4)]
 
     class Dataset:
@@ -125,20 +127,20 @@ def test_samples_have_the_last_ones_shape_and_are_cut_as_in_training():
             text = {"text": torch.zeros(index)}
             return SimpleNamespace(latents=torch.full(shapes[index], float(index)), conditioning=text)
 
-    run.dataset = Dataset()
-    heldout = HeldOut(HeldOutConfig(samples=2), run, built)
-    assert heldout._latents.shape == (2, 12, 2, 4, 4)
-    assert heldout._latents[:, 0, 0, 0, 0].tolist() == [0.0, 2.0]
-    assert [len(cond["text"]) for cond in heldout._cond] == [0, 2]
+    training.dataset = Dataset()
+    monitor = built.monitor(training)
+    assert monitor._latents.shape == (2, 12, 2, 4, 4)
+    assert monitor._latents[:, 0, 0, 0, 0].tolist() == [0.0, 2.0]
+    assert [len(cond["text"]) for cond in monitor._cond] == [0, 2]
 
 
 def test_weights_of_no_use_are_seen():
     """It is small where the student is the teacher, and grows with the error."""
     stages = [distil("semantic")]
-    run, built = set_up(tiny_recipe(stages))
-    good = measure(run, heldout := HeldOut(HeldOutConfig(), run, built))
-    as_if_trained(run.student.experts["semantic"], 0)
-    assert measure(run, heldout)["heldout"] > 3 * good["heldout"]
+    training, built = set_up(tiny_recipe(stages, {"training.monitor": {}}))
+    good = measure(training, monitor := built.monitor(training))
+    as_if_trained(training.mixture.experts["semantic"], 0)
+    assert measure(training, monitor)["monitor"] > 3 * good["monitor"]
 
 
 # -- when, and what it leaves alone -----------------------------------------------------------------------------------
@@ -147,9 +149,9 @@ def test_weights_of_no_use_are_seen():
 def test_it_is_measured_first_last_and_between(tmp_path):
     stages = [{"name": "fit", "kind": "finetune", "expert": "semantic", "steps": 2, "losses": [{"kind": "mse"}]}]
     stages += [distil("semantic", steps=5), distil("detail", steps=5)]
-    recipe = tiny_recipe(stages, {"training.heldout": {"every": 2, "samples": 1}, "training.log_every": 3})
+    recipe = tiny_recipe(stages, {"training.monitor": {"every": 2, "samples": 1}, "training.log_every": 3})
     run_recipe(recipe, output=tmp_path, device="cpu")
-    found = [(line["stage"], line["step"], "heldout" in line, "loss" in line) for line in lines(tmp_path)]
+    found = [(line["stage"], line["step"], "monitor" in line, "loss" in line) for line in lines(tmp_path)]
     assert found == [
         ("fit", 2, False, True),
         *[
@@ -161,17 +163,17 @@ def test_it_is_measured_first_last_and_between(tmp_path):
 
 
 def test_no_one_measures_where_it_is_off(tmp_path):
-    run_recipe(tiny_recipe([distil()], {"training.heldout": None}), output=tmp_path, device="cpu")
+    run_recipe(tiny_recipe([distil()], {"training.monitor": None}), output=tmp_path, device="cpu")
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     assert not any(measured(line) for line in lines(tmp_path))
 
 
 def test_it_costs_three_percent_of_a_shipped_recipe_at_most():
     """By samples that networks evaluate: a step's student counts three times, for its backward pass."""
-    config = HeldOutConfig()
+    config = MonitorConfig()
     for name in ("dcm_digits", "dcm_hunyuan", "dcm_hunyuan_1gpu", "dcm_wan_1_3b", "dcm_ltx", "dcm_cogvideox_2b_1gpu"):
         recipe = load_recipe(name)
-        assert recipe.training.heldout == config
+        assert recipe.training.monitor == config
         teacher = 1 + (recipe.backbone.guidance.mode == "classifier_free")
         step = recipe.training.batch_size * (3 + teacher + 1)
         once = config.samples * config.levels * (1 + teacher + 1)
@@ -183,9 +185,9 @@ def test_it_costs_three_percent_of_a_shipped_recipe_at_most():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Both stages of DCM, with everything that has a state, with and without the monitor."""
-    folder = tmp_path_factory.mktemp("heldout")
-    for name, heldout in (("off", None), ("on", {"every": 2, "samples": 3, "levels": 3})):
-        run_recipe(dcm_recipe(4, **{"training.heldout": heldout}), output=folder / name, device="cpu")
+    folder = tmp_path_factory.mktemp("monitor")
+    for name, monitor in (("off", None), ("on", {"every": 2, "samples": 3, "levels": 3})):
+        run_recipe(dcm_recipe(4, **{"training.monitor": monitor}), output=folder / name, device="cpu")
     return folder
 
 
@@ -197,7 +199,7 @@ def test_training_is_the_same_bits_with_and_without(whole):
             off, on = (load_tree(whole / which / "checkpoints" / name, tree) for which in ("off", "on"))
             assert equal(off, on), (name, tree)
     without = [
-        {k: v for k, v in line.items() if not k.startswith("heldout")} for line in lines(whole / "on") if line["step"]
+        {k: v for k, v in line.items() if not k.startswith("monitor")} for line in lines(whole / "on") if line["step"]
     ]
     assert without == lines(whole / "off")
 
@@ -213,17 +215,17 @@ def test_networks_that_draw_are_left_their_random_numbers(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsBackbone, "velocity", noisy)
-        for name, heldout in (("off", None), ("on", {"every": 1, "samples": 2})):
+        for name, monitor in (("off", None), ("on", {"every": 1, "samples": 2})):
             torch.manual_seed(0)
             result = run_recipe(
-                tiny_recipe([distil()], {"training.heldout": heldout}), output=tmp_path / name, device="cpu"
+                tiny_recipe([distil()], {"training.monitor": monitor}), output=tmp_path / name, device="cpu"
             )
             state[name] = load_tree(result.checkpoint, "experts")
     assert equal(state["off"], state["on"])
 
 
 def test_a_resumed_run_measures_the_same(whole, tmp_path):
-    recipe = dcm_recipe(4, **{"training.heldout": {"every": 2, "samples": 3, "levels": 3}})
+    recipe = dcm_recipe(4, **{"training.monitor": {"every": 2, "samples": 3, "levels": 3}})
     for checkpoint in ("00_semantic_00000003", "00_semantic_00000004", "01_detail_00000002"):
         folder = tmp_path / checkpoint
         source = whole / "on" / "checkpoints" / checkpoint
@@ -232,7 +234,7 @@ def test_a_resumed_run_measures_the_same(whole, tmp_path):
 
 
 def test_a_resumed_run_may_measure_otherwise(whole, tmp_path):
-    recipe = dcm_recipe(4, **{"training.heldout": {"every": 1, "samples": 1, "levels": 1}})
+    recipe = dcm_recipe(4, **{"training.monitor": {"every": 1, "samples": 1, "levels": 1}})
     source = whole / "on" / "checkpoints" / "01_detail_00000002"
     result = run_recipe(recipe, output=tmp_path, resume_from=source, device="cpu")
     assert equal(load_tree(result.checkpoint, "experts"), load_tree(find_checkpoint(whole / "on"), "experts"))
@@ -246,7 +248,7 @@ def test_its_forwards_are_not_the_methods_cost(whole):
 
 def test_two_processes_measure_what_one_does(whole, tmp_path):
     """9 pairs of sample and level: the second process fills its share up."""
-    recipe = dcm_recipe(4, **{"training.heldout": {"every": 2, "samples": 3, "levels": 3}})
+    recipe = dcm_recipe(4, **{"training.monitor": {"every": 2, "samples": 3, "levels": 3}})
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     pair = start_pair(
         ["run", str(tmp_path / "recipe.yaml"), "--device", "cpu", "--output", str(tmp_path / "two")], tmp_path
@@ -263,13 +265,13 @@ def test_plugins_are_told(tmp_path):
 
     class Observer:
         @hookimpl
-        def on_step_end(self, run, metrics):
-            seen.append((run.step, sorted(metrics)))
+        def on_step_end(self, training, metrics):
+            seen.append((training.step, sorted(metrics)))
 
     plugins = load_plugins()
     plugins.manager.register(Observer())
-    recipe = tiny_recipe([distil()], {"training.heldout": {"every": 10, "levels": 1}})
+    recipe = tiny_recipe([distil()], {"training.monitor": {"every": 10, "levels": 1}})
     run_recipe(recipe, output=tmp_path, device="cpu", plugins=plugins)
-    names = ["heldout", "heldout/sigma_0.9722", "heldout_velocity", "heldout_velocity/sigma_0.9722"]
+    names = ["monitor", "monitor/sigma_0.9722", "monitor_velocity", "monitor_velocity/sigma_0.9722"]
     others = ["grad_norm/student", *names, "loss", "loss/huber"]
-    assert seen == [(0, names), (1, [n for n in others if n not in names]), (2, others)]
+    assert seen == [(0, names), (1, [n for n in others if n not in names]), (2, sorted(others))]

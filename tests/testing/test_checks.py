@@ -12,16 +12,18 @@ import torch
 from gaussian_plugin import GaussianBackboneConfig
 
 from moedistill import cli
-from moedistill.backbone import VideoSize
-from moedistill.conditioning import select
-from moedistill.flow import from_vp, to_vp, velocity_from_vp
-from moedistill.new_backbone import write_plugin
-from moedistill.routers import TimestepRouter
-from moedistill.testing import CHECKS, BackboneContract, Subject, Unchecked, check_backbone, read_config
+from moedistill.flow.process import from_vp, to_vp, velocity_from_vp
+from moedistill.flow.routers import TimestepRouter
+from moedistill.model.backbone import VideoSize
+from moedistill.model.conditioning import select
+from moedistill.testing.checks import CHECKS
+from moedistill.testing.new_backbone.write import write_plugin
+from moedistill.testing.running import BackboneContract, check_backbone, read_config
+from moedistill.testing.subject import Subject, Unchecked
 from moedistill_digits.backbone import DigitsBackbone, DigitsBackboneConfig
 
 NAMES = [check.name for check in CHECKS]
-GAUSSIAN = Path(__file__).with_name("gaussian_plugin.py")
+GAUSSIAN = Path(__file__).parents[1] / "gaussian_plugin.py"
 FUNCTIONS = {check.name: check.function for check in CHECKS}
 
 
@@ -151,7 +153,7 @@ def test_a_wrong_layout_fails(toy):
 @pytest.fixture(scope="module")
 def mochi():
     """The tutorial's backbone."""
-    text = (Path(__file__).parent.parent / "docs" / "tutorials" / "new_backbone.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "tutorials" / "new_backbone.md").read_text(encoding="utf-8")
     [code] = re.findall(r"^```python\n(# \S+/backbone\.py\n.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     module = types.ModuleType("moedistill_tutorial")
     sys.modules["moedistill_tutorial"] = module  # where annotations are looked up
@@ -561,12 +563,12 @@ def test_mistakes_exit_with_2(call, args, text):
 
 
 def test_required_weights_are_not_needed_for_the_miniature(tmp_path):
-    from moedistill.plugins import load_plugins
+    from moedistill.components.plugins import load_plugins
 
     plugin = tmp_path / "required.py"
     plugin.write_text(
         "from dataclasses import dataclass\nfrom moedistill import hookimpl\n"
-        "from moedistill.backbone import BackboneConfig\n"
+        "from moedistill import BackboneConfig\n"
         "from moedistill_digits.backbone import DigitsBackboneConfig\n"
         "@dataclass(kw_only=True)\nclass Required(BackboneConfig):\n"
         "    pretrained: str\n"

@@ -12,9 +12,9 @@ import pytest
 
 from moedistill import cli
 from moedistill.errors import UserError
-from moedistill.new_backbone import TEMPLATES, write_plugin
+from moedistill.testing.new_backbone.write import TEMPLATES, write_plugin
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "tutorials" / "new_backbone.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TUTORIAL, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = ("moedistill", "pip", "pytest", "sed")
@@ -124,7 +124,7 @@ def test_the_tutorial_shows_the_files_that_are_written(tmp_path):
 
 
 def test_the_tutorials_table_names_rows_of_the_kit():
-    from moedistill.testing import CHECKS
+    from moedistill.testing.checks import CHECKS
 
     table = TUTORIAL.partition("What a ✘ usually means:")[2].partition("The miniature")[0]
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]

@@ -9,35 +9,38 @@ diffusers itself is imported when a model is built, not before: a recipe is chec
 
 import gc
 import inspect
-import json
 import math
 import re
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moedistill import conditioning
-from moedistill.backbone import Backbone, BackboneConfig, SampleLayout, VideoSize
-from moedistill.conditioning import Conditioning
-from moedistill.errors import UserError, user_errors
-from moedistill.experts import TEACHER
-from moedistill.fields import NonEmptyStr
-from moedistill.mixture import Mixture
-from moedistill.plugins import Plugins
-from moedistill.randomness import torch_seed
-from moedistill.sample_run import read_trained, sampling_config, sampling_steps
+from moedistill.components.fields import NonEmptyStr
+from moedistill.integrations.diffusers.loading import (
+    cast,
+    from_pretrained,
+    keep_float32_islands,
+    read_json,
+    transformers_of,
+)
+from moedistill.integrations.diffusers.pipeline import attach, expert_at, refuse_eta
+from moedistill.model import conditioning
+from moedistill.model.backbone import Backbone, BackboneConfig, SampleLayout, VideoSize
+from moedistill.model.conditioning import Conditioning
+from moedistill.model.ema import WhichWeights
+from moedistill.model.generate import OwnPipeline
+from moedistill.model.mixture import Mixture
+from moedistill.runtime.randomness import torch_seed
 
 if TYPE_CHECKING:
-    from moedistill.integrations.scheduler import FewStepScheduler
+    from moedistill.integrations.diffusers.scheduler import FewStepScheduler
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
 
@@ -133,7 +136,7 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
         config, first = self.replace(), next(iter(networks.values()))
         vars(config)["_architecture"] = first.config
         backbone = self.backbone_class(config, networks)
-        backbone.hooks = [hook for network in networks.values() for hook in _keep_float32_islands(network)]
+        backbone.hooks = [hook for network in networks.values() for hook in keep_float32_islands(network)]
         return backbone
 
     def architecture(self) -> Mapping[str, Any]:
@@ -229,7 +232,7 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network: nn.Module = self.network_class()(**self.tiny_network())
-        return _cast(network, getattr(torch, self.dtype)).eval()
+        return cast(network, getattr(torch, self.dtype)).eval()
 
     def _load(self, base: str) -> nn.Module:
         folder = self.locate()
@@ -240,7 +243,7 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
             raise ValueError(f"pretrained {self.pretrained}: {base} is a {found}, not a {wanted}; it is another model")
         self.check_folder(folder)
         what = f"pretrained {self.pretrained}: cannot load its {base}"
-        network: nn.Module = _from_pretrained(
+        network: nn.Module = from_pretrained(
             self.network_class(), folder / base, what, torch_dtype=getattr(torch, self.dtype), variant=self.variant
         )
         # They lie wherever they do in the mapped file. A CPU multiplies with other last bits at other addresses, and a
@@ -250,7 +253,7 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
         return network.eval()
 
 
-class DiffusersBackbone(Backbone):
+class DiffusersBackbone(Backbone, OwnPipeline):
     """A diffusers transformer, its VAE, its text encoders and its pipeline. By default a flow model.
 
     Conditioning goes by the argument names of the model's pipeline (`prompt_embeds`, …), so that what is stored can be
@@ -448,18 +451,18 @@ class DiffusersBackbone(Backbone):
         *,
         seed: int,
         video: VideoSize | None = None,
-        weights: Literal["trained", "ema"] = "trained",
+        weights: WhichWeights = "trained",
         eta: float = 0.0,
     ) -> Iterator[Tensor]:
         """By the model's own pipeline. Sample k starts from the noise of `torch.Generator().manual_seed(seed + k)`.
 
         Steps of the untouched teacher, where the router names it, are guided as the recipe says.
         """
-        _refuse_eta(eta)
+        refuse_eta(eta)
         video = video or self.config.video
         self.latent_shape(video)  # raises
         self.encode(prompts)
-        teaching = any(_expert_at(mixture, sigma) in mixture.student.teachers for sigma in sigmas[:-1].tolist())
+        teaching = any(expert_at(mixture, sigma) in mixture.teachers for sigma in sigmas[:-1].tolist())
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         with attach(pipeline, mixture, sigmas, weights=weights):
@@ -477,6 +480,18 @@ class DiffusersBackbone(Backbone):
                     **{**self.pipeline_arguments(), **guiding},
                 ).frames
                 yield frames[0].permute(1, 0, 2, 3).float().cpu()
+
+    def few_step_scheduler(self, pipeline: Any, sigmas: Tensor) -> "FewStepScheduler":
+        """What holds the steps along `sigmas` `[n + 1]` in a pipeline of this model."""
+        from moedistill.integrations.diffusers.scheduler import FewStepScheduler
+
+        _, times = self.to_native(torch.zeros(len(sigmas) - 1, 1, 1, 1, 1), sigmas[:-1])
+        return FewStepScheduler(
+            sigmas=tuple(sigmas.tolist()),
+            timesteps=tuple(times.tolist()),
+            num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
+            prediction_type=self.prediction_type,
+        )
 
     @torch.no_grad()
     def native_trajectory(self, noise: Tensor, cond: Conditioning, num_steps: int) -> list[tuple[float, Tensor]] | None:
@@ -530,14 +545,14 @@ class DiffusersBackbone(Backbone):
         cls: Any = self.config.pipeline_class()
         without = dict.fromkeys(self.config.text_components)
         if self.config.pretrained is None:
-            networks = dict.fromkeys(_transformers(cls)) | self._networks
+            networks = dict.fromkeys(transformers_of(cls)) | self._networks
             pipeline = cls(
                 **networks, **without, vae=self.load_vae(), scheduler=self.config.scheduler(),
                 **self.config.pipeline_options(),
             )  # fmt: skip
         else:
             what = f"pretrained {self.config.pretrained}: cannot make its pipeline"
-            pipeline = _from_pretrained(
+            pipeline = from_pretrained(
                 cls, self.config.locate(), what, **self._networks, **without, vae=self.load_vae()
             )
         return pipeline.to(self.device)
@@ -558,7 +573,7 @@ class DiffusersBackbone(Backbone):
             folder, variant = self.config.locate() / "vae", self.config.variant
             variant = variant if any(folder.glob(f"*.{variant}.*")) else None
             what = f"pretrained {self.config.pretrained}: cannot load its VAE"
-            vae = _from_pretrained(type(self.config.tiny_vae()), folder, what, torch_dtype=dtype, variant=variant)
+            vae = from_pretrained(type(self.config.tiny_vae()), folder, what, torch_dtype=dtype, variant=variant)
         vae.enable_tiling()
         module: nn.Module = vae.eval().requires_grad_(False)
         return module
@@ -574,9 +589,9 @@ class DiffusersBackbone(Backbone):
                 f"a prompt must be encoded, but {folder} has no {' and no '.join(missing)}; give the whole model's "
                 "folder, or data with stored embeddings (for the negative prompt too)"
             )
-        pipeline = _from_pretrained(
+        pipeline = from_pretrained(
             cls, folder, f"pretrained {self.config.pretrained}: cannot load its text encoders",
-            **dict.fromkeys([*_transformers(cls), "vae", "scheduler"]),
+            **dict.fromkeys([*transformers_of(cls), "vae", "scheduler"]),
             torch_dtype=self._dtype, variant=self.config.variant,
         )  # fmt: skip
         pipeline.to(self.device)
@@ -596,307 +611,8 @@ class DiffusersBackbone(Backbone):
         return encoded
 
 
-# -- experts inside a pipeline ----------------------------------------------------------------------------------------
-
-
-class RoutedTransformer(nn.Module):
-    """Stands in for a pipeline's transformer: each call runs the expert that serves the scheduler's current step.
-
-    Expert and native time come from the scheduler, never from the time that a pipeline passes, which may be rounded.
-    Experts were distilled with their guidance: of a guided pipeline's two passes they run the conditional one only, and
-    give its result for both, which any guidance scale leaves as it is. The untouched teacher runs both.
-    """
-
-    def __init__(
-        self, pipeline: Any, mixture: Mixture, scheduler: "FewStepScheduler", weights: Literal["trained", "ema"]
-    ) -> None:
-        super().__init__()
-        self.student = mixture.student
-        self._pipeline, self._mixture, self._scheduler, self._weights = pipeline, mixture, scheduler, weights
-        self._pass = ""
-        self._conditional: Tensor | None = None
-
-    @property
-    def _network(self) -> Any:
-        return self.student.backbone.network
-
-    @property
-    def config(self) -> Any:
-        """Of the network."""
-        return self._network.config
-
-    @property
-    def dtype(self) -> Any:
-        """Of the network."""
-        return self._network.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the network."""
-        return next(self._network.parameters()).device
-
-    @contextmanager
-    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        """Pipelines name their passes in this way: `cond`, then `uncond`; or both in one batch, `cond_uncond`."""
-        self._pass = name
-        try:
-            yield
-        finally:
-            self._pass = ""
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
-        """The network's forward, by the expert of the current step, at the exact native time."""
-        student, step = self.student, self._scheduler.step_index
-        expert = _expert_at(self._mixture, self._scheduler.sigmas[step].item())
-        distilled = expert not in student.teachers
-        if distilled and self._pass == "uncond":
-            assert self._conditional is not None, "the pipeline asks for its unconditional pass first"
-            return (self._conditional,)
-        arguments = {"hidden_states": hidden_states, **arguments, "return_dict": False}
-        doubled = distilled and self._pass == "cond_uncond" and self._pipeline.guidance_scale > 1.0
-        if doubled:  # the unconditional half comes first
-            arguments = _second_half(arguments, len(hidden_states))
-        if distilled and arguments.get("guidance") is not None:
-            # What the expert was told in training; the pipeline's is the caller's, and rounded: 6016 for 6000 in bf16.
-            scale = student.student_scale or self._mixture.guidance.embedded_scale(student.bases[0])
-            arguments["guidance"] = torch.full_like(arguments["guidance"], 1000.0 * scale, dtype=torch.float32)
-        time = self._scheduler.timesteps[step].to(hidden_states.device).expand(len(arguments["hidden_states"]))
-        with self._mixture.running(expert, self._weights), student.autocast(hidden_states.device):
-            output: Tensor = student.experts[expert].shared.network(timestep=time, **arguments)[0]
-        self._conditional = torch.cat([output, output]) if doubled else output
-        return (self._conditional,)
-
-
-def _refuse_eta(eta: float) -> None:
-    """ValueError for anything but 0: pipelines pass their generator to no scheduler, so a step can draw no noise."""
-    if eta:
-        raise ValueError(f"eta {eta:g}: a pipeline's steps draw no fresh noise; give steps or sigmas, whose eta is 0")
-
-
-def _expert_at(mixture: Mixture, sigma: float) -> str:
-    """The expert that serves `sigma`; of a teacher of several networks, the one that does."""
-    expert = mixture.router.expert_at(sigma) if mixture.router else TEACHER
-    return mixture.student.teacher_at(sigma) if expert == TEACHER else expert
-
-
-def _second_half(arguments: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """What belongs to the second half of a batch of `size`."""
-    return {
-        name: value[size // 2 :] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-        for name, value in arguments.items()
-    }
-
-
-class Applied:
-    """Experts inside a pipeline. `undo` gives the pipeline back as it was; so does leaving a `with` block."""
-
-    def __init__(self, pipeline: Any, names: Sequence[str]) -> None:
-        self._undo = ExitStack()
-        for name in names:
-            self._undo.callback(setattr, pipeline, name, getattr(pipeline, name))
-
-    def undo(self) -> None:
-        """Puts the pipeline's own transformer and scheduler back; nothing more if that was done."""
-        self._undo.close()
-
-    def __enter__(self) -> "Applied":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
-
-def attach(
-    pipeline: Any, mixture: Mixture, sigmas: Tensor, *, weights: Literal["trained", "ema"] = "trained"
-) -> Applied:
-    """Puts a mixture's experts and its few steps into a pipeline around the mixture's own networks."""
-    from moedistill.integrations.scheduler import FewStepScheduler
-
-    backbone = mixture.student.backbone
-    assert isinstance(backbone, DiffusersBackbone)
-    _, times = backbone.to_native(torch.zeros(len(sigmas) - 1, 1, 1, 1, 1), sigmas[:-1])
-    scheduler = FewStepScheduler(
-        sigmas=tuple(sigmas.tolist()),
-        timesteps=tuple(times.tolist()),
-        num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
-        prediction_type=backbone.prediction_type,
-    )
-    applied = Applied(pipeline, [*backbone.networks, "scheduler"])
-    routed = RoutedTransformer(pipeline, mixture, scheduler, weights)
-    for name in backbone.networks:
-        setattr(pipeline, name, routed)
-    pipeline.scheduler = scheduler
-    return applied
-
-
-def apply(
-    pipeline: Any,
-    source: str | Path,
-    *,
-    steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
-    weights: Literal["trained", "ema"] = "trained",
-    plugins: Plugins | None = None,
-) -> Applied:
-    """Puts the experts of a run or export into a pipeline that is already there, with their few sampling steps.
-
-    Afterwards `pipeline(prompt)` samples with the experts, whatever number of steps or guidance scale it is called
-    with. The pipeline's own transformer serves as the base, on its device and in its dtype. Offloading, such as
-    `pipeline.enable_model_cpu_offload()`, comes afterwards. To save the pipeline, `undo` first.
-
-    Args:
-        pipeline: of the class that the experts were distilled from, with the same weights, which is not checked.
-        source: a run's folder, a checkpoint, or an export's folder.
-        steps, sigmas: instead of the recipe's own sampling steps.
-        weights: the experts' `trained` weights or their `ema`.
-
-    Returns:
-        A handle; its `undo()` gives the pipeline back as it was.
-
-    Raises:
-        UserError: the source is incomplete, or made for another model. The pipeline is as it was.
-
-    Example:
-        pipeline = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch_dtype=torch.bfloat16)
-        moedistill.apply(pipeline, "runs/dcm_wan_1_3b/20260101-120000")
-    """
-    recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
-    config = recipe.backbone
-    with user_errors(str(source)):
-        _refuse_eta(sampling_config(recipe, steps, sigmas).eta)
-    if not isinstance(config, DiffusersBackboneConfig):
-        raise UserError(f"{source} was made for backbone {config.kind!r}, which has no diffusers pipeline")
-    networks = _networks_of(pipeline, config, source)
-    first: Any = next(iter(networks.values()))
-    config = config.replace(dtype=str(first.dtype).removeprefix("torch."))
-    with ExitStack() as undo:
-        for network in networks.values():
-            undo.callback(_remember(network))
-        backbone = config.wrap(networks)
-        for hook in backbone.hooks:
-            undo.callback(hook.remove)
-        mixture = Mixture.build(replace(recipe, backbone=config), first.device, backbone, inference=True)
-        mixture.load(experts, averages, str(source))
-        applied = attach(pipeline, mixture, sampling_steps(recipe, mixture, steps, sigmas), weights=weights)
-        applied._undo.callback(undo.pop_all().close)
-    return applied
-
-
-def _networks_of(pipeline: Any, config: DiffusersBackboneConfig, source: object) -> dict[str, nn.Module]:
-    """The networks of a pipeline, by name, that experts made with `config` can run on.
-
-    Raises:
-        UserError: it is another pipeline, has other networks, or carries something already.
-    """
-    cls = config.pipeline_class()
-    if not isinstance(pipeline, cls):
-        raise UserError(f"{source} was made for a {cls.__name__}, not a {type(pipeline).__name__}")
-    components = {name: getattr(pipeline, name) for name in _transformers(cls)}
-    networks = {name: network for name, network in components.items() if network is not None}
-    if any(isinstance(network, RoutedTransformer) for network in networks.values()):
-        raise UserError("the pipeline carries experts already; call undo() on the handle that `apply` gave first")
-    if set(networks) != set(config.bases()):
-        raise UserError(
-            f"{source} was made for a model with {' and '.join(config.bases())}; this pipeline has "
-            f"{' and '.join(networks) or 'no transformer'}"
-        )
-    if any(hasattr(network, "peft_config") for network in networks.values()):
-        raise UserError("the pipeline carries a LoRA already; take it out first, with pipeline.unload_lora_weights()")
-    if any(hasattr(module, "_hf_hook") for network in networks.values() for module in network.modules()):
-        raise UserError("the pipeline's networks are offloaded already; apply the experts first, then offload")
-    return {base: networks[base] for base in config.bases()}
-
-
-def _remember(network: nn.Module) -> Callable[[], None]:
-    """What makes a network again what it is now, whatever was attached to it in between."""
-    modules = dict(network.named_modules())
-    trainable = {parameter for parameter in network.parameters() if parameter.requires_grad}
-
-    def restore() -> None:
-        for path, module in modules.items():
-            parent, _, name = path.rpartition(".")
-            if path and getattr(modules[parent], name) is not module:
-                setattr(modules[parent], name, module)
-        for parameter in network.parameters():
-            parameter.requires_grad_(parameter in trainable)
-        if hasattr(network, "peft_config"):
-            del network.peft_config
-
-    return restore
-
-
-# -- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file; ValueError where it cannot be read."""
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
-    return content
-
-
-def _transformers(pipeline_class: Any) -> list[str]:
-    """The names by which a pipeline's class calls its networks."""
-    return [name for name in inspect.signature(pipeline_class).parameters if name.startswith("transformer")]
-
-
-def _from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
-    """What a class of diffusers loads from a folder: never pickles, never from the network.
-
-    Raises:
-        ValueError: it cannot; begins with `what`.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # older releases know no other
-        try:
-            return cls.from_pretrained(folder, **arguments, use_safetensors=True, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{what}: {str(error).strip().splitlines()[0]}") from error
-
-
 def _floats_to(cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
     """Conditioning with its floating tensors in `dtype`; numbers `[B]`, such as a guidance scale, stay exact."""
     return {
         name: value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value for name, value in cond.items()
     }
-
-
-def _islands(network: nn.Module) -> list[str]:
-    return list(getattr(network, "_keep_in_fp32_modules", None) or ())
-
-
-def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network in `dtype`, but for what its class keeps in float32, as `from_pretrained` does it."""
-    for name, parameter in network.named_parameters():
-        if not set(name.split(".")) & set(_islands(network)):
-            parameter.data = parameter.data.to(dtype)
-    return network
-
-
-class _Island:
-    """Runs a module outside of autocast: what a model's class keeps in float32 is computed in float32."""
-
-    def __init__(self) -> None:
-        self._open: list[torch.autocast] = []
-
-    def enter(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
-        context = torch.autocast(device, enabled=False)
-        context.__enter__()
-        self._open.append(context)
-
-    def leave(self, _module: nn.Module, _args: object, _output: object) -> None:
-        self._open.pop().__exit__(None, None, None)
-
-
-def _keep_float32_islands(network: nn.Module) -> list[RemovableHandle]:
-    """Hooks, which are copied with the network."""
-    names, handles = set(_islands(network)), []
-    for path, module in network.named_modules():
-        if path.rpartition(".")[2] in names:
-            island = _Island()
-            handles.append(module.register_forward_pre_hook(island.enter))
-            handles.append(module.register_forward_hook(island.leave, always_call=True))
-    return handles

@@ -7,7 +7,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from moedistill.flow import from_vp, jump, to_vp, velocity_from_vp
+from moedistill.flow.process import from_vp, jump, to_vp, velocity_from_vp
 
 
 class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]

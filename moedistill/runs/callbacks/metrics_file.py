@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moedistill.checkpoint import write_text
-from moedistill.plugins import hookimpl
+from moedistill.components.plugins import hookimpl
+from moedistill.runtime.checkpoint import write_text
 
 
 class MetricsFile:
@@ -16,15 +16,17 @@ class MetricsFile:
         self._path = folder / "metrics.jsonl"
 
     @hookimpl
-    def on_stage_start(self, run: Any) -> None:
+    def on_stage_start(self, training: Any) -> None:
         if self._path.exists():
-            stages = [stage.name for stage in run.recipe.stages]
+            stages = [stage.name for stage in training.recipe.stages]
             # A stage that begins anew writes its line before the first step again.
-            drop_later_lines(self._path, stages, stages.index(run.config.name), run.step if run.step else -1)
+            drop_later_lines(
+                self._path, stages, stages.index(training.config.name), training.step if training.step else -1
+            )
 
     @hookimpl
-    def on_step_end(self, run: Any, metrics: dict[str, float]) -> None:
-        line = {"stage": run.config.name, "step": run.step, "lr": run.learning_rate, **metrics}
+    def on_step_end(self, training: Any, metrics: dict[str, float]) -> None:
+        line = {"stage": training.config.name, "step": training.step, "lr": training.learning_rate, **metrics}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from moedistill.plugins import hookimpl
+from moedistill.components.plugins import hookimpl
 
 
 def memory() -> str:
@@ -46,31 +46,31 @@ class Progress:
         self._bar: _Bar | None = None
 
     @hookimpl
-    def on_stage_start(self, run: Any) -> None:
-        self._started, self._first = time.monotonic(), run.step
-        title = f"{run.config.name} ({run.config.kind}, expert {run.expert}, {run.steps} steps)"
+    def on_stage_start(self, training: Any) -> None:
+        self._started, self._first = time.monotonic(), training.step
+        title = f"{training.config.name} ({training.config.kind}, expert {training.expert}, {training.steps} steps)"
         self._say(title)
         if self._console.is_terminal:
             counter, speed = TextColumn("  {task.completed}/{task.total}"), TextColumn("{task.fields[speed]}")
             self._bar = _Bar(counter, BarColumn(20), TimeRemainingColumn(), speed, console=self._console)
-            self._task = self._bar.add_task(title, total=run.steps, completed=run.step, speed="")
+            self._task = self._bar.add_task(title, total=training.steps, completed=training.step, speed="")
             self._bar.start()
 
     @hookimpl
-    def on_step_end(self, run: Any, metrics: dict[str, float]) -> None:
-        rate = (run.step - self._first) / max(1e-9, time.monotonic() - self._started)
-        shown = {name: value for name, value in metrics.items() if not name.startswith(("heldout/", "heldout_"))}
+    def on_step_end(self, training: Any, metrics: dict[str, float]) -> None:
+        rate = (training.step - self._first) / max(1e-9, time.monotonic() - self._started)
+        shown = {name: value for name, value in metrics.items() if not name.startswith(("monitor/", "monitor_"))}
         numbers = "  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in shown.items())
         speed = f"{rate:.2f} steps/s  {memory()}"
         if self._bar is not None:
             self._bar.numbers = numbers
-            self._bar.update(self._task, completed=run.step, speed=speed)
+            self._bar.update(self._task, completed=training.step, speed=speed)
         else:
-            left = f"  {speed}  {_duration((run.steps - run.step) / rate)} left" if rate else ""
-            self._say(f"  {run.step}/{run.steps}  {numbers}{left}")
+            left = f"  {speed}  {_duration((training.steps - training.step) / rate)} left" if rate else ""
+            self._say(f"  {training.step}/{training.steps}  {numbers}{left}")
 
     @hookimpl
-    def on_stage_end(self, run: Any) -> None:
+    def on_stage_end(self, training: Any) -> None:
         self.stop()
 
     def stop(self) -> None:

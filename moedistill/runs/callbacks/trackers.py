@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moedistill.components.plugins import hookimpl
 from moedistill.errors import UserError
-from moedistill.plugins import hookimpl
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,16 +37,16 @@ class Trackers:
             accelerator.init_trackers(project)
 
     @hookimpl
-    def on_stage_start(self, run: Any) -> None:
-        names = [stage.name for stage in run.recipe.stages]
-        earlier = run.recipe.stages[: names.index(run.config.name)]
+    def on_stage_start(self, training: Any) -> None:
+        names = [stage.name for stage in training.recipe.stages]
+        earlier = training.recipe.stages[: names.index(training.config.name)]
         self._offset = sum(getattr(stage, "steps", 0) for stage in earlier)
 
     @hookimpl
-    def on_step_end(self, run: Any, metrics: dict[str, float]) -> None:
+    def on_step_end(self, training: Any, metrics: dict[str, float]) -> None:
         if self._names:
-            values = {f"{run.config.name}/{name}": value for name, value in metrics.items()}
-            self._accelerator.log(values, step=self._offset + run.step)
+            values = {f"{training.config.name}/{name}": value for name, value in metrics.items()}
+            self._accelerator.log(values, step=self._offset + training.step)
 
     def stop(self) -> None:
         """Closes the trackers; also after an error."""

@@ -6,10 +6,10 @@ from itertools import chain
 import pytest
 import torch
 
-from moedistill import conditioning
 from moedistill.data.base import Dataset, Sample
 from moedistill.data.loading import BucketSampler, load_batches
-from moedistill.randomness import Draws, generator, torch_seed
+from moedistill.model import conditioning
+from moedistill.runtime.randomness import Draws, generator, torch_seed
 
 BIG, MIDDLE, SMALL = (2, 4, 3, 3), (2, 4, 2, 2), (2, 1, 1, 1)
 SHAPES = [BIG, SMALL, MIDDLE, BIG, SMALL, MIDDLE, BIG, MIDDLE, BIG, MIDDLE, SMALL, BIG, MIDDLE, MIDDLE, MIDDLE, MIDDLE]

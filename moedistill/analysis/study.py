@@ -7,18 +7,17 @@ themselves (`layers`), and hence where to part the experts, where to sample and 
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from moedistill import conditioning, plotting
-from moedistill.analysis.layers import LayerDifferences, compare_experts
+from moedistill import plotting
+from moedistill.analysis.layers import compare_experts
+from moedistill.analysis.results import Analysis, SamplingPoints, TeacherCurves
 from moedistill.analysis.suggest import (
-    Decision,
-    ExpertNeeds,
     even_points,
     find_decisions,
     landings,
@@ -29,103 +28,24 @@ from moedistill.analysis.suggest import (
     suggest_points,
 )
 from moedistill.analysis.teacher import TeacherPath, draw_inputs, end_error, follow_teacher, joined
-from moedistill.analysis.training import StudentCurves, measure_students, train, with_students
-from moedistill.backbone import Backbone
-from moedistill.context import Job
-from moedistill.devices import cpu_threads, make_folder
+from moedistill.analysis.training import measure_students, train, with_students
+from moedistill.components.plugins import Plugins, load_plugins
 from moedistill.errors import UserError
-from moedistill.plugins import Plugins, load_plugins
-from moedistill.recipe import Recipe, load_recipe
-from moedistill.smoke import miniature
+from moedistill.flow.trajectory import Trajectory
+from moedistill.model import conditioning
+from moedistill.model.backbone import Backbone
+from moedistill.recipe.keys import Recipe
+from moedistill.recipe.loading import load_recipe
+from moedistill.recipe.miniature import miniature
+from moedistill.runs.build import build_run, make_accelerator
+from moedistill.runtime.devices import cpu_threads, make_folder
 from moedistill.stages.consistency import ConsistencyConfig
-from moedistill.train import make_accelerator, make_job
-from moedistill.trajectory import Trajectory
-
-__all__ = ["Analysis", "SamplingPoints", "TeacherCurves", "analyze"]
+from moedistill.stages.run import Run
 
 MOST_POINTS = 64
 """A student is measured at so many starting points at most."""
 TINY = {"samples": 8, "steps": 3, "points": 10}
 """What a smoke run measures at most."""
-
-
-@dataclass
-class TeacherCurves:
-    """Along the teacher's N-step path, by the point where a step starts, p_1 … p_N; rms over samples and elements.
-
-    Attributes:
-        sigma: of the points.
-        relative_change: |x_{i-1} - x_i| / |x_i|: how much a step changes the sample.
-        clean_change: |x0_{i-1} - x0_i|: how much it changes the clean estimate x0 = x - σ·v: what is being decided.
-        decision_rate: the same per e-fold of σ/(1-σ).
-        remaining: |x0_i - x_end|: how far the clean estimate is from the sample that it ends as.
-        curvature: |v_i - v_{i-1}| / (p_i - p_{i-1}) = |dv/dσ|. Of the last step, to 0, neither is known: they are 0.
-    """
-
-    sigma: list[float]
-    relative_change: list[float]
-    clean_change: list[float]
-    decision_rate: list[float]
-    remaining: list[float]
-    curvature: list[float]
-
-
-@dataclass
-class SamplingPoints:
-    """A list of sampling points and the teacher's error with it, on the half of the samples it was not chosen with.
-
-    Attributes:
-        points, sigma: descending; 0 follows.
-        model_error: by the model of `suggest_points`.
-        end_error: measured: rms distance at sigma 0 to the teacher's N steps.
-    """
-
-    points: list[int]
-    sigma: list[float]
-    model_error: float
-    end_error: float
-
-
-@dataclass
-class Analysis:
-    """What was measured, and what it suggests. `analysis.json` is this object.
-
-    Attributes:
-        recipe: the recipe's name.
-        smoke: whether the model was a random miniature: the numbers mean nothing then.
-        samples, seed: what the teacher's paths were drawn with.
-        teacher: along the path.
-        decisions: where the clean estimate is decided, the largest first.
-        student: a single student before and after training; empty where the data have no latents.
-        layers: two experts' weights; None if nothing was trained.
-        boundaries: suggested points, descending, where the experts part: the teacher's own, or half-way through what it
-            decides. Students' gradients have no say in it; `student[-1].across` has their cosine at each boundary.
-        boundary_sigmas: their sigmas.
-        sampling: `suggested`, `even`, and the recipe's `own` points if it has as many.
-        error_by_steps: by number of steps: the model's error of the best points, and of even ones. Like `sampling`, the
-            best of one half of the samples and the error of the other; with one sample, both of that one.
-        needs: what an adapter should change; None if nothing was trained.
-        output: the folder with analysis.json, the plots and suggestion.yaml.
-    """
-
-    recipe: str
-    smoke: bool
-    samples: int
-    seed: int
-    teacher: TeacherCurves
-    decisions: list[Decision]
-    boundaries: list[int]
-    boundary_sigmas: list[float]
-    sampling: dict[str, SamplingPoints]
-    error_by_steps: dict[int, tuple[float, float]]
-    student: list[StudentCurves] = field(default_factory=list)
-    layers: LayerDifferences | None = None
-    needs: ExpertNeeds | None = None
-    output: Path = Path()
-
-    def remaining_share(self, point: int) -> float:
-        """How far the clean estimate at a point is from the sample that it ends as; 1 is where the path begins."""
-        return self.teacher.remaining[point - 1] / (self.teacher.remaining[-1] or 1.0)
 
 
 def analyze(
@@ -235,26 +155,26 @@ class _Work:
         training = recipe.training
         self.micro_batch = max(1, training.batch_size // training.gradient_accumulation_steps)
 
-    def job(self, recipe: Recipe) -> Job:
-        job = make_job(recipe, self.folder, self.accelerator, smoke=self.smoke, backbone=self.backbone)
-        self.backbone = job.mixture.student.backbone
-        return job
+    def run(self, recipe: Recipe) -> Run:
+        run = build_run(recipe, self.folder, self.accelerator, smoke=self.smoke, backbone=self.backbone)
+        self.backbone = run.mixture.backbone
+        return run
 
 
 def _teacher(work: _Work, plan: _Plan, samples: int, batch_size: int) -> Analysis:
-    job = work.job(replace(work.recipe, router=None, experts={}))
+    run = work.run(replace(work.recipe, router=None, experts={}))
     seed = work.recipe.seed
-    job.say(f"teacher: {samples} paths of {plan.trajectory.num_steps} steps")
-    noise, cond = draw_inputs(job, samples, seed)
+    run.say(f"teacher: {samples} paths of {plan.trajectory.num_steps} steps")
+    noise, cond = draw_inputs(run, samples, seed)
     # Points are chosen with one half and judged by the other, which they were not made to suit.
     half = samples // 2
     rows = [slice(0, half), slice(half, None)] if half else [slice(None)]
     inputs = [(noise[part], conditioning.select(cond, part)) for part in rows]
-    halves = [follow_teacher(job, *drawn, batch_size) for drawn in inputs]
+    halves = [follow_teacher(run, *drawn, batch_size) for drawn in inputs]
     path = joined(halves)
     boundaries = suggest_boundaries(path, plan.experts, plan.fixed)
     errors, fresh, top = halves[0].jump_errors, halves[-1].jump_errors, path.num_steps
-    measure, judge = (partial(end_error, job, halves[k], *inputs[k], batch_size) for k in (0, -1))
+    measure, judge = (partial(end_error, run, halves[k], *inputs[k], batch_size) for k in (0, -1))
     lists = {"even": even_points(top, plan.student_steps)}
     if len(plan.own_points) == plan.student_steps:
         lists["own"] = plan.own_points
@@ -307,26 +227,26 @@ def _curves(path: TeacherPath) -> TeacherCurves:
 
 def _training(work: _Work, plan: _Plan, analysis: Analysis, steps: int, most_points: int, ranges: int) -> None:
     """Adds to `analysis` what needs a student."""
-    job = work.job(with_students(work.recipe, steps))
-    job.say(f"one student: losses and gradients of {analysis.samples} samples at each point")
+    run = work.run(with_students(work.recipe, steps))
+    run.say(f"one student: losses and gradients of {analysis.samples} samples at each point")
     measure = partial(measure_students, samples=analysis.samples, most_points=most_points, num_ranges=ranges)
-    analysis.student = [measure(job, steps=0, boundaries=analysis.boundaries)]
+    analysis.student = [measure(run, steps=0, boundaries=analysis.boundaries)]
     if not steps:
         return
-    _train_all(job, steps)
-    analysis.student.append(measure(job, steps=steps, boundaries=analysis.boundaries))
+    _train_all(run, steps)
+    analysis.student.append(measure(run, steps=steps, boundaries=analysis.boundaries))
     if not plan.fixed:  # a teacher of several networks has one student for each already
         boundary = landings(plan.trajectory, plan.router)[0] if plan.router and plan.router.boundaries else None
-        del job  # there is not room for its student beside two
-        job = work.job(with_students(work.recipe, steps, point=boundary or analysis.boundaries[0]))
-        _train_all(job, steps)
-    upper, lower = (stage.expert for stage in job.recipe.stages[:2])  # type: ignore[attr-defined]
-    analysis.layers = compare_experts(job.mixture.student, upper, lower, steps)
+        del run  # there is not room for its student beside two
+        run = work.run(with_students(work.recipe, steps, point=boundary or analysis.boundaries[0]))
+        _train_all(run, steps)
+    upper, lower = (stage.expert for stage in run.recipe.stages[:2])  # type: ignore[attr-defined]
+    analysis.layers = compare_experts(run.mixture, upper, lower, steps)
     analysis.needs = suggest_needs(analysis.layers)
 
 
-def _train_all(job: Job, steps: int) -> None:
-    for stage in job.recipe.stages:
+def _train_all(run: Run, steps: int) -> None:
+    for stage in run.recipe.stages:
         assert isinstance(stage, ConsistencyConfig)
-        job.say(f"training {stage.expert}: {steps} steps")
-        train(job, stage)
+        run.say(f"training {stage.expert}: {steps} steps")
+        train(run, stage)

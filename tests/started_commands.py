@@ -14,7 +14,7 @@ from pathlib import Path
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "moedistill.cli", "moedistill.train", "moedistill.stages.consistency", "moedistill.stages.evaluate",
+        "moedistill.cli", "moedistill.runs.loop", "moedistill.stages.consistency", "moedistill.stages.evaluate",
         "moedistill_dcm.gan", "moedistill_digits.backbone", "moedistill_digits.data",
         "accelerate.tracking", "peft", "sklearn.datasets", "rich.progress", "torch._dynamo",
     ]

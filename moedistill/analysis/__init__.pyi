@@ -1,0 +1,2 @@
+from .results import Analysis as Analysis
+from .study import analyze as analyze

@@ -1,0 +1,1 @@
+"""How to plug in: fields of configs, registries, hooks, and how plugins are found."""

@@ -1,0 +1,1 @@
+"""diffusers models as backbones: loading, sampling through their own pipelines, and `apply`."""

@@ -1,0 +1,132 @@
+"""Experts inside a diffusers pipeline: as its transformer, with a scheduler that holds their few steps."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moedistill.model.backbone import TEACHER
+from moedistill.model.ema import WhichWeights
+from moedistill.model.mixture import Mixture
+
+if TYPE_CHECKING:
+    from moedistill.integrations.diffusers.scheduler import FewStepScheduler
+
+
+class RoutedTransformer(nn.Module):
+    """Stands in for a pipeline's transformer: each call runs the expert that serves the scheduler's current step.
+
+    Expert and native time come from the scheduler, never from the time that a pipeline passes, which may be rounded.
+    Experts were distilled with their guidance: of a guided pipeline's two passes they run the conditional one only, and
+    give its result for both, which any guidance scale leaves as it is. The untouched teacher runs both.
+    """
+
+    def __init__(self, pipeline: Any, mixture: Mixture, scheduler: "FewStepScheduler", weights: WhichWeights) -> None:
+        super().__init__()
+        self.mixture = mixture
+        self._pipeline, self._scheduler, self._weights = pipeline, scheduler, weights
+        self._pass = ""
+        self._conditional: Tensor | None = None
+
+    @property
+    def _network(self) -> Any:
+        return self.mixture.backbone.network
+
+    @property
+    def config(self) -> Any:
+        """Of the network."""
+        return self._network.config
+
+    @property
+    def dtype(self) -> Any:
+        """Of the network."""
+        return self._network.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the network."""
+        return next(self._network.parameters()).device
+
+    @contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Pipelines name their passes in this way: `cond`, then `uncond`; or both in one batch, `cond_uncond`."""
+        self._pass = name
+        try:
+            yield
+        finally:
+            self._pass = ""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
+        """The network's forward, by the expert of the current step, at the exact native time."""
+        mixture, step = self.mixture, self._scheduler.step_index
+        expert = expert_at(self.mixture, self._scheduler.sigmas[step].item())
+        distilled = expert not in mixture.teachers
+        if distilled and self._pass == "uncond":
+            assert self._conditional is not None, "the pipeline asks for its unconditional pass first"
+            return (self._conditional,)
+        arguments = {"hidden_states": hidden_states, **arguments, "return_dict": False}
+        doubled = distilled and self._pass == "cond_uncond" and self._pipeline.guidance_scale > 1.0
+        if doubled:  # the unconditional half comes first
+            arguments = _second_half(arguments, len(hidden_states))
+        if distilled and arguments.get("guidance") is not None:
+            # What the expert was told in training; the pipeline's is the caller's, and rounded: 6016 for 6000 in bf16.
+            scale = mixture.guidance.student_scale or mixture.guidance.embedded_scale(mixture.bases[0])
+            arguments["guidance"] = torch.full_like(arguments["guidance"], 1000.0 * scale, dtype=torch.float32)
+        time = self._scheduler.timesteps[step].to(hidden_states.device).expand(len(arguments["hidden_states"]))
+        with self.mixture.running(expert, self._weights), mixture.autocast(hidden_states.device):
+            output: Tensor = mixture.experts[expert].shared.network(timestep=time, **arguments)[0]
+        self._conditional = torch.cat([output, output]) if doubled else output
+        return (self._conditional,)
+
+
+def refuse_eta(eta: float) -> None:
+    """ValueError for anything but 0: pipelines pass their generator to no scheduler, so a step can draw no noise."""
+    if eta:
+        raise ValueError(f"eta {eta:g}: a pipeline's steps draw no fresh noise; give steps or sigmas, whose eta is 0")
+
+
+def expert_at(mixture: Mixture, sigma: float) -> str:
+    """The expert that serves `sigma`; of a teacher of several networks, the one that does."""
+    expert = mixture.router.expert_at(sigma) if mixture.router else TEACHER
+    return mixture.teacher_at(sigma) if expert == TEACHER else expert
+
+
+def _second_half(arguments: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """What belongs to the second half of a batch of `size`."""
+    return {
+        name: value[size // 2 :] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+        for name, value in arguments.items()
+    }
+
+
+class Applied:
+    """Experts inside a pipeline. `undo` gives the pipeline back as it was; so does leaving a `with` block."""
+
+    def __init__(self, pipeline: Any, names: Sequence[str]) -> None:
+        self._undo = ExitStack()
+        for name in names:
+            self._undo.callback(setattr, pipeline, name, getattr(pipeline, name))
+
+    def undo(self) -> None:
+        """Puts the pipeline's own transformer and scheduler back; nothing more if that was done."""
+        self._undo.close()
+
+    def __enter__(self) -> "Applied":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def attach(pipeline: Any, mixture: Mixture, sigmas: Tensor, *, weights: WhichWeights = "trained") -> Applied:
+    """Puts a mixture's experts and its few steps into a pipeline around the mixture's own networks."""
+    backbone: Any = mixture.backbone
+    scheduler = backbone.few_step_scheduler(pipeline, sigmas)
+    applied = Applied(pipeline, [*backbone.networks, "scheduler"])
+    routed = RoutedTransformer(pipeline, mixture, scheduler, weights)
+    for name in backbone.networks:
+        setattr(pipeline, name, routed)
+    pipeline.scheduler = scheduler
+    return applied

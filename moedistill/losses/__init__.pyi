@@ -1,0 +1,14 @@
+from .base import AdversarialLoss as AdversarialLoss
+from .base import HuberConfig as HuberConfig
+from .base import Loss as Loss
+from .base import LossConfig as LossConfig
+from .base import MSEConfig as MSEConfig
+from .base import ProbeFeatures as ProbeFeatures
+from .base import ProbeLayout as ProbeLayout
+from .base import StepTensors as StepTensors
+from .base import at_least_float32 as at_least_float32
+from .base import difference_of as difference_of
+from .base import pseudo_huber as pseudo_huber
+from .base import pseudo_huber_of as pseudo_huber_of
+from .optim import OptimizerConfig as OptimizerConfig
+from .probe import Probe as Probe

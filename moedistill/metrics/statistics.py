@@ -1,0 +1,59 @@
+"""Numbers about videos and features that metrics share."""
+
+import torch
+from torch import Tensor
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Fréchet distance of the Gaussians fitted to two sets of features `[N, D]` (Dowson and Landau, 1982).
+
+        |m_a - m_b|² + tr(C_a + C_b - 2·(C_a^½ C_b C_a^½)^½)
+
+    Both roots are taken of symmetric matrices by their eigenvalues, in float64.
+
+    Raises:
+        ValueError: fewer than two samples on a side.
+    """
+    for side in (features_a, features_b):
+        if len(side) < 2:
+            raise ValueError(f"the Fréchet distance needs at least 2 samples on each side, not {len(side)}")
+    mean_a, covariance_a = _moments(features_a.double())
+    mean_b, covariance_b = _moments(features_b.double())
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance_a)
+    root_a = (eigenvectors * eigenvalues.clamp_min(0.0).sqrt()) @ eigenvectors.T
+    cross = torch.linalg.eigvalsh(root_a @ covariance_b @ root_a).clamp_min(0.0).sqrt().sum()
+    squared_distance = (mean_a - mean_b).square().sum()
+    distance = squared_distance + covariance_a.trace() + covariance_b.trace() - 2.0 * cross
+    return max(0.0, float(distance))  # rounding can bring equal sets to -1e-5
+
+
+def _moments(samples: Tensor) -> tuple[Tensor, Tensor]:
+    mean = samples.mean(0)
+    centred = samples - mean
+    return mean, centred.T @ centred / (len(samples) - 1)
+
+
+# These two go video by video: in float64 a batch of large ones would not fit.
+
+
+def edge_energy(videos: Tensor) -> Tensor:
+    """Mean square of the differences between neighbouring pixels, along both axes: float64 `[N]`."""
+
+    def energy(video: Tensor) -> Tensor:
+        return video.diff(dim=-1).square().mean() + video.diff(dim=-2).square().mean()
+
+    return torch.stack([energy(video.double()) for video in videos])
+
+
+def unrest(videos: Tensor) -> Tensor:
+    """Mean distance (Wasserstein-1) between the grey values of consecutive frames: float64 `[N]`.
+
+    It compares how often each grey value occurs, not where. What only moves keeps its grey values, so motion counts
+    nothing, and what fades, changes shape or gains speckle counts.
+    """
+
+    def distance(video: Tensor) -> Tensor:
+        grey_values = video.flatten(2).sort(dim=-1).values
+        return grey_values.diff(dim=1).abs().mean()
+
+    return torch.stack([distance(video.double()) for video in videos])

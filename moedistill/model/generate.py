@@ -1,0 +1,71 @@
+"""Videos of prompts by a mixture: through the model's own pipeline, where it has one, else by our sampler."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from moedistill.model import conditioning
+from moedistill.model.backbone import VideoSize
+from moedistill.model.ema import WhichWeights
+from moedistill.model.mixture import Mixture
+from moedistill.runtime.randomness import Draws
+
+
+class OwnPipeline(ABC):
+    """What a backbone is besides, whose model has a pipeline of its own. Its config says so by `has_pipeline`."""
+
+    @abstractmethod
+    def generate(
+        self,
+        mixture: Mixture,
+        prompts: Sequence[str],
+        sigmas: Tensor,
+        *,
+        seed: int,
+        video: VideoSize | None = None,
+        weights: WhichWeights = "trained",
+        eta: float = 0.0,
+    ) -> Iterator[Tensor]:
+        """See the function `generate`: the same, by the model's own pipeline."""
+
+
+def generate(
+    mixture: Mixture,
+    prompts: Sequence[str],
+    sigmas: Tensor,
+    *,
+    seed: int,
+    video: VideoSize | None = None,
+    weights: WhichWeights = "trained",
+    eta: float = 0.0,
+) -> Iterator[Tensor]:
+    """Videos of prompts by the experts along `sigmas`, one by one: `[C, T, H, W]` in [0, 1], float32, on the CPU.
+
+    A video is determined by its prompt, its place in the list, and the seed; so is the fresh noise that `eta` asks for.
+
+    Args:
+        sigmas: `[n + 1]`, descending to 0.
+        video: its size; the backbone's own, if not given.
+        weights: the experts' `trained` weights or their `ema`.
+
+    Raises:
+        ValueError: a prompt or the size does not fit the model, or its pipeline has no `eta`.
+    """
+    backbone = mixture.backbone
+    if isinstance(backbone, OwnPipeline):
+        yield from backbone.generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights, eta=eta)
+        return
+    device = mixture.device
+    shape, cond = backbone.latent_shape(video), conditioning.to(backbone.encode(prompts), device)
+    for k in range(len(prompts)):
+        noise = Draws(seed, "sample", 0, [k], device).normal("noise", shape)
+        one = conditioning.select(cond, slice(k, k + 1))
+
+        def fresh_noise(step: int, _rows: range, k: int = k) -> Tensor:
+            return Draws(seed, "sample", step, [k], device).normal("fresh_noise", shape)
+
+        latents = mixture.generate(
+            noise, one, sigmas, guidance=mixture.guidance, weights=weights, eta=eta, fresh_noise=fresh_noise
+        )
+        yield backbone.decode(latents)[0].cpu()

@@ -1,0 +1,43 @@
+"""How the teacher is guided."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moedistill.components.fields import PositiveFloat
+
+
+@dataclass(kw_only=True)
+class Guidance:
+    """How the teacher is guided.
+
+    Args:
+        mode: `none`; `classifier_free`: v = v_c + (scale - 1)·(v_c - v_u), both in one batched forward; `embedded`: the
+            network takes the scale as an input.
+        scale: the guidance scale; 1 means no guidance. A teacher of several networks may have one for each, by name.
+        negative_prompt: what the unconditional half of classifier-free guidance, and dropped text, is told instead. A
+            negative that is stored with the training data takes its place.
+        student_scale: the embedded scale that the experts are told; null for the teacher's.
+    """
+
+    mode: Literal["none", "classifier_free", "embedded"] = "none"
+    scale: PositiveFloat | dict[str, PositiveFloat] = 1.0
+    negative_prompt: str = ""
+    student_scale: PositiveFloat | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode == "none" and self.scale != 1.0:
+            raise ValueError(f"scale {self.scale} needs a mode: classifier_free or embedded")
+        if self.mode != "embedded" and self.student_scale is not None:
+            raise ValueError(f"student_scale {self.student_scale} needs mode: embedded; other experts take no scale")
+
+    def scale_of(self, base: str) -> float:
+        """The scale of one of the teacher's networks."""
+        return self.scale[base] if isinstance(self.scale, dict) else self.scale
+
+    def embedded_scale(self, base: str) -> float:
+        """The scale that a network with an input for it is told; 1 where it is guided otherwise, or not at all."""
+        return self.scale_of(base) if self.mode == "embedded" else 1.0
+
+    def classifier_free_scale(self, base: str) -> float:
+        """The scale by which two forwards are combined; 1 where there is nothing to combine."""
+        return self.scale_of(base) if self.mode == "classifier_free" else 1.0

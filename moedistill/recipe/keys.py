@@ -1,0 +1,196 @@
+"""What a recipe may say: its keys, as the annotations of dataclasses; components bring those of their own configs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from annotated_types import MinLen
+
+from moedistill.components.fields import Component, Config, Decay, NonEmptyStr, NonNegativeInt, PositiveInt
+from moedistill.data.base import DatasetConfig
+from moedistill.flow.sampling_points import SampleConfig
+from moedistill.losses.optim import OptimizerConfig
+from moedistill.model.backbone import BackboneConfig
+from moedistill.recipe.building import to_plain
+from moedistill.recipe.yaml_tree import dump_yaml
+
+if TYPE_CHECKING:
+    from moedistill.flow.routers import RouterConfig
+    from moedistill.flow.trajectory import TrajectoryConfig
+    from moedistill.losses.base import LossConfig
+    from moedistill.model.experts import ExpertConfig
+else:  # These import torch. For checking a recipe the markers below are enough.
+    ExpertConfig = LossConfig = RouterConfig = TrajectoryConfig = object
+
+
+Finding = tuple[str, str]
+"""What a check found: the key inside the stage (dotted, may be empty) and the message."""
+
+
+@dataclass(kw_only=True)
+class StageConfig(Config, ABC):
+    """Recipe keys common to all stages. `needs`: what it takes from `data`, of latents and conditioning."""
+
+    name: NonEmptyStr
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def build(self) -> Any:
+        """The stage, a `Stage` or a `TrainingStage`."""
+
+    def check(self, recipe: "Recipe") -> Iterable[Finding]:
+        """What in the recipe does not fit this stage; parts of `recipe` that failed themselves are None."""
+        return ()
+
+    def look_ahead(self, recipe: "Recipe") -> None:
+        """ValueError where a file that the stage will read is missing, or does not fit; called before any training."""
+
+    def tiny(self) -> "StageConfig":
+        """The same stage with a few steps or samples, for smoke runs."""
+        return self
+
+
+@dataclass(kw_only=True)
+class Probing:
+    """Which teacher blocks are tapped: every `block_stride`-th, from the first."""
+
+    block_stride: PositiveInt = 2
+
+
+@dataclass(kw_only=True)
+class TrainingStageConfig(StageConfig, ABC):
+    """Recipe keys common to all stages that train an expert on its segment.
+
+    Args:
+        expert: whom to train.
+        steps: optimiser steps.
+        optimizer: of the expert; critics have their own.
+        losses: the terms of the objective.
+        ema_decay: keep an exponential moving average of the trained weights with this decay; null for none.
+        probe: teacher features for the losses that want them.
+        latent_frames: train on the first so many latent frames of each video; null for all.
+    """
+
+    expert: NonEmptyStr
+    steps: PositiveInt
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    losses: list[Annotated[LossConfig, Component("loss")]]
+    ema_decay: Decay | None = None
+    probe: Probing | None = None
+    latent_frames: PositiveInt | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"latents", "conditioning"})
+
+    def check(self, recipe: "Recipe") -> Iterable[Finding]:
+        if not any(loss.weight_at(0, self.steps) > 0 for loss in self.losses):
+            yield "losses", "no loss has any weight at step 0; the expert would have nothing to learn from"
+        if self.probe is not None and not any(loss.needs_probe for loss in self.losses):
+            yield "probe", "no loss of the stage reads it; leave it out"
+        accumulation = recipe.training.gradient_accumulation_steps if recipe.training else 1
+        for number, loss in enumerate(self.losses):
+            updates = getattr(loss, "critic_updates", 1)
+            if updates > 1 and accumulation > 1:
+                yield (
+                    f"losses.{number}.critic_updates",
+                    f"{updates} needs training.gradient_accumulation_steps 1, not {accumulation}: the features of a "
+                    "micro-batch are gone when the critic steps",
+                )
+
+
+@dataclass(kw_only=True)
+class MonitorConfig:
+    """The consistency loss, prediction - target, on fixed draws; not excluded from training. See `Monitor`.
+
+    Args:
+        every: optimiser steps between measurements; the first one is before the first step.
+        samples: how many, spread evenly over the dataset. They are trained on as well.
+        levels: starting points, spread evenly over the expert's segment.
+    """
+
+    every: PositiveInt = 100
+    samples: PositiveInt = 4
+    levels: PositiveInt = 4
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """What all training stages share.
+
+    Args:
+        batch_size: samples per optimiser step, over all processes and micro-batches.
+        gradient_accumulation_steps: micro-batches per optimiser step; divides `batch_size`.
+        gradient_checkpointing: recompute activations in the backward pass: slower, less memory.
+        num_workers: processes that load data.
+        num_threads: CPU threads within an operation; null for torch's choice. Small networks are fastest with 1.
+        checkpoint_every: optimiser steps between checkpoints; null for one at the end of each stage only.
+        keep_checkpoints: how many of the last checkpoints stay.
+        log_every: optimiser steps between lines of metrics.
+        trackers: names of accelerate's trackers, such as tensorboard.
+        monitor: measure consistency stages on fixed draws as they go, for 1 to 3 % of their time; null for never.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {"heldout": "monitor"}
+    """Keys by earlier names: refused by name in a recipe, and read in what earlier runs saved."""
+
+    batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    gradient_checkpointing: bool = False
+    num_workers: NonNegativeInt = 0
+    num_threads: PositiveInt | None = None
+    checkpoint_every: PositiveInt | None = 100
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 10
+    trackers: list[NonEmptyStr] = field(default_factory=list)
+    monitor: MonitorConfig | None = field(default_factory=MonitorConfig)
+
+
+def _default_trajectory() -> Any:
+    from moedistill.flow.trajectory import FlowMatching
+
+    return FlowMatching()
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything a run is made of.
+
+    Args:
+        name: names the run's folder.
+        description: one line for people.
+        seed: all randomness of the run comes from it.
+        backbone: the model.
+        trajectory: the discretised ODE.
+        router: which expert serves which noise level.
+        experts: named changes to the backbone's weights; `teacher` is reserved for the untouched weights.
+        data: the dataset; only stages that need data need it.
+        training: what all training stages share.
+        stages: what is done, in order.
+        sample: the student's sampling steps.
+    """
+
+    name: NonEmptyStr
+    description: str = ""
+    seed: NonNegativeInt = 0
+    backbone: Annotated[BackboneConfig, Component("backbone")]
+    trajectory: Annotated[TrajectoryConfig, Component("trajectory")] = field(default_factory=_default_trajectory)
+    router: Annotated[RouterConfig, Component("router")] | None = None
+    experts: dict[str, Annotated[ExpertConfig, Component("expert")]] = field(default_factory=dict)
+    data: Annotated[DatasetConfig, Component("dataset")] | None = None
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    stages: Annotated[list[Annotated[StageConfig, Component("stage")]], MinLen(1)]
+    sample: SampleConfig | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain data with all defaults filled in; `load_recipe` reads it back to an equal recipe."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    def to_yaml(self) -> str:
+        """`resolved()` as YAML."""
+        return dump_yaml(self.resolved())
+
+    def notes(self) -> list[str]:
+        """How values near trajectory points were understood, for people to read."""
+        trajectory = self.trajectory.build(self.backbone.native_sigmas())
+        notes = list(getattr(self.router.build(trajectory), "notes", ())) if self.router else []
+        return notes + (self.sample.notes(trajectory) if self.sample else [])

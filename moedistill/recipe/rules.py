@@ -1,0 +1,277 @@
+"""Rules between the keys of a recipe."""
+
+import re
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from moedistill.errors import shorten, suggest
+from moedistill.model.backbone import TEACHER
+from moedistill.recipe.building import FAILED, Partial, failed
+from moedistill.recipe.keys import Recipe
+
+if TYPE_CHECKING:
+    from moedistill.flow.trajectory import Trajectory
+
+
+Violation = tuple[tuple[str | int, ...], str, str]
+"""Path, message, hint."""
+
+
+_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}\Z")
+
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")
+
+
+class Rules:
+    """Rules between the fields of a recipe. Parts that failed are passed over; the rest is checked all the same."""
+
+    def __init__(self, recipe: Any) -> None:
+        self.recipe = recipe
+        self.experts: Mapping[str, Any] | None = None if failed(recipe.experts) else recipe.experts
+        self.stages: list[Any] = [] if recipe.stages is FAILED else recipe.stages
+        self.segments: list[str] | None = None
+        """Names of the experts that have a segment; None where that is unknown."""
+
+    def all(self) -> Iterator[Violation]:
+        yield from self.names()
+        trajectory, problem = self.trajectory()
+        if problem is not None:
+            yield problem
+        yield from self.routing(trajectory)
+        yield from self.ancestry()
+        yield from self.teachers(trajectory)
+        yield from self.trained_experts()
+        yield from self.probes()
+        yield from self.data_and_batches()
+        if trajectory is not None and self.recipe.sample and not failed(self.recipe.sample):
+            yield from self.sampling(trajectory)
+        yield from self.stages_themselves()
+
+    def names(self) -> Iterator[Violation]:
+        rule = "letters, digits, '_' and '-'"
+        name = self.recipe.name
+        if isinstance(name, str) and not _NAME.match(name):
+            yield ("name",), f"{shorten(name, 60)!r} names a folder: only {rule} and '.', at most 100", ""
+        first: dict[str, int] = {}
+        for k, stage in enumerate(self.stages):
+            if not isinstance(stage.name, str):
+                continue
+            if not _WORD.match(stage.name):
+                yield ("stages", k, "name"), f"{shorten(stage.name, 60)!r}: only {rule}, at most 64", ""
+            if stage.name in first:
+                message = f"{stage.name!r} is also the name of stage {first[stage.name]}; names must differ"
+                yield ("stages", k, "name"), message, ""
+            first.setdefault(stage.name, k)
+        for expert in self.experts or ():
+            if expert == TEACHER:
+                hint = "choose another name; route to 'teacher' without defining it"
+                yield ("experts", expert), "'teacher' is reserved for the untouched weights", hint
+            elif not _WORD.match(expert):
+                yield ("experts", expert), f"{shorten(expert, 60)!r}: only {rule}, at most 64", ""
+
+    def trajectory(self) -> "tuple[Trajectory | None, Violation | None]":
+        recipe = self.recipe
+        if failed(recipe.trajectory) or failed(recipe.backbone):
+            return None, None
+        try:
+            return recipe.trajectory.build(recipe.backbone.native_sigmas()), None
+        except ValueError as error:
+            return None, (("trajectory",), str(error), "")
+
+    def routing(self, trajectory: "Trajectory | None") -> Iterator[Violation]:
+        """Routed experts exist, experts have segments, boundaries are in order."""
+        router, experts = self.recipe.router, self.experts
+        if router is None:
+            if experts:
+                hint = f"add router: {{kind: timestep, experts: [{', '.join(experts)}], boundaries: […]}}"
+                yield ("router",), f"is missing: it gives {', '.join(map(repr, experts))} their noise levels", hint
+            return
+        names, built = router.experts if hasattr(router, "experts") else FAILED, None
+        if trajectory is not None and not failed(router):
+            try:
+                built = router.build(trajectory)
+            except ValueError as error:
+                yield ("router", "boundaries") if hasattr(router, "boundaries") else ("router",), str(error), ""
+        if names is FAILED and built is not None:
+            names = [segment.expert for segment in built.segments]
+        if names is FAILED or experts is None:
+            return
+        self.segments = list(names)
+        for k, name in enumerate(names):
+            if name not in experts and name != TEACHER:
+                yield ("router", "experts", k), f"unknown expert {name!r}; {suggest(name, [*experts, TEACHER])}", ""
+        for name in experts:
+            if name not in names and name != TEACHER:
+                hint = "add it to router.experts, with a boundary, or remove it"
+                yield ("experts", name), f"expert {name!r} has no segment: the router does not name it", hint
+
+    def ancestry(self) -> Iterator[Violation]:
+        """`from` names something that exists, and nothing descends from itself."""
+        for name, expert in (self.experts or {}).items():
+            parent = getattr(expert, "parent", TEACHER)
+            if not isinstance(parent, str) or parent == TEACHER:
+                continue
+            path = ("experts", name, "from")
+            if parent not in (self.experts or {}):
+                yield path, f"unknown expert {parent!r}; {suggest(parent, [*(self.experts or {}), TEACHER])}", ""
+            elif name in self.ancestors(name):
+                circle = " → ".join([name, *self.ancestors(name)])
+                yield path, f"goes round in a circle: {circle}", "let one of them start from the teacher"
+
+    def ancestors(self, name: str) -> list[str]:
+        """Parents of an expert, nearest first, up to the teacher or to a name met before."""
+        found: list[str] = []
+        experts = self.experts or {}
+        while isinstance(name, str) and name in experts:
+            name = getattr(experts[name], "parent", TEACHER)
+            if not isinstance(name, str) or name == TEACHER or name in found:
+                break
+            found.append(name)
+        return found
+
+    def teachers(self, trajectory: "Trajectory | None") -> Iterator[Violation]:
+        """Experts and guidance name networks that the teacher has; a segment lies where one of them serves."""
+        backbone = self.recipe.backbone
+        if failed(backbone):
+            return
+        for key, message in backbone.check():
+            yield ("backbone", *key.split(".")), message, ""
+        bases = list(backbone.bases())
+        scale = backbone.guidance.scale
+        if isinstance(scale, dict) and set(scale) != set(bases):
+            message = f"names {', '.join(scale) or 'no network'}; the teacher has {', '.join(bases)}: give each a scale"
+            yield ("backbone", "guidance", "scale"), message, ""
+        for name, expert in (self.experts or {}).items():
+            base, parent = getattr(expert, "base", None), getattr(expert, "parent", TEACHER)
+            if failed(expert):
+                continue
+            if base is not None and base not in bases:
+                yield ("experts", name, "base"), f"unknown network {base!r}; {suggest(base, bases)}", ""
+            elif base is None and parent == TEACHER and len(bases) > 1:
+                message = f"is missing: the teacher has {' and '.join(bases)}; say which one {name!r} changes"
+                yield ("experts", name, "base"), message, f"for example base: {bases[0]}"
+            elif base is not None and parent in (self.experts or {}) and base != self.base_of(parent):
+                message = f"{base!r} is not the network of {parent!r}, which {name!r} starts from"
+                yield ("experts", name, "base"), message, "leave base out, or start from the teacher"
+        yield from self.teacher_segments(trajectory)
+
+    def base_of(self, name: str) -> str | None:
+        """The network that an expert names, itself or through its parents."""
+        chain = [(self.experts or {}).get(expert) for expert in [name, *self.ancestors(name)]]
+        return next((base for expert in chain if (base := getattr(expert, "base", None))), None)
+
+    def teacher_segments(self, trajectory: "Trajectory | None") -> Iterator[Violation]:
+        if trajectory is None or self.recipe.router is None or failed(self.recipe.router):
+            return
+        try:
+            teachers = self.recipe.backbone.teacher_router(trajectory)
+            segments = self.recipe.router.build(trajectory).segments
+        except ValueError:
+            return  # reported elsewhere
+        trained = {getattr(stage, "expert", None) for stage in self.stages}
+        for segment in segments if teachers is not None else ():
+            points = trajectory.points_in(segment)
+            served = {teachers.expert_at(trajectory.sigma(point)) for point in points}
+            base = self.base_of(segment.expert)
+            if segment.expert in trained and len(served) == 1 and base is not None and base not in served:
+                message = (
+                    f"{base!r} is not what serves the segment of {segment.expert!r}: that is {' and '.join(served)}"
+                )
+                yield ("experts", segment.expert, "base"), message, f"base: {sorted(served)[0]}"
+            elif segment.expert in trained and len(served) > 1:
+                edges = ", ".join(f"{boundary:.6g}" for boundary in teachers.boundaries)
+                message = (
+                    f"the segment of {segment.expert!r}, points {points[0]} to {points[-1]}, lies across the teacher's "
+                    f"boundary at sigma {edges}: {' and '.join(sorted(served))} would both teach it"
+                )
+                hint = f"put a boundary there: {{sigma: {edges}}}, with closed: {teachers.closed}"
+                yield ("router", "boundaries"), message, hint
+
+    def trained_experts(self) -> Iterator[Violation]:
+        """Stages train experts that exist and can be trained, parents before children."""
+        trained = [stage.expert if isinstance(getattr(stage, "expert", None), str) else None for stage in self.stages]
+        for k, name in enumerate(trained):
+            if name is None or self.experts is None:
+                continue
+            path = ("stages", k, "expert")
+            if name == TEACHER:
+                yield path, "the teacher is never trained", "define an expert, such as {kind: full}"
+            elif name not in self.experts:
+                yield path, f"unknown expert {name!r}; {suggest(name, self.experts)}", ""
+            elif getattr(self.experts[name], "trainable", True) is False:
+                yield path, f"expert {name!r} is {self.experts[name].kind or 'frozen'}: it has nothing to train", ""
+            for parent in self.ancestors(name):
+                if parent in trained[k + 1 :] and parent != name:
+                    later = self.stages[k + 1 + trained[k + 1 :].index(parent)].name
+                    message = f"{name!r} starts from {parent!r}, which is trained later, in stage {later!r}"
+                    yield path, message, "change the order of the stages"
+
+    def probes(self) -> Iterator[Violation]:
+        for k, stage in enumerate(self.stages):
+            if getattr(stage, "probe", FAILED) is not None or stage is FAILED:
+                continue
+            for i, loss in enumerate(getattr(stage, "losses", ())):
+                if getattr(loss, "needs_probe", False) is True:
+                    kind = getattr(loss, "kind", "") or type(loss).__name__
+                    message = f"loss {kind!r} needs the teacher's features, but the stage has no probe"
+                    yield ("stages", k, "losses", i), message, "add to the stage: probe: {block_stride: 2}"
+
+    def data_and_batches(self) -> Iterator[Violation]:
+        if self.recipe.data is None:
+            needs = {need for stage in self.stages for need in getattr(stage, "needs", ())}
+            if needs:
+                first = next(k for k, stage in enumerate(self.stages) if getattr(stage, "needs", ()))
+                names = " and ".join(sorted(needs))
+                yield ("data",), f"is missing: stages.{first} needs {names}", "add data: {kind: …}"
+        elif not failed(self.recipe.data):
+            for k, stage in enumerate(self.stages):
+                lacking = sorted(set(getattr(stage, "needs", ())) - self.recipe.data.provides)
+                if lacking:
+                    message = f"{self.recipe.data.kind!r} has no {' and '.join(lacking)}, which stages.{k} needs"
+                    yield ("data", "kind"), message, "choose data that have them, such as kind: latents"
+        training = self.recipe.training
+        if failed(training):
+            return
+        size, parts = training.batch_size, training.gradient_accumulation_steps
+        if size % parts:
+            good = size // parts * parts or parts
+            path = ("training", "gradient_accumulation_steps")
+            yield path, f"{parts} does not divide batch_size {size}", f"for example batch_size: {good}"
+
+    def sampling(self, trajectory: "Trajectory") -> Iterator[Violation]:
+        sample = self.recipe.sample
+        unit = next(name for name, value in vars(sample).items() if value is not None)
+        try:
+            sample.resolve(trajectory)
+        except ValueError as error:
+            yield ("sample", unit), str(error), ""
+
+    def stages_themselves(self) -> Iterator[Violation]:
+        """What each stage's own `check` finds; it sees parts that failed as None."""
+        broken = isinstance(self.recipe, Partial)
+        recipe = _with_gaps(self.recipe) if broken else self.recipe
+        for k, stage in enumerate(self.stages):
+            if failed(stage) or not hasattr(stage, "check"):
+                continue
+            try:
+                findings = list(stage.check(recipe))
+            except (AttributeError, TypeError, KeyError, ValueError):
+                if not broken:  # A check may trip over a gap; then its turn comes when the gap is filled.
+                    raise
+                continue
+            for suffix, message in findings:
+                steps = [int(step) if step.isdigit() else step for step in suffix.split(".") if step]
+                yield ("stages", k, *steps), message, ""
+
+
+def _with_gaps(recipe: Partial) -> Any:
+    def gap(value: Any) -> Any:
+        if failed(value):
+            return None
+        if isinstance(value, dict):
+            return {key: gap(item) for key, item in value.items()}
+        return [gap(item) for item in value] if isinstance(value, list) else value
+
+    return SimpleNamespace(**{name: gap(getattr(recipe, name)) for name in Recipe.__dataclass_fields__})

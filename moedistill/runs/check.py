@@ -1,0 +1,105 @@
+"""Does a set of stored samples fit a recipe? Looked at before any model is loaded."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from moedistill.data.check import Contents, Misfit, Report, check_batches, counted, layout_problems, read_set, too_short
+from moedistill.data.latents import find_index
+from moedistill.data.prompts import read_prompts
+from moedistill.model.backbone import SampleLayout
+from moedistill.recipe.keys import Recipe
+
+
+def check_set(path: str | Path, recipe: Recipe | None = None) -> Report:
+    """Reads every file of the set at `path`, and compares what is there with what `recipe` needs."""
+    report = Report(str(path))
+    contents = read_set(path, report)
+    if contents is None:
+        return report
+    if recipe is not None:
+        _compare(path, contents, recipe, report)
+    training = recipe.training if recipe is not None else None
+    batched = training is not None and training.batch_size > training.gradient_accumulation_steps
+    check_batches(contents, report, batched=batched)
+    return report
+
+
+def _compare(path: str | Path, contents: Contents, recipe: Recipe, report: Report) -> None:
+    try:
+        layout = recipe.backbone.layout()
+    except ValueError as error:
+        layout = None
+        report.problems.append(Misfit("what the backbone needs cannot be told", [f"backbone: {error}"]))
+    if layout is not None:
+        report.problems += layout_problems(contents, layout, recipe.backbone.kind, _crops(recipe))
+    report.problems += _too_short(contents, recipe)
+    report.problems += _prompt_files(recipe)
+    report.notes += _notes(path, contents, recipe, layout)
+
+
+def _crops(recipe: Recipe) -> list[int | None]:
+    """The `latent_frames` of the stages that train on latents; None where one takes all frames."""
+    crops = {getattr(stage, "latent_frames", None) for stage in recipe.stages if "latents" in stage.needs}
+    return sorted(crops or {None}, key=lambda crop: crop or 0)
+
+
+def _too_short(contents: Contents, recipe: Recipe) -> Iterator[Misfit]:
+    """Losses over a `lag` of latent frames need more frames than that."""
+    for stage in recipe.stages:
+        crop = getattr(stage, "latent_frames", None)
+        for loss in getattr(stage, "losses", ()):
+            lag = getattr(loss, "lag", 0)
+            short = too_short(contents, lag, crop)
+            if short:
+                yield Misfit(
+                    f"{len(short)} samples are too short for {loss.kind} of stage {stage.name}, which needs more than "
+                    f"{lag} latent frames; lower its lag, or use longer videos"
+                    + (f" and more than latent_frames {crop}" if crop is not None and crop <= lag else ""),
+                    short,
+                )
+
+
+def _prompt_files(recipe: Recipe) -> Iterator[Misfit]:
+    """A stage may ask for prompts in a file, and would stop a long run if it is not there."""
+    for stage in recipe.stages:
+        prompts = getattr(stage, "prompts", None)
+        if isinstance(prompts, str):
+            try:
+                read_prompts(prompts)
+            except ValueError as error:
+                yield Misfit(f"stage {stage.name} cannot read its prompts", [str(error)])
+
+
+def _notes(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleLayout | None) -> Iterator[str]:
+    data, guidance, batch = recipe.data, recipe.backbone.guidance, recipe.training.batch_size
+    configured = getattr(data, "path", None)
+    if data is None or data.kind != "latents":
+        yield f"the recipe's data are not of kind latents but {data.kind if data else 'missing'}"
+    elif configured is None or not _same(configured, contents.store.index):
+        yield f"the recipe's data.path is {configured or 'null'}, not {path}"
+    counts = Counter(str(list(sample.latents)) for sample in contents.seen)
+    small = {shape: count for shape, count in counts.items() if count < batch}
+    if small:
+        yield f"fewer samples of a shape than training.batch_size {batch}, so they are repeated: {counted(small)}"
+    guided = any(guidance.classifier_free_scale(base) != 1.0 for base in recipe.backbone.bases())
+    dropout = data.text_dropout if data is not None else 0.0
+    if contents.negative is None and (guided or dropout):
+        why = " and ".join(["classifier-free guidance"] * guided + ["text_dropout"] * bool(dropout))
+        yield f"{why}, but no stored negative prompt: it will be encoded with the model's text encoder"
+    stored = dict.fromkeys(name for sample in contents.seen for name in sample.conditioning)
+    if layout is not None and stored:
+        unread = [name for name in stored if name not in layout.conditioning]
+        packed = [name for name in layout.conditioning if name not in stored]
+        if unread:
+            yield f"stored, but no input of {recipe.backbone.kind}: {', '.join(unread)}"
+        if packed and contents.store.layout == "published":
+            yield f"not stored by itself, so {recipe.backbone.kind} must find it in the rest: {', '.join(packed)}"
+
+
+def _same(configured: str, index: Path) -> bool:
+    """Whether the recipe means the same set."""
+    try:
+        return find_index(configured).resolve() == index.resolve()
+    except (ValueError, OSError):
+        return False

@@ -1,0 +1,1 @@
+"""Processes, disk and chance: devices, checkpoints, addressed randomness, signals."""

@@ -1,0 +1,9 @@
+from .checks import CHECKS as CHECKS
+from .checks import Check as Check
+from .running import BackboneContract as BackboneContract
+from .running import Row as Row
+from .running import check_backbone as check_backbone
+from .running import read_config as read_config
+from .running import run_checks as run_checks
+from .subject import Subject as Subject
+from .subject import Unchecked as Unchecked
