@@ -33,7 +33,7 @@ from moedistill.recipe.keys import Recipe, TrainingStageConfig
 from moedistill.recipe.loading import shipped_recipes
 from moedistill.runs.resume import changed_keys, comparable
 from moedistill.runs.tables import Line, Table, read_records, tabulate
-from moedistill.runtime.checkpoint import Checkpoints, comparable, load_tree
+from moedistill.runtime.checkpoint import Checkpoints, load_tree
 from moedistill.stages.run import COST
 
 if TYPE_CHECKING:
