@@ -18,7 +18,7 @@ from moedistill.model.experts import ExpertConfig, FullConfig
 from moedistill.recipe.keys import Recipe, StageConfig
 from moedistill.stages.consistency import ConsistencyConfig, ConsistencyStage
 from moedistill.stages.run import Run
-from moedistill.stages.training import Training
+from moedistill.stages.training import STUDENT, Training
 
 
 def consistency_template(recipe: Recipe) -> ConsistencyConfig:
@@ -145,8 +145,9 @@ def measure_students(
     for config in reversed(stages):  # from low to high noise
         trained = run.mixture.ema.get(config.expert)
         training, stage = set_up(run, config)
-        if training.ema is not None and trained is not None:
-            training.ema.load(trained.average)  # a new stage's average starts as the weights
+        average = training.trained[STUDENT].average
+        if average is not None and trained is not None:
+            average.load(trained.average)  # a new stage's average starts as the weights
         starts = training.trajectory.points_in(training.segment)
         count = min(len(starts), max(1, round(most_points * len(starts) / total)))
         points = [starts[0] + (len(starts) - 1) * k // max(1, count - 1) for k in range(count)]
@@ -219,7 +220,7 @@ def _measure(
     training: Training, stage: ConsistencyStage, batches: Sequence[tuple[Batch, Tensor]], point: int
 ) -> tuple[_Point, list[Tensor]]:
     """The stage's own loss for jumps that all start at `point`; and its gradients, flat, plain and per jump."""
-    parameters = training.trained["student"].parameters
+    parameters = list(training.trained[STUDENT].parameters.values())
     losses, gradients, length = [0.0, 0.0], [torch.zeros(()), torch.zeros(())], 0.0
     for batch, noise in batches:
         x0 = batch.latents

@@ -26,6 +26,41 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     return ((1 - sigma) * x0.to(dtype) + sigma * noise.to(dtype)).to(x0.dtype)
 
 
+def displacement(velocity: Tensor, sigma_from: float | Tensor, sigma_to: float | Tensor) -> Tensor:
+    """What one Euler jump adds, `(sigma_to - sigma_from)·velocity`, shaped as `velocity`."""
+    dtype = _check_tensors(velocity=velocity)
+    sigma_from = _broadcast("sigma_from", sigma_from, velocity, dtype)
+    sigma_to = _broadcast("sigma_to", sigma_to, velocity, dtype)
+    return ((sigma_to - sigma_from) * velocity.to(dtype)).to(velocity.dtype)
+
+
+def velocity_of(x: Tensor, x0: Tensor, sigma: float | Tensor) -> Tensor:
+    """The velocity with which `x` at `sigma` > 0 goes straight to `x0`, `(x - x0) / sigma`, shaped as `x`.
+
+    With the posterior mean E[x0 | x] for `x0` it is that of the probability-flow ODE.
+    """
+    dtype = _check_tensors(x=x, x0=x0)
+    return ((x.to(dtype) - x0.to(dtype)) / _broadcast("sigma", sigma, x, dtype)).to(x.dtype)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): `c + (scale - 1)·(c - u)`; 1 is none.
+
+    Of velocities or, at one x and sigma, of anything that is linear in them, such as clean estimates.
+    """
+    return conditional + (scale - 1.0) * (conditional - unconditional)
+
+
+def shift(u: Tensor, s: float | Tensor) -> Tensor:
+    """A time in [0, 1] moved towards noise, `s·u / (1 + (s - 1)·u)` (Esser et al., arXiv 2403.03206, eq. 23)."""
+    return s * u / (1 + (s - 1) * u)
+
+
+def unshift(sigma: float | Tensor, s: Tensor) -> Tensor:
+    """The inverse of `shift`: `sigma / (s - (s - 1)·sigma)`."""
+    return sigma / (s - (s - 1) * sigma)
+
+
 def jump(x: Tensor, velocity: Tensor, sigma_from: float | Tensor, sigma_to: float | Tensor) -> Tensor:
     """One Euler jump from `sigma_from` to `sigma_to`: `x + (sigma_to - sigma_from)·velocity`, shaped as `x`."""
     dtype = _check_tensors(x=x, velocity=velocity)

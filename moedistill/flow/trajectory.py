@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moedistill.components.fields import Config, Fraction, GridSize, PositiveFloat
 from moedistill.flow.process import as_sigma
+from moedistill.flow.process import shift as shift_time
 
 End = Literal["grid_min", "zero"]
 Closed = Literal["low", "high"]
@@ -120,7 +121,7 @@ class Trajectory:
         # the exact value once differs in the last digit for a third of the points, and a boundary compares exactly.)
         u = torch.arange(num_steps + 1, dtype=torch.float32, device="cpu") / num_steps
         u[0] = 1 / num_train_timesteps if end == "grid_min" else 0.0
-        return cls(_shift(u, shift), num_train_timesteps, shift, native_sigmas)
+        return cls(shift_time(u, shift), num_train_timesteps, shift, native_sigmas)
 
     @classmethod
     def native(cls, native_sigmas: Tensor, num_steps: int = 50) -> "Trajectory":
@@ -210,11 +211,11 @@ class Trajectory:
 
     def shifted(self, u: Value) -> Value:
         """Sigma of an unshifted time: `shift·u / (1 + (shift - 1)·u)`; ValueError where the grid has no shift."""
-        return _result(_shift(_operand(u), self._known_shift()), u)
+        return _result(shift_time(_operand(u), self._known_shift()), u)
 
     def unshift(self, sigma: Value) -> Value:
         """The unshifted time u of `sigma`, the inverse of `shifted`; ValueError where the grid has no shift."""
-        return _result(_shift(_operand(sigma), 1 / self._known_shift()), sigma)
+        return _result(shift_time(_operand(sigma), 1 / self._known_shift()), sigma)
 
     def points_in(self, segment: Segment) -> range:
         """The points at which a step of `segment` may start: those in it, p_0 never among them."""
@@ -287,11 +288,6 @@ class Points(TrajectoryConfig):
 
     def build(self, native_sigmas: Tensor | None = None) -> Trajectory:
         return Trajectory.from_sigmas(self.sigmas, native_sigmas=native_sigmas)
-
-
-def _shift(u: Tensor, shift: float) -> Tensor:
-    """`shift·u / (1 + (shift - 1)·u)`; with 1/shift, its inverse."""
-    return shift * u / (1 + (shift - 1) * u)
 
 
 def _ascending(name: str, sigmas: Tensor) -> Tensor:

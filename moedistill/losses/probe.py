@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from moedistill.flow.process import add_noise, renoise
+
 
 @dataclass
 class Probe:
@@ -48,3 +50,39 @@ class Probe:
         """The same features without gradients, for a critic's objective."""
         hidden_prediction = [hidden.detach() for hidden in self.hidden_prediction]
         return replace(self, hidden_prediction=hidden_prediction, prediction=self.prediction.detach(), _latents={})
+
+
+def probe(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    end: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    read: Callable[[Tensor], list[Tensor]],
+    unembed: Callable[[Tensor, Tensor], Tensor],
+    grid: tuple[int, int, int],
+    data: Tensor | None = None,
+    data_noise: Tensor | None = None,
+) -> Probe:
+    """Teacher features of a prediction and its target, both re-noised in the same way (DCM, arXiv 2506.03123, 3.3):
+
+        y_sigma = [(1 - sigma)·y + (sigma - end)·noise] / (1 - end),   y = prediction, target
+
+    Data are noised to `end` first, by the process itself, and from there as the others.
+
+    Args:
+        prediction, target, noise: `[B, C, T, H, W]`; the first two lie at `end`.
+        end, sigma: `[B]`, rising.
+        read: hidden states of a sample at `sigma`, one `[B, T'·H'·W', hidden_size]` per tap.
+        unembed: see `Probe`.
+        data, data_noise: for losses that ask for features of the data.
+    """
+    y_prediction, y_target = (renoise(y, noise, end, sigma) for y in (prediction, target))
+    hidden_prediction = read(y_prediction)
+    with torch.no_grad():
+        hidden_target, hidden_data = read(y_target), []
+        if data is not None:
+            assert data_noise is not None
+            hidden_data = read(renoise(add_noise(data, data_noise, end), noise, end, sigma))
+    return Probe(hidden_prediction, hidden_target, y_prediction, y_target, grid, unembed, hidden_data)

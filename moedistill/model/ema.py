@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from moedistill.runtime.sharding import fill, is_sharded, part
+
 WhichWeights = Literal["trained", "ema"]
 """An expert's weights as trained, or, where it has one, their average."""
 
@@ -15,7 +17,7 @@ class EMA:
     """average ← decay·average + (1 - decay)·weights, after each optimiser step.
 
     Args:
-        parameters: the live parameters, by name; the average starts as their values.
+        parameters: by name, looked up anew at each use (an expert's are); the average starts as their values.
         decay: in [0, 1).
     """
 
@@ -28,19 +30,25 @@ class EMA:
     def update(self) -> None:
         """Takes the live weights in."""
         for name, parameter in self._live.items():
-            self.average[name].lerp_(parameter, 1.0 - self.decay)
+            part(self.average[name]).lerp_(part(parameter), 1.0 - self.decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges live weights and average, without any copy; doing it twice changes nothing."""
+        """Exchanges live weights and average; doing it twice changes nothing. Only what is sharded is copied."""
         for name, parameter in self._live.items():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+            if is_sharded(parameter):  # where another tensor is put in its place, it stays what it was
+                mine, theirs = part(parameter), part(self.average[name])
+                kept = mine.clone()
+                mine.copy_(theirs)
+                theirs.copy_(kept)
+            else:
+                parameter.data, self.average[name] = self.average[name], parameter.data
 
     @torch.no_grad()
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Takes over a saved average."""
         for name, value in self.average.items():
-            value.copy_(average[name])
+            fill(value, average[name])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

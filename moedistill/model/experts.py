@@ -4,8 +4,8 @@ A network is never duplicated but for a `full` expert. Everything else is attach
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from moedistill.components.fields import Config, NonEmptyStr, PositiveFloat, PositiveInt
 from moedistill.model.backbone import TEACHER, Backbone
+from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.shared_network import SharedNetwork
 from moedistill.runtime.randomness import torch_seed
+from moedistill.runtime.sharding import fill, rest
 
 if TYPE_CHECKING:
     pass
@@ -90,14 +92,15 @@ class Expert(ABC):
         name: as the recipe calls it.
         shared: the network it runs on.
         chain: what is switched on there.
-        parameters: what its training changes, by name, float32; names do not depend on what else is attached.
+        parameters: what its training changes, by name, float32; names do not depend on what else is attached, and
+            tensors are looked up when they are asked for.
     """
 
     name: str
     parent: "Expert | None"
     shared: SharedNetwork
     chain: tuple[str, ...]
-    parameters: Mapping[str, nn.Parameter]
+    parameters: LiveParameters
 
     @abstractmethod
     def initialise(self, seed: int) -> None:
@@ -115,7 +118,7 @@ class FrozenExpert(Expert):
         assert (parent is None) != (shared is None)
         self.name, self.parent = name, parent
         self.shared, self.chain = (parent.shared, parent.chain) if parent else (shared, ())  # type: ignore[assignment]
-        self.parameters = {}
+        self.parameters = LiveParameters(self.shared.network, ())
 
     def initialise(self, seed: int) -> None:
         """Nothing to do: it holds nothing of its own."""
@@ -134,13 +137,7 @@ class FullExpert(Expert):
     def initialise(self, seed: int) -> None:
         assert self.parent is not None
         for name, weight in self.parent.shared.merged(self.parent.chain):
-            self.parameters[name].copy_(weight)
-
-
-def _weight(linear: nn.Module) -> nn.Parameter:
-    weight = linear.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+            fill(self.parameters[name], weight)
 
 
 class LoRAExpert(Expert):
@@ -158,17 +155,19 @@ class LoRAExpert(Expert):
                 f"expert {name}: no linear to adapt: all the linears of targets lie inside the copied modules"
             )
         self.shared.claim(name, linears, paths)
-        self._layers = self.shared.add_lora(self._key, linears, rank=config.rank, alpha=config.alpha)
-        self._copies = {path: self.shared.add_copy(self._key, path) for path in paths}
-        self.parameters = {
-            **{f"{path}.lora_A.weight": _weight(layer.lora_A[self._key]) for path, layer in self._layers.items()},
-            **{f"{path}.lora_B.weight": _weight(layer.lora_B[self._key]) for path, layer in self._layers.items()},
+        self.shared.add_lora(self._key, linears, rank=config.rank, alpha=config.alpha)
+        copies = {path: self.shared.add_copy(self._key, path) for path in paths}
+        self._linears, self._copied = linears, paths
+        self._places = {
+            **{f"{path}.lora_A.weight": f"{path}.lora_A.{self._key}.weight" for path in linears},
+            **{f"{path}.lora_B.weight": f"{path}.lora_B.{self._key}.weight" for path in linears},
             **{
-                f"{path}.{name}": parameter
-                for path, module in self._copies.items()
-                for name, parameter in module.named_parameters()
+                f"{path}.{name}": f"{path}.copies.{self._key}.{name}"
+                for path, module in copies.items()
+                for name, _ in module.named_parameters()
             },
         }
+        self.parameters = LiveParameters(self.shared.network, list(self._places), self._places.__getitem__)
 
     def _target_linears(self, config: LoRAConfig, backbone: Backbone) -> list[str]:
         groups = [config.targets] if isinstance(config.targets, str) else config.targets
@@ -203,11 +202,14 @@ class LoRAExpert(Expert):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         assert self.parent is not None
+        rest(self.shared.network)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, "expert", self.name))
-            for layer in self._layers.values():
-                layer.reset_lora_parameters(self._key, init_lora_weights=True)  # A random, B zero
-        for path, module in self._copies.items():
-            source = dict(self.shared.active_module(path, self.parent.chain).named_parameters())
-            for name, parameter in module.named_parameters():
-                parameter.copy_(source[name])
+            for path in self._linears:
+                # As peft initialises it, drawn whole: a part of it is then the same however many processes there are.
+                a = torch.empty(self.parameters[f"{path}.lora_A.weight"].shape)
+                fill(self.parameters[f"{path}.lora_A.weight"], nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
+                self.parameters[f"{path}.lora_B.weight"].zero_()
+        for path in self._copied:
+            for name, weight in self.shared.active_module(path, self.parent.chain).named_parameters():
+                fill(self.parameters[f"{path}.{name}"], weight)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moedistill.errors import UserError
+from moedistill.flow.process import guide
 from moedistill.flow.routers import TimestepRouter
 from moedistill.flow.trajectory import Trajectory
 from moedistill.model import conditioning
@@ -20,6 +21,7 @@ from moedistill.model.experts import Expert, ExpertConfig, FrozenExpert
 from moedistill.model.guidance import Guidance
 from moedistill.model.sample_in_batches import FreshNoise, sample_in_batches
 from moedistill.model.shared_network import SharedNetwork
+from moedistill.runtime.sharding import fill, rest
 
 Weights = Mapping[str, Mapping[str, Tensor]]
 """Tensors by the name of an expert and of a parameter."""
@@ -187,13 +189,20 @@ class Mixture(nn.Module):
             return self(x, sigma, cond)
         both = conditioning.concat(cond, self.backbone.null_conditioning(cond))
         v_cond, v_null = self(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return v_cond + (scale - 1.0) * (v_cond - v_null)
+        return guide(v_cond, v_null, scale)
 
     def teacher_at(self, sigma: float) -> str:
         """The name, as an expert, of the pretrained network that serves `sigma`."""
         if self.teacher_router is None:
             return TEACHER
         return teacher_name(self.teacher_router.expert_at(sigma), self.bases)
+
+    def teacher_of(self, expert: str) -> str:
+        """The name, as an expert, of the pretrained network that an expert changes, itself or through its parents."""
+        found = self.experts[expert]
+        while found.parent is not None:
+            found = found.parent
+        return found.name
 
     def hidden_states(self, x: Tensor, sigma: Tensor, cond: Conditioning, blocks: Sequence[str]) -> list[Tensor]:
         """Image tokens `[B, N, hidden_size]`, float32, after each of `blocks` (dotted paths) of the active expert."""
@@ -220,10 +229,12 @@ class Mixture(nn.Module):
             if expert.name not in but:
                 expert.initialise(self.seed)
 
-    def train_only(self, expert: str | None) -> None:
-        """Lets gradients reach the parameters of `expert` (or of none) and of nothing else."""
+    def train_only(self, *experts: str) -> None:
+        """Lets gradients reach the parameters of `experts` and of nothing else."""
+        for network in self.networks:
+            rest(network)
         self.requires_grad_(False)
-        if expert is not None:
+        for expert in experts:
             for parameter in self.experts[expert].parameters.values():
                 parameter.requires_grad_(True)
 
@@ -243,7 +254,7 @@ class Mixture(nn.Module):
             if _shapes(weights) != _shapes(expert.parameters):
                 raise UserError(f"the weights of expert {name!r} in {source} do not fit the recipe; use its own recipe")
             for key, parameter in expert.parameters.items():
-                parameter.copy_(weights[key])
+                fill(parameter, weights[key])
         self.initialise(but=experts)
         for name, average in averages.items():
             self.ema[name] = EMA(self.experts[name].parameters, decay=0.0)

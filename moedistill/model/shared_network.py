@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from moedistill.model.live_parameters import LiveParameters
+from moedistill.runtime.sharding import rest, whole
+
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
@@ -35,13 +38,13 @@ class SharedNetwork:
 
     Attributes:
         network: the module to call; which expert it computes is what was last switched on.
-        weights: its own parameters by their names before anything was attached.
+        weights: its own parameters by their names before anything was attached, wherever they are now.
         paths: dotted paths of its modules, as they were then.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.weights: dict[str, nn.Parameter] = dict(network.named_parameters())
+        self.weights = LiveParameters(network, [name for name, _ in network.named_parameters()], self._place_of_weight)
         self.paths = frozenset(path for path, _ in network.named_modules())
         self._linears = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
         self._lora: dict[str, LoraLayer] = {}
@@ -49,6 +52,14 @@ class SharedNetwork:
         self._adapted_by: list[tuple[str, str]] = []
         self._copied_by: list[tuple[str, str]] = []
         self.chain: tuple[str, ...] = ()
+
+    def _place_of_weight(self, name: str) -> str:
+        """Where one of the network's own parameters is now: what is attached to a module takes it one level down."""
+        module, _, last = name.rpartition(".")
+        for path in self._copies:
+            if f"{module}.".startswith(f"{path}."):
+                return f"{path}.original{module[len(path) :]}.{last}"
+        return f"{module}.base_layer.{last}" if module in self._lora else name
 
     def linears(self, pattern: str) -> list[str]:
         """Dotted paths of the linears that a regular expression matches in full."""
@@ -119,16 +130,20 @@ class SharedNetwork:
         return next((wrapper.copies[name] for name in reversed(chain) if name in wrapper.copies), wrapper.original)
 
     def merged(self, chain: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        """Names and weights, one by one, of the plain network that computes what `chain` does: float32, read-only."""
+        """Names and weights, one by one, of the plain network that computes what `chain` does.
+
+        They are float32, to be read only, and whole on every process.
+        """
+        rest(self.network)
         copied = {
             f"{path}.{name}": weight
             for path in self._copies
             for name, weight in self.active_module(path, chain).named_parameters()
         }
         for name, own in self.weights.items():
-            weight = copied.get(name, own).detach().float()
+            weight = whole(copied.get(name, own).detach()).float()
             layer = self._lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             for key in chain:
                 if layer is not None and key in layer.lora_A:
-                    weight = weight + layer.get_delta_weight(key).detach()  # type: ignore[attr-defined]
+                    weight = weight + whole(layer.get_delta_weight(key).detach())  # type: ignore[attr-defined]
             yield name, weight

@@ -1,7 +1,7 @@
 """What a recipe may say: its keys, as the annotations of dataclasses; components bring those of their own configs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -43,6 +43,14 @@ class StageConfig(Config, ABC):
         """What in the recipe does not fit this stage; parts of `recipe` that failed themselves are None."""
         return ()
 
+    def trained_experts(self) -> Sequence[str]:
+        """Names of the experts that the stage trains."""
+        return ()
+
+    def used_experts(self) -> Sequence[str]:
+        """Names of the experts that the stage trains or runs by name: these need no segment of the router's."""
+        return self.trained_experts()
+
     def look_ahead(self, recipe: "Recipe") -> None:
         """ValueError where a file that the stage will read is missing, or does not fit; called before any training."""
 
@@ -80,6 +88,10 @@ class TrainingStageConfig(StageConfig, ABC):
     probe: Probing | None = None
     latent_frames: PositiveInt | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"latents", "conditioning"})
+
+    def trained_experts(self) -> Sequence[str]:
+        """`expert`; a stage that trains more names them here too."""
+        return (self.expert,)
 
     def check(self, recipe: "Recipe") -> Iterable[Finding]:
         if not any(loss.weight_at(0, self.steps) > 0 for loss in self.losses):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moedistill.errors import shorten, suggest
 from moedistill.model.backbone import TEACHER
-from moedistill.recipe.building import FAILED, Partial, failed
+from moedistill.recipe.building import FAILED, Partial, Path, failed
 from moedistill.recipe.keys import Recipe
 
 if TYPE_CHECKING:
@@ -102,10 +102,22 @@ class Rules:
         for k, name in enumerate(names):
             if name not in experts and name != TEACHER:
                 yield ("router", "experts", k), f"unknown expert {name!r}; {suggest(name, [*experts, TEACHER])}", ""
+        used = {name for stage in self.stages for name in self.names_in(stage, "used_experts")}
         for name in experts:
-            if name not in names and name != TEACHER:
+            if name not in names and name != TEACHER and name not in used:
                 hint = "add it to router.experts, with a boundary, or remove it"
-                yield ("experts", name), f"expert {name!r} has no segment: the router does not name it", hint
+                message = (
+                    f"expert {name!r} has no segment, as the router does not name it, and no stage trains or uses it"
+                )
+                yield ("experts", name), message, hint
+
+    @staticmethod
+    def names_in(stage: Any, which: str) -> list[str]:
+        """What a stage's `trained_experts` or `used_experts` gives; nothing of one that failed."""
+        if failed(stage) or not hasattr(stage, which):
+            name = getattr(stage, "expert", None)
+            return [name] if isinstance(name, str) else []
+        return list(getattr(stage, which)())
 
     def ancestry(self) -> Iterator[Violation]:
         """`from` names something that exists, and nothing descends from itself."""
@@ -170,7 +182,7 @@ class Rules:
             segments = self.recipe.router.build(trajectory).segments
         except ValueError:
             return  # reported elsewhere
-        trained = {getattr(stage, "expert", None) for stage in self.stages}
+        trained = {name for stage in self.stages for name in self.names_in(stage, "trained_experts")}
         for segment in segments if teachers is not None else ():
             points = trajectory.points_in(segment)
             served = {teachers.expert_at(trajectory.sigma(point)) for point in points}
@@ -191,22 +203,27 @@ class Rules:
 
     def trained_experts(self) -> Iterator[Violation]:
         """Stages train experts that exist and can be trained, parents before children."""
-        trained = [stage.expert if isinstance(getattr(stage, "expert", None), str) else None for stage in self.stages]
-        for k, name in enumerate(trained):
-            if name is None or self.experts is None:
-                continue
-            path = ("stages", k, "expert")
-            if name == TEACHER:
-                yield path, "the teacher is never trained", "define an expert, such as {kind: full}"
-            elif name not in self.experts:
-                yield path, f"unknown expert {name!r}; {suggest(name, self.experts)}", ""
-            elif getattr(self.experts[name], "trainable", True) is False:
-                yield path, f"expert {name!r} is {self.experts[name].kind or 'frozen'}: it has nothing to train", ""
-            for parent in self.ancestors(name):
-                if parent in trained[k + 1 :] and parent != name:
-                    later = self.stages[k + 1 + trained[k + 1 :].index(parent)].name
-                    message = f"{name!r} starts from {parent!r}, which is trained later, in stage {later!r}"
-                    yield path, message, "change the order of the stages"
+        trained = [self.names_in(stage, "trained_experts") for stage in self.stages]
+        for k, names in enumerate(trained):
+            for name in names if self.experts is not None else ():
+                path: Path = ("stages", k, *self.key_of(k, name))
+                if name == TEACHER:
+                    yield path, "the teacher is never trained", "define an expert, such as {kind: full}"
+                elif name not in (self.experts or {}):
+                    yield path, f"unknown expert {name!r}; {suggest(name, self.experts or {})}", ""
+                elif getattr((self.experts or {})[name], "trainable", True) is False:
+                    kind = (self.experts or {})[name].kind or "frozen"
+                    yield path, f"expert {name!r} is {kind}: it has nothing to train", ""
+                for parent in self.ancestors(name):
+                    later = [self.stages[n].name for n in range(k + 1, len(trained)) if parent in trained[n]]
+                    if later and parent != name:
+                        message = f"{name!r} starts from {parent!r}, which is trained later, in stage {later[0]!r}"
+                        yield path, message, "change the order of the stages"
+
+    def key_of(self, number: int, expert: str) -> Path:
+        """The key of a stage whose value is this expert's name."""
+        keys = (key for key, value in vars(self.stages[number]).items() if value == expert and key != "name")
+        return next(((key,) for key in keys), ())
 
     def probes(self) -> Iterator[Violation]:
         for k, stage in enumerate(self.stages):

@@ -23,6 +23,7 @@ from moedistill.runs.resume import Plan, belongs_to, plan
 from moedistill.runtime.checkpoint import Checkpoints, load_tree, write_text
 from moedistill.runtime.devices import cpu_threads, make_folder
 from moedistill.runtime.randomness import torch_seed
+from moedistill.runtime.sharding import whole, whole_tree
 from moedistill.runtime.signals import Interruption
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
@@ -284,12 +285,21 @@ class _Runner:
 
     def _trained(self, number: int) -> set[str]:
         """The experts that stages before `number` train."""
-        return {stage.expert for stage in self.recipe.stages[:number] if isinstance(stage, TrainingStageConfig)}
+        return {expert for stage in self.recipe.stages[:number] for expert in stage.trained_experts()}
 
     def _save(self, number: int, training: Training) -> None:
         name = f"{number:02d}_{training.config.name}_{training.step:08d}"
+        mixture = self.run.mixture
+        # Every process gathers what is sharded; one writes.
+        trees = {
+            "experts": {
+                expert: {key: whole(parameter) for key, parameter in mixture.experts[expert].parameters.items()}
+                for expert in sorted(self._trained(number + 1))
+            },
+            "ema": {expert: whole_tree(average.average) for expert, average in mixture.ema.items()},
+            "training": training.state(),
+        }
         if self.run.main:
-            mixture = self.run.mixture
             state = {
                 "stage": number,
                 "stage_name": training.config.name,
@@ -297,16 +307,9 @@ class _Runner:
                 "metrics": self.run.metrics,
                 "cost": self.run.cost,
                 "recipe": self.recipe.resolved(),
+                "trained": sorted(self._trained(number + 1)),
             }
-            trees = {
-                "state": state,
-                "experts": {
-                    expert: dict(mixture.experts[expert].parameters) for expert in sorted(self._trained(number + 1))
-                },
-                "ema": {expert: average.average for expert, average in mixture.ema.items()},
-                "training": training.state(),
-            }
-            self.checkpoints.save(name, trees)
+            self.checkpoints.save(name, {"state": state, **trees})
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = self.checkpoints.folder / name
         if self.run.main:

@@ -88,7 +88,8 @@ def changed_keys(recipe: Recipe, state: Mapping[str, Any]) -> tuple[list[str], l
     """
     made, number = in_todays_words(state["recipe"]), state["stage"]
     used = any("expert" not in stage for stage in made["stages"][:number])
-    settled = {stage["expert"] for stage in made["stages"][: number + 1] if "expert" in stage}
+    # Checkpoints without the list are of stages that train the expert that they name.
+    settled = set(state.get("trained", [s["expert"] for s in made["stages"][: number + 1] if "expert" in s]))
     while parents := {made["experts"][name]["from"] for name in settled & made["experts"].keys()} - settled:
         settled |= parents
     saved, now = comparable(made), comparable(recipe.resolved())

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from moedistill.components.fields import NonNegativeInt, PositiveInt
 from moedistill.data.loading import Batch
-from moedistill.flow.process import add_noise, jump
+from moedistill.flow.process import add_noise, displacement, jump
 from moedistill.losses.base import ProbeLayout, StepTensors
 from moedistill.model.conditioning import Conditioning
 from moedistill.recipe.keys import Finding, TrainingStageConfig
 from moedistill.stages.base import TrainingStage
 from moedistill.stages.monitor import Monitor
-from moedistill.stages.training import Training
+from moedistill.stages.training import STUDENT, Training
 
 if TYPE_CHECKING:
     from moedistill.recipe.keys import Recipe
@@ -132,8 +132,6 @@ def jumps(
         sigma, previous, end: `[B]`, falling; a jump of zero length, `previous` = `end`, asks the target nothing.
         teacher, target: without gradients.
     """
-    per_sample = (-1, 1, 1, 1, 1)
-
     # The student jumps to the end at once.
     v_student = student(x, sigma, cond)
     prediction = jump(x, v_student, sigma, end)
@@ -144,14 +142,14 @@ def jumps(
     v_target = torch.zeros_like(v_teacher)
     goes_on = previous > end  # a jump of zero length needs no velocity
     if bool(goes_on.any()):
-        v_target = torch.where(goes_on.view(per_sample), target(x_previous, previous, cond), v_target)
+        v_target = torch.where(goes_on.view(-1, 1, 1, 1, 1), target(x_previous, previous, cond), v_target)
     landing = jump(x_previous, v_target, previous, end)
 
     # Prediction and target are nearly equal: their difference is formed from the velocities.
     difference = (
-        (end - sigma).view(per_sample) * v_student
-        - (previous - sigma).view(per_sample) * v_teacher
-        - (end - previous).view(per_sample) * v_target
+        displacement(v_student, sigma, end)
+        - displacement(v_teacher, sigma, previous)
+        - displacement(v_target, previous, end)
     )
     return Jumps(prediction, landing, difference, sigma, end)
 
@@ -170,7 +168,7 @@ class ConsistencyStage(TrainingStage):
         config = self.config
         self._starts = training.trajectory.points_in(training.segment)
         self._landings = landing_points(self._starts, _edges(config.phases))
-        training.train_student(config.optimizer, config.ema_decay)
+        training.trains(STUDENT, config.expert, config.optimizer, ema=config.ema_decay)
         layout = None
         if config.probe is not None:
             backbone = training.mixture.backbone
@@ -218,5 +216,5 @@ class ConsistencyStage(TrainingStage):
             probe = training.probe(made.prediction, made.target, made.end, cond, self.config.probe.block_stride, data)
 
         tensors = StepTensors(made.prediction, made.target, made.difference, made.sigma, training.segment, probe)
-        training.update("student", training.objective(tensors))
+        training.update(STUDENT, training.objective(tensors))
         training.update_critics(tensors)

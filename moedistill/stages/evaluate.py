@@ -16,6 +16,7 @@ from torch import Tensor
 from moedistill.components.fields import Component, NonEmptyStr, NonNegativeInt, PositiveInt
 from moedistill.data.loading import collate
 from moedistill.data.prompts import read_prompts
+from moedistill.flow.process import guide, velocity_of
 from moedistill.flow.sampling_points import SampleConfig
 from moedistill.media import contact_sheet, side_by_side
 from moedistill.metrics.base import MetricConfig, MetricInputs
@@ -106,6 +107,9 @@ class EvaluateConfig(StageConfig):
     def build(self) -> "EvaluateStage":
         return EvaluateStage(self)
 
+    def used_experts(self) -> list[str]:
+        return [expert for candidate in self.candidates for expert in candidate.stand_ins.values()]
+
     def look_ahead(self, recipe: "Recipe") -> None:
         for metric in self.metrics:
             metric.look_ahead()
@@ -173,8 +177,8 @@ def _exact_velocity(run: "Run", x: Tensor, sigma: Tensor, cond: Conditioning) ->
     if scale != 1.0:
         # Velocities at one x differ as the means do.
         null = dataset.posterior_mean(x, sigma, student.backbone.null_conditioning(cond))
-        mean = mean + (scale - 1.0) * (mean - null)
-    return (x - mean) / sigma.view(-1, 1, 1, 1, 1)
+        mean = guide(mean, null, scale)
+    return velocity_of(x, mean, sigma)
 
 
 def _checked(rows: Tensor, kind: str, samples: int) -> Tensor:

@@ -15,11 +15,12 @@ from moedistill.errors import UserError
 from moedistill.model.ema import WhichWeights
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.runtime.checkpoint import save_tensors
+from moedistill.runtime.sharding import whole
 from moedistill.stages.base import Stage
+from moedistill.stages.run import Run
 
 if TYPE_CHECKING:
     from moedistill.recipe.keys import Recipe
-    from moedistill.stages.run import Run
 
 FORMAT = 1
 INDEX = "export.json"
@@ -42,7 +43,7 @@ class ExportConfig(StageConfig):
         return ExportStage(self)
 
     def check(self, recipe: "Recipe") -> Iterable[Finding]:
-        if not any(getattr(stage, "expert", None) for stage in recipe.stages):
+        if not any(stage.trained_experts() for stage in recipe.stages if stage is not None):
             yield "", "there is nothing to export: no stage trains an expert"
         if self.weights == "ema" and not any(getattr(stage, "ema_decay", None) is not None for stage in recipe.stages):
             yield "weights", "ema: no stage keeps an average; give one ema_decay"
@@ -62,13 +63,12 @@ class ExportStage(Stage):
     def __init__(self, config: ExportConfig) -> None:
         self.config = config
 
-    def execute(self, run: "Run") -> None:
-        if not run.main:
-            return
-        folder = run.output / self.config.name
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe, mixture = run.recipe, run.mixture
-        trained = {stage.expert for stage in recipe.stages if isinstance(stage, TrainingStageConfig)}
+    def execute(self, run: Run) -> None:
+        folder, mixture = run.output / self.config.name, run.mixture
+        if run.main:
+            folder.mkdir(parents=True, exist_ok=True)
+        recipe = run.recipe
+        trained = {name for stage in recipe.stages for name in stage.trained_experts()}
         experts: dict[str, Any] = {}
         for name, config in recipe.resolved()["experts"].items():
             file = f"{name}.safetensors" if name in trained else None
@@ -77,8 +77,12 @@ class ExportStage(Stage):
                 weights: Mapping[str, Tensor] = mixture.experts[name].parameters
                 if self.config.weights == "ema" and name in mixture.ema:
                     weights = mixture.ema[name].average
-                weights = {key: weight.detach().cpu() for key, weight in weights.items()}
-                save_tensors(folder / file, weights, metadata={"format": "pt", "moedistill_expert": name})
+                # Every process gathers what is sharded; one writes.
+                weights = {key: whole(weight.detach()).cpu() for key, weight in weights.items()}
+                if run.main:
+                    save_tensors(folder / file, weights, metadata={"format": "pt", "moedistill_expert": name})
+        if not run.main:
+            return
         index = {
             "format": FORMAT,
             "experts": experts,
@@ -94,7 +98,7 @@ class ExportStage(Stage):
         run.say(f"  {folder}")
 
 
-def _provenance(run: "Run", weights: str) -> dict[str, Any]:
+def _provenance(run: Run, weights: str) -> dict[str, Any]:
     from moedistill import __version__
 
     return {

@@ -10,11 +10,11 @@ from torch import Tensor
 from moedistill.components.fields import PositiveFloat
 from moedistill.data.base import Dataset
 from moedistill.data.loading import Batch
-from moedistill.flow.process import add_noise
+from moedistill.flow.process import add_noise, shift, unshift, velocity_of
 from moedistill.losses.base import StepTensors
 from moedistill.recipe.keys import Finding, TrainingStageConfig
 from moedistill.stages.base import TrainingStage
-from moedistill.stages.training import Training
+from moedistill.stages.training import STUDENT, Training
 
 if TYPE_CHECKING:
     from moedistill.recipe.keys import Recipe
@@ -65,7 +65,7 @@ class FinetuneStage(TrainingStage):
         self._shifts = torch.tensor(config.shifts, dtype=torch.float64)
         weights = torch.tensor(config.shift_weights or [1.0] * len(config.shifts), dtype=torch.float64)
         self._cumulative = torch.cumsum(weights / weights.sum(), 0)
-        training.train_student(config.optimizer, config.ema_decay)
+        training.trains(STUDENT, config.expert, config.optimizer, ema=config.ema_decay)
         training.add_losses(config.losses, None)
 
     def step(self, training: Training, batch: Batch) -> None:
@@ -79,21 +79,17 @@ class FinetuneStage(TrainingStage):
         if self.config.target == "exact":
             assert training.dataset is not None
             mean = training.dataset.posterior_mean(x, sigma, cond)
-            target = (x - mean) / sigma.view(-1, 1, 1, 1, 1)
+            target = velocity_of(x, mean, sigma)
         else:
             target = noise - x0
 
         tensors = StepTensors(velocity, target, velocity - target, sigma, training.segment)
-        training.update("student", training.objective(tensors))
+        training.update(STUDENT, training.objective(tensors))
 
     def _draw_sigma(self, training: Training) -> Tensor:
         """Sigma `[B]` float32 within the segment, by the drawn shift's density."""
         which = torch.searchsorted(self._cumulative, training.draw.uniform("shift"), right=True)
-        shift = self._shifts[which.clamp(max=len(self._shifts) - 1)]
-
-        def unshifted(sigma: float) -> Tensor:
-            return sigma / (shift - (shift - 1.0) * sigma)
-
-        low, high = unshifted(training.segment.low), unshifted(training.segment.high)
+        s = self._shifts[which.clamp(max=len(self._shifts) - 1)]
+        low, high = unshift(training.segment.low, s), unshift(training.segment.high, s)
         u = high - training.draw.uniform("sigma") * (high - low)  # in (low, high], as the segment
-        return (shift * u / (1.0 + (shift - 1.0) * u)).float()
+        return shift(u, s).float()

@@ -1,95 +1,154 @@
-"""What a training step may touch: the student, the teacher, draws, losses, and `update`."""
+"""What a training step may touch: what is trained, the teacher, draws, losses, and `update`."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moedistill.data.loading import Batch
 from moedistill.errors import UserError
-from moedistill.flow.process import add_noise, renoise
 from moedistill.flow.trajectory import Segment
 from moedistill.losses.base import AdversarialLoss, Loss, LossConfig, ProbeLayout, StepTensors
 from moedistill.losses.optim import OptimizerConfig
-from moedistill.losses.probe import Probe
+from moedistill.losses.probe import Probe, probe
 from moedistill.model import conditioning
 from moedistill.model.conditioning import Conditioning
 from moedistill.model.ema import EMA
+from moedistill.model.live_parameters import LiveParameters
+from moedistill.model.mixture import Mixture
+from moedistill.recipe.keys import TrainingStageConfig
 from moedistill.runtime.randomness import Draws
+from moedistill.runtime.sharding import cut_like, whole, whole_tree
 from moedistill.stages.run import Run
 
-if TYPE_CHECKING:
-    from moedistill.data.loading import Batch
-    from moedistill.recipe.keys import TrainingStageConfig
+STUDENT = "student"
+"""The name under which a stage of the core trains its expert."""
+
+
+class Behaviour(nn.Module):
+    """One expert of a mixture as a module of its own: what accelerate wraps, once for each expert that is trained."""
+
+    def __init__(self, mixture: Mixture, expert: str) -> None:
+        super().__init__()
+        self.mixture, self.expert = mixture, expert
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity `[B, C, T, H, W]`, float32, of the expert at `sigma` `[B]`."""
+        with self.mixture.using(self.expert):
+            velocity: Tensor = self.mixture(x, sigma, cond)
+            return velocity
 
 
 @dataclass
-class Trained:
-    """Something with parameters, an optimiser and a learning-rate schedule: the student, or a critic."""
+class Trainable:
+    """Something that a stage trains: an expert of the mixture, or a module of its own, such as a critic.
 
-    parameters: Sequence[nn.Parameter]
+    Attributes:
+        parameters: by name, as they are now.
+        module: what to call, as wrapped for distribution.
+        expert: its name; None for a module.
+        bare: the module itself, whose weights are saved with the stage; None for an expert, whose are saved as such.
+        average: of its parameters, if it keeps one.
+    """
+
+    parameters: LiveParameters
+    module: nn.Module
     optimizer: Any
     scheduler: Any
     max_grad_norm: float | None
+    expert: str | None = None
+    bare: nn.Module | None = None
+    average: EMA | None = None
 
 
 @dataclass
 class Term:
-    """A loss of the stage, with its recipe entry."""
+    """A loss of the stage, with its recipe entry and the name under which its critic, if it has one, is trained."""
 
     name: str
     config: LossConfig
     loss: Loss
-    critic: nn.Module | None = None
 
 
 class Training:
     """One training stage under way. A step reads and calls what is here, and nothing else.
 
     Attributes:
-        segment: the noise range of the expert in training.
-        teacher_name: the teacher's network that serves it, as an expert of the student.
+        expert: the one that the stage is about; it is active while a step runs.
+        segment: its noise range; of an expert that the router does not name, the whole trajectory.
+        teacher_name: the teacher's network that serves it, as an expert of the mixture.
         step, steps: optimiser steps done, and to do.
         draw: this micro-batch's random numbers.
-        model: the student as wrapped for distribution; call it as `velocity`.
+        trained: what the stage trains, by name.
     """
 
-    def __init__(self, run: Run, config: "TrainingStageConfig", step: int = 0) -> None:
+    def __init__(self, run: Run, config: TrainingStageConfig, step: int = 0) -> None:
         self.run, self.config, self.expert, self.steps = run, config, config.expert, config.steps
         self.recipe, self.trajectory, self.mixture = run.recipe, run.mixture.trajectory, run.mixture
         self.accelerator = run.accelerator
         self.device = run.accelerator.device
         self.guidance = run.recipe.backbone.guidance
-        assert run.mixture.router is not None
-        self.segment: Segment = run.mixture.router.segment(self.expert)
-        # Of several, the one that serves the whole segment; the recipe was checked for that.
-        top = self.trajectory.points_in(self.segment)[-1]
-        self.teacher_name = self.mixture.teacher_at(self.trajectory.sigma(top))
+        self.segment = self._segment()
+        self.teacher_name = self._teacher_name()
         self.step = step
-        self.model: nn.Module = self.mixture
-        self.trained: dict[str, Trained] = {}
+        self.trained: dict[str, Trainable] = {}
         self.terms: list[Term] = []
-        self.ema: EMA | None = None
         self.draw = Draws(run.recipe.seed, config.name, 0, [0])
         self.dataset = run.dataset
         self._recorded: dict[str, list[Tensor]] = {}
 
+    def _segment(self) -> Segment:
+        router = self.mixture.router
+        owned = [segment for segment in (router.segments if router else ()) if segment.expert == self.expert]
+        return owned[0] if owned else Segment(self.expert, self.trajectory.sigma(0), 1.0)
+
+    def _teacher_name(self) -> str:
+        router = self.mixture.router
+        if router is None or self.expert not in router.experts:
+            return self.mixture.teacher_of(self.expert)
+        # Of several, the one that serves the whole segment; the recipe was checked for that.
+        top = self.trajectory.points_in(self.segment)[-1]
+        return self.mixture.teacher_at(self.trajectory.sigma(top))
+
     # -- set-up -------------------------------------------------------------------------------------------------------
 
-    def train_student(self, optimizer: OptimizerConfig, ema_decay: float | None) -> None:
-        """Makes the stage's expert trainable, as "student"."""
-        self.mixture.train_only(self.expert)
-        expert = self.mixture.experts[self.expert]
-        self.model = self._prepare("student", self.mixture, list(expert.parameters.values()), optimizer, self.steps)
-        if ema_decay is None:
-            self.mixture.ema.pop(self.expert, None)  # of an earlier stage: these weights move on without it
+    def trains(
+        self,
+        name: str,
+        what: str | nn.Module,
+        optimizer: OptimizerConfig,
+        *,
+        ema: float | None = None,
+        updates: int | None = None,
+    ) -> None:
+        """Makes something trainable: `update(name, loss)` then steps it, and nothing else.
+
+        Args:
+            name: of the trainable in `update`, metrics and checkpoints; a stage may have any number.
+            what: an expert's name, or a module that the stage brings.
+            ema: keep an exponential moving average of an expert with this decay.
+            updates: optimiser steps in the whole stage, over which its learning rate is scheduled; the stage's `steps`,
+                if not given.
+        """
+        assert name not in self.trained, f"{name!r} is trained already"
+        updates = self.steps if updates is None else updates
+        if isinstance(what, str):
+            expert = self.mixture.experts[what]
+            # Wrapped while its own parameters alone take gradients: only those are exchanged between processes.
+            self.mixture.train_only(what)
+            trainable = self._prepared(Behaviour(self.mixture, what), expert.parameters, optimizer, updates)
+            trainable.expert, trainable.average = what, self._average(what, ema)
         else:
-            self.ema = EMA(expert.parameters, ema_decay)
-            if self.step:  # resuming
-                self.ema.load(self.mixture.ema[self.expert].average)
-            self.mixture.ema[self.expert] = self.ema
+            assert ema is None, "averages are of experts"
+            what.to(self.device)
+            parameters = LiveParameters(what, [key for key, _ in what.named_parameters()])
+            trainable = self._prepared(what, parameters, optimizer, updates)
+            trainable.bare = what
+        self.trained[name] = trainable
+        self.mixture.train_only(*(each.expert for each in self.trained.values() if each.expert is not None))
 
     def add_losses(self, configs: Sequence[LossConfig], layout: ProbeLayout | None) -> None:
         """Builds the stage's losses, and makes their critics trainable under the loss's name."""
@@ -97,26 +156,34 @@ class Training:
             kinds = [term.config.kind for term in self.terms]
             name = config.kind if config.kind not in kinds else f"{config.kind}_{kinds.count(config.kind) + 1}"
             loss = config.build(layout)
-            term = Term(name, config, loss)
             if isinstance(loss, AdversarialLoss):
-                loss.critic.to(self.device)
                 updates = max(0, self.steps - config.start) * loss.critic_updates
-                term.critic = self._prepare(name, loss.critic, list(loss.critic.parameters()), loss.optimizer, updates)
-            self.terms.append(term)
+                self.trains(name, loss.critic, loss.optimizer, updates=updates)
+            self.terms.append(Term(name, config, loss))
 
-    def _prepare(
-        self, name: str, module: nn.Module, parameters: list[nn.Parameter], config: OptimizerConfig, steps: int
-    ) -> nn.Module:
-        optimizer, scheduler = config.build(parameters, steps)
+    def _prepared(
+        self, module: nn.Module, parameters: LiveParameters, config: OptimizerConfig, updates: int
+    ) -> Trainable:
+        optimizer, scheduler = config.build(parameters.values(), updates)
         wrapped, optimizer = self.accelerator.prepare(module, optimizer)
-        self.trained[name] = Trained(parameters, optimizer, scheduler, config.max_grad_norm)
-        return wrapped
+        return Trainable(parameters, wrapped, optimizer, scheduler, config.max_grad_norm)
+
+    def _average(self, expert: str, decay: float | None) -> EMA | None:
+        if decay is None:
+            self.mixture.ema.pop(expert, None)  # of an earlier stage: these weights move on without it
+            return None
+        average = EMA(self.mixture.experts[expert].parameters, decay)
+        if self.step:  # resuming
+            average.load(self.mixture.ema[expert].average)
+        self.mixture.ema[expert] = average
+        return average
 
     # -- what a step calls --------------------------------------------------------------------------------------------
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """The expert in training."""
-        return self.model(x, sigma, cond)
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, *, of: str = STUDENT) -> Tensor:
+        """An expert in training, with gradients to its own weights and to `x`."""
+        velocity: Tensor = self.trained[of].module(x, sigma, cond)
+        return velocity
 
     @torch.no_grad()
     def teacher(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -125,13 +192,16 @@ class Training:
             return self.mixture.guided(x, sigma, cond, self.guidance)
 
     @torch.no_grad()
-    def target(self, x: Tensor, sigma: Tensor, cond: Conditioning, *, ema: bool = False) -> Tensor:
-        """The expert in training, or its average, without gradients."""
-        if not ema:
-            return self.mixture(x, sigma, cond)
-        assert self.ema is not None
-        with self.ema.swapped():
-            return self.mixture(x, sigma, cond)
+    def target(self, x: Tensor, sigma: Tensor, cond: Conditioning, *, ema: bool = False, of: str = STUDENT) -> Tensor:
+        """An expert in training, or its average, without gradients."""
+        trainable = self.trained[of]
+        assert trainable.expert is not None
+        with self.mixture.using(trainable.expert):
+            if not ema:
+                return self.mixture(x, sigma, cond)
+            assert trainable.average is not None
+            with trainable.average.swapped():
+                return self.mixture(x, sigma, cond)
 
     def probe(
         self,
@@ -144,33 +214,35 @@ class Training:
     ) -> Probe:
         """Teacher features of prediction and target, both re-noised from their landing `end` `[B]` with equal draws.
 
-        Of `data`, if given, too: noised to `end`, and from there as the others.
-
         The noise level is a trajectory point drawn uniformly from the landing up to the last starting point but one
-        of the segment (DCM, section 3.3).
+        of the segment (DCM, section 3.3). See `moedistill.losses.probe.probe`.
         """
-        points = self.trajectory.points
+        points, mixture = self.trajectory.points, self.mixture
         start = torch.searchsorted(points, end.cpu())
         top = self.trajectory.points_in(self.segment)[-1]
         sigma = points[self.draw.integers("probe_point", start, top)].to(self.device)
-        noise = self.draw.normal("probe_noise", target.shape[1:])
-        fake, real = (renoise(y, noise, end, sigma) for y in (prediction, target))
-        blocks = self.mixture.backbone.blocks[::stride]
-        with self.mixture.using(self.teacher_name):
-            hidden_prediction = self.mixture.hidden_states(fake, sigma, cond, blocks)
-            with torch.no_grad():
-                hidden_target = self.mixture.hidden_states(real, sigma, cond, blocks)
-                hidden_data = []
-                if data is not None:
-                    landed = add_noise(data, self.draw.normal("probe_data_noise", data.shape[1:]), end)
-                    hidden_data = self.mixture.hidden_states(renoise(landed, noise, end, sigma), sigma, cond, blocks)
+        blocks = mixture.backbone.blocks[::stride]
+
+        def read(x: Tensor) -> list[Tensor]:
+            with mixture.using(self.teacher_name):
+                return mixture.hidden_states(x, sigma, cond, blocks)
 
         def unembed(hidden: Tensor, x: Tensor) -> Tensor:
-            with self.mixture.using(self.teacher_name):
-                return self.mixture.unembed(hidden, x, sigma, cond)
+            with mixture.using(self.teacher_name):
+                return mixture.unembed(hidden, x, sigma, cond)
 
-        grid = self.mixture.backbone.token_grid(target.shape)
-        return Probe(hidden_prediction, hidden_target, fake, real, grid, unembed, hidden_data)
+        return probe(
+            prediction,
+            target,
+            end=end,
+            sigma=sigma,
+            noise=self.draw.normal("probe_noise", target.shape[1:]),
+            read=read,
+            unembed=unembed,
+            grid=mixture.backbone.token_grid(target.shape),
+            data=data,
+            data_noise=None if data is None else self.draw.normal("probe_data_noise", data.shape[1:]),
+        )
 
     def objective(self, tensors: StepTensors) -> Tensor:
         """The weighted sum of the stage's losses; each term is recorded under its name."""
@@ -198,7 +270,7 @@ class Training:
         for term, _ in self._active_terms():
             if isinstance(term.loss, AdversarialLoss):
                 for _ in range(term.loss.critic_updates):
-                    value = term.loss.critic_loss(term.critic or term.loss.critic, detached)
+                    value = term.loss.critic_loss(self.trained[term.name].module, detached)
                     self.record(f"loss/{term.name}_critic", value)
                     self.update(term.name, value)
 
@@ -209,30 +281,34 @@ class Training:
                 yield term, weight
 
     def update(self, name: str, loss: Tensor) -> None:
-        """Backward, and, at the end of an accumulation: clip, step, zero. The same for the student and every critic."""
-        trained = self.trained[name]
-        self.accelerator.backward(loss)
+        """Backward, and, at the end of an accumulation: clip, step, zero. The same for the student and every critic.
+
+        No gradient reaches what else is being trained, whatever the loss went through.
+        """
+        trainable = self.trained[name]
+        self.accelerator.backward(loss, inputs=list(trainable.parameters.values()))
         if self.accelerator.sync_gradients:
-            limit = trained.max_grad_norm if trained.max_grad_norm is not None else float("inf")
-            self.record(f"grad_norm/{name}", self.accelerator.clip_grad_norm_(trained.parameters, limit))
-            trained.optimizer.step()
-            trained.scheduler.step()
-            trained.optimizer.zero_grad()
-            if name == "student" and self.ema is not None:
-                self.ema.update()
+            parameters = list(trainable.parameters.values())
+            limit = trainable.max_grad_norm if trainable.max_grad_norm is not None else float("inf")
+            self.record(f"grad_norm/{name}", self.accelerator.clip_grad_norm_(parameters, limit))
+            trainable.optimizer.step()
+            trainable.scheduler.step()
+            trainable.optimizer.zero_grad()
+            if trainable.average is not None:
+                trainable.average.update()
 
     def record(self, name: str, value: Tensor) -> None:
         """Adds a number to this step's metrics; those of micro-batches and ranks are averaged."""
-        self._recorded.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+        self._recorded.setdefault(name, []).append(whole(torch.as_tensor(value).detach()).float())
 
     @property
     def learning_rate(self) -> float:
-        """Of the student, for the next step."""
-        return float(self.trained["student"].scheduler.get_last_lr()[0])
+        """Return the learning rate for the next step, of what the stage named first."""
+        return float(next(iter(self.trained.values())).scheduler.get_last_lr()[0])
 
     # -- what the loop calls ------------------------------------------------------------------------------------------
 
-    def begin(self, batch: "Batch") -> "Batch":
+    def begin(self, batch: Batch) -> Batch:
         """Addresses the draws to this batch's samples, moves it to the device, prepares it, and drops text as asked."""
         self.draw = Draws(self.recipe.seed, self.config.name, self.step, batch.positions, self.device)
         latents, cond = self.prepare(batch.latents, batch.conditioning)
@@ -255,8 +331,7 @@ class Training:
 
     def micro_batch(self) -> Any:
         """The context of one micro-batch: gradients are exchanged only in the last one of a step."""
-        wrapped = [self.model, *(term.critic for term in self.terms if term.critic is not None)]
-        return self.accelerator.accumulate(*wrapped)
+        return self.accelerator.accumulate(*(trainable.module for trainable in self.trained.values()))
 
     def take_metrics(self) -> dict[str, float]:
         """The averages of what was recorded since `forget_metrics`, over micro-batches and ranks.
@@ -287,33 +362,38 @@ class Training:
         self._recorded = {}
 
     def state(self) -> dict[str, Any]:
-        """Everything but the experts that an exact continuation needs."""
+        """Everything but the experts that an exact continuation needs, whole: every process must ask for it."""
         return {
             "trained": {
-                name: {"optimizer": trained.optimizer.state_dict(), "scheduler": trained.scheduler.state_dict()}
-                for name, trained in self.trained.items()
+                name: {
+                    "optimizer": whole_tree(trainable.optimizer.state_dict()),
+                    "scheduler": trainable.scheduler.state_dict(),
+                }
+                for name, trainable in self.trained.items()
             },
             "critics": {
-                term.name: term.loss.critic.state_dict()
-                for term in self.terms
-                if isinstance(term.loss, AdversarialLoss)
+                name: trainable.bare.state_dict()
+                for name, trainable in self.trained.items()
+                if trainable.bare is not None
             },
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave, after `setup` built the same things."""
-        for name, trained in self.trained.items():
-            trained.optimizer.load_state_dict(state["trained"][name]["optimizer"])
-            trained.scheduler.load_state_dict(state["trained"][name]["scheduler"])
-        for term in self.terms:
-            if isinstance(term.loss, AdversarialLoss):
-                term.loss.critic.load_state_dict(state["critics"][term.name])
+        for name, trainable in self.trained.items():
+            trainable.optimizer.load_state_dict(state["trained"][name]["optimizer"])
+            for parameter, moments in trainable.optimizer.state.items():
+                for key, value in moments.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        moments[key] = cut_like(value, parameter)
+            trainable.scheduler.load_state_dict(state["trained"][name]["scheduler"])
+            if trainable.bare is not None:
+                trainable.bare.load_state_dict(state["critics"][name])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def release(self) -> None:
-        """Undoes the wrapping, so that the next stage starts from the bare student."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        """Lets go of what was wrapped and of the optimisers, so that the next stage starts from the bare mixture."""
         self.accelerator.free_memory()
-        self.mixture.train_only(None)
+        self.mixture.train_only()

@@ -262,7 +262,7 @@ def test_losses_are_the_stages_own(plugins, tmp_path, monkeypatch):
             stage.step(training, batch)
         assert curves.loss[point - 1] == seen["loss"].item() > 0
         seen["loss"].backward()
-        gradient = torch.cat([p.grad.flatten() for p in training.trained["student"].parameters]).norm().item()
+        gradient = torch.cat([p.grad.flatten() for p in training.trained["student"].parameters.values()]).norm().item()
         assert curves.gradient[point - 1] == pytest.approx(gradient, rel=1e-5)
         training.trained["student"].optimizer.zero_grad()
 
@@ -346,7 +346,7 @@ def test_differences_of_layers(plugins, tmp_path):
     assert landings(run.mixture.trajectory, run.mixture.router) == [20]
     weights = {name: weight.clone() for name, weight in mixture.experts["teacher"].shared.weights.items()}
     with torch.no_grad():
-        upper, lower = mixture.experts["upper"].parameters, mixture.experts["lower"].parameters
+        upper, lower = (dict(mixture.experts[name].parameters) for name in ("upper", "lower"))
         upper["blocks.0.mix.weight"] *= 1.5
         lower["blocks.0.mix.weight"] *= 0.5
         lower["time_embed.weight"] *= 1.25

@@ -227,8 +227,8 @@ class Step:
         self.run = Training(run, recipe.stages[0])
         stage = recipe.stages[0].build()
         stage.setup(self.run)
-        if self.run.ema is not None:
-            self.run.ema.load(golden.weights("ema"))
+        if self.run.trained["student"].average is not None:
+            self.run.trained["student"].average.load(golden.weights("ema"))
         for term in self.run.terms:
             if term.config.kind == "gan":
                 weights = golden.weights("discriminator")
@@ -276,7 +276,9 @@ class Step:
             return inner(tensors)
 
         def clip_grad_norm(parameters, limit):
-            [name] = [name for name, trained in training.trained.items() if trained.parameters is parameters]
+            [name] = [
+                name for name, each in training.trained.items() if next(iter(each.parameters.values())) is parameters[0]
+            ]
             self.gradients[name] = {key: p.grad.clone() for key, p in self.parameters(name).items()}
             return clip(parameters, limit)
 

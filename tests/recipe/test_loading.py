@@ -479,7 +479,6 @@ def test_a_mistake_brings_no_others(tmp_path, plugins, case):
     # Consequences that are problems of their own.
     expected = {
         "alias in itself": {"data2"},
-        "unknown routed expert": {"experts.detail"},
         "parents in a circle": {"experts.detail.from", "stages.0.expert"},
         "trained frozen expert": set(),
         "reserved expert": set(),

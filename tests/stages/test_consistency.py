@@ -206,7 +206,10 @@ def test_a_jump_of_zero_length_needs_no_target_forward(phases, boundary, wanted)
 @pytest.mark.parametrize("target", ["ema", "student"])
 def test_the_target_is_the_averages_or_the_students(target):
     training, spy, batch, *_ = one_step(target=target, ema_decay=0.5)
-    weights = {"student": training.mixture.experts["semantic"].parameters, "ema": training.ema.average}
+    weights = {
+        "student": dict(training.mixture.experts["semantic"].parameters),
+        "ema": training.trained["student"].average.average,
+    }
     plain = digits_backbone().network
     [(x, sigma, _, v_target)] = spy.target
     with torch.no_grad():
@@ -225,14 +228,15 @@ def test_the_average_is_lent_for_the_target_only():
     as_if_trained(training.mixture.experts["semantic"], 0)
     places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    average = {name: value.clone() for name, value in training.ema.average.items()}
+    ema = training.trained["student"].average
+    average = {name: value.clone() for name, value in ema.average.items()}
     with training.mixture.using("semantic"):
         stage.step(training, digits_batch(training))
     assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == places
     for name, parameter in parameters.items():
         # The step is of the live weights, at a rate of 1e-3, and the average follows it.
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=2e-3)
-        torch.testing.assert_close(training.ema.average[name], (average[name] + parameter) / 2)
+        torch.testing.assert_close(ema.average[name], (average[name] + parameter) / 2)
         assert name.endswith("to_k.bias") or not torch.equal(parameter, before[name])
 
 

@@ -70,7 +70,7 @@ def test_it_is_the_distance_of_the_jump_to_its_target(expert, target):
             x_previous = x + (previous - sigma) * at(TEACHER, x, sigma)
             prediction = x + (end - sigma) * at(expert, x, sigma)
             if target == "ema":
-                with training.ema.swapped():
+                with training.trained["student"].average.swapped():
                     v = at(expert, x_previous, previous)
             else:
                 v = at(expert, x_previous, previous)
