@@ -21,7 +21,7 @@ from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import TrainingStageConfig
 from moedistill.runtime.randomness import Draws
-from moedistill.runtime.sharding import cut_like, whole, whole_tree
+from moedistill.runtime.sharding import cut_like, is_sharded, whole, whole_tree
 from moedistill.stages.run import Run
 
 STUDENT = "student"
@@ -52,6 +52,7 @@ class Trainable:
         expert: its name; None for a module.
         bare: the module itself, whose weights are saved with the stage; None for an expert, whose are saved as such.
         average: of its parameters, if it keeps one.
+        sharded: whether its parameters are cut among processes.
     """
 
     parameters: LiveParameters
@@ -62,6 +63,7 @@ class Trainable:
     expert: str | None = None
     bare: nn.Module | None = None
     average: EMA | None = None
+    sharded: bool = False
 
 
 @dataclass
@@ -166,7 +168,8 @@ class Training:
     ) -> Trainable:
         optimizer, scheduler = config.build(parameters.values(), updates)
         wrapped, optimizer = self.accelerator.prepare(module, optimizer)
-        return Trainable(parameters, wrapped, optimizer, scheduler, config.max_grad_norm)
+        sharded = any(is_sharded(parameter) for parameter in parameters.values())
+        return Trainable(parameters, wrapped, optimizer, scheduler, config.max_grad_norm, sharded=sharded)
 
     def _average(self, expert: str, decay: float | None) -> EMA | None:
         if decay is None:
@@ -286,7 +289,7 @@ class Training:
         No gradient reaches what else is being trained, whatever the loss went through.
         """
         trainable = self.trained[name]
-        self.accelerator.backward(loss, inputs=list(trainable.parameters.values()))
+        self._backward(trainable, loss)
         if self.accelerator.sync_gradients:
             parameters = list(trainable.parameters.values())
             limit = trainable.max_grad_norm if trainable.max_grad_norm is not None else float("inf")
@@ -296,6 +299,19 @@ class Training:
             trainable.optimizer.zero_grad()
             if trainable.average is not None:
                 trainable.average.update()
+
+    def _backward(self, trainable: Trainable, loss: Tensor) -> None:
+        if not trainable.sharded:
+            self.accelerator.backward(loss, inputs=list(trainable.parameters.values()))
+            return
+        # The graph is of gathered copies, which cannot be named: what reaches others is taken back.
+        others = [other for other in self.trained.values() if other is not trainable]
+        kept = [(parameter, parameter.grad) for other in others for parameter in other.parameters.values()]
+        for parameter, _ in kept:
+            parameter.grad = None
+        self.accelerator.backward(loss)
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
     def record(self, name: str, value: Tensor) -> None:
         """Adds a number to this step's metrics; those of micro-batches and ranks are averaged."""

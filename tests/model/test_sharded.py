@@ -1,0 +1,215 @@
+"""After `fully_shard`, which puts new tensors in the place of all parameters: nobody works on the old ones.
+
+One process of a gloo group and a mesh of its own, without any launcher; tensors are `DTensor`s all the same.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import digits_batch, digits_inputs, distil, set_up, tiny_recipe, velocity_of
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from moedistill.losses.optim import OptimizerConfig
+from moedistill.model.ema import EMA
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.build import build_mixture
+from moedistill.runtime.checkpoint import load_tree, save_tree
+from moedistill.runtime.sharding import whole
+from moedistill.stages.export import ExportConfig
+from moedistill.stages.training import Training
+
+EXPERTS = {
+    "semantic": {"kind": "full"},
+    "detail": {"kind": "lora", "from": "semantic", "rank": 2, "alpha": 4},
+}
+ON_TEACHER = {**EXPERTS, "detail": {**EXPERTS["detail"], "from": "teacher"}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shard(mixture):
+    """Every network a root, every block a unit."""
+    mesh = init_device_mesh("cpu", (1,))
+    for network in mixture.networks:
+        for block in network.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+
+
+def begun(experts, *, sharded=True, ema=0.5):
+    """Both consistency stages of a recipe on a mixture that is sharded, and the run; nothing is set up yet."""
+    stages = [distil(ema_decay=ema), distil("detail", ema_decay=ema)]
+    training, _ = set_up(tiny_recipe(stages, {"experts": experts, "training.monitor": None}))
+    training.release()
+    run = training.run
+    run.mixture.ema.clear()
+    if sharded:
+        shard(run.mixture)
+    return run
+
+
+def step(run, number):
+    """One optimiser step of a stage: the training, and its expert's weights before it."""
+    config = run.recipe.stages[number]
+    run.mixture.initialise(but=[stage.expert for stage in run.recipe.stages[:number]])
+    training, stage = Training(run, config), config.build()
+    stage.setup(training)
+    before = copied(run.mixture.experts[config.expert].parameters)
+    with training.mixture.using(config.expert):
+        stage.step(training, digits_batch(training))
+    return training, before
+
+
+def copied(weights):
+    return {name: whole(weight.detach()).clone() for name, weight in weights.items()}
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, ON_TEACHER], ids=["on semantic", "on the teacher"])
+def test_a_step_moves_what_is_saved_averaged_and_exported(experts, tmp_path):
+    run, plain = begun(experts), begun(experts, sharded=False)
+    for number, name in enumerate(("semantic", "detail")):
+        (training, before), (expected, _) = step(run, number), step(plain, number)
+        parameters = run.mixture.experts[name].parameters
+        assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
+        after = copied(parameters)
+        # A key's bias adds the same to all logits of a query; A of a fresh adapter has no gradient, as B is 0.
+        still = {key for key in before if key.endswith(("to_k.bias", "lora_A.weight"))}
+        assert moved(before, after) >= before.keys() - still
+        assert all(parameter.requires_grad for parameter in parameters.values())
+        # The same step as without sharding, and as much of the gradient was seen and clipped.
+        for key, value in plain.mixture.experts[name].parameters.items():
+            torch.testing.assert_close(after[key], value.detach(), rtol=0, atol=1e-6)
+        metrics, others = training.take_metrics(), expected.take_metrics()
+        assert metrics["grad_norm/student"] == pytest.approx(others["grad_norm/student"], rel=1e-4)
+        assert metrics["grad_norm/student"] > 0
+
+        # The average is half-way.
+        average = copied(run.mixture.ema[name].average)
+        for key in before:
+            torch.testing.assert_close(average[key], (before[key] + after[key]) / 2, rtol=0, atol=1e-7)
+
+        # The state of the optimiser goes through a checkpoint, too.
+        save_tree(tmp_path, f"{name}", training.state())
+        again = Training(run, run.recipe.stages[number])
+        run.recipe.stages[number].build().setup(again)
+        again.load_state(load_tree(tmp_path, f"{name}"))
+        moments = [state["exp_avg"] for state in again.trained["student"].optimizer.state.values()]
+        assert moments
+        assert all(isinstance(moment, DTensor) for moment in moments)
+        training.release()
+
+
+def test_the_next_stage_trains_its_own_and_leaves_the_others():
+    run = begun(EXPERTS)
+    step(run, 0)[0].release()
+    teacher, semantic = (copied(run.mixture.experts[name].shared.weights) for name in ("teacher", "semantic"))
+    start = velocity_of(run.mixture, "semantic", digits_inputs())
+    training, before = step(run, 1)
+    assert torch.equal(velocity_of(run.mixture, "semantic", digits_inputs()), start)
+    assert not torch.equal(velocity_of(run.mixture, "detail", digits_inputs()), start)
+    assert moved(before, copied(run.mixture.experts["detail"].parameters))
+    for name, kept in (("teacher", teacher), ("semantic", semantic)):
+        assert not moved(kept, copied(run.mixture.experts[name].shared.weights))
+    trainable = [name for name, parameter in run.mixture.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == len(before)
+    training.release()
+    assert not any(parameter.requires_grad for parameter in run.mixture.parameters())
+
+
+def test_saved_and_reloaded_weights_equal_the_live_ones(tmp_path):
+    run = begun(EXPERTS)
+    for number in (0, 1):
+        step(run, number)[0].release()
+    live = {name: copied(run.mixture.experts[name].parameters) for name in ("semantic", "detail")}
+    averages = {name: copied(run.mixture.ema[name].average) for name in live}
+
+    # Into a mixture that is not sharded, and into one that is.
+    save_tree(tmp_path, "experts", live)
+    for sharded in (False, True):
+        other = build_mixture(run.recipe)
+        if sharded:
+            shard(other)
+        other.load(load_tree(tmp_path, "experts"), averages, "the test")
+        for name, weights in live.items():
+            assert not moved(weights, copied(other.experts[name].parameters))
+            assert not moved(averages[name], copied(other.ema[name].average))
+            velocity = velocity_of(other, name, digits_inputs())
+            torch.testing.assert_close(velocity, velocity_of(run.mixture, name, digits_inputs()), rtol=0, atol=1e-6)
+
+    # An export holds them as plain tensors.
+    run.output = tmp_path
+    for weights, wanted in (("trained", live), ("ema", averages)):
+        config = ExportConfig(name=f"export_{weights}", weights=weights)
+        config.build().execute(run)
+        assert json.loads((tmp_path / config.name / "export.json").read_text())["provenance"]["weights"] == weights
+        for name in live:
+            assert not moved(wanted[name], load_file(tmp_path / config.name / f"{name}.safetensors"))
+
+
+def test_an_average_is_lent_and_put_back():
+    run = begun(EXPERTS)
+    step(run, 0)[0].release()
+    mixture, inputs = run.mixture, digits_inputs()
+    weights, average = copied(mixture.experts["semantic"].parameters), copied(mixture.ema["semantic"].average)
+    trained = velocity_of(mixture, "semantic", inputs)
+    with mixture.running("semantic", "ema"), torch.no_grad():
+        averaged = mixture(*inputs)
+        assert not moved(average, copied(mixture.experts["semantic"].parameters))
+    assert not torch.equal(averaged, trained)
+    assert torch.equal(velocity_of(mixture, "semantic", inputs), trained)
+    assert not moved(weights, copied(mixture.experts["semantic"].parameters))
+
+
+def test_merged_weights_are_those_of_the_plain_network():
+    run, plain = begun(EXPERTS), begun(EXPERTS, sharded=False)
+    for each in (run, plain):
+        each.mixture.initialise()
+        for name in ("semantic", "detail"):
+            with torch.no_grad():
+                for parameter in each.mixture.experts[name].parameters.values():
+                    parameter.add_(0.1)
+    velocity_of(run.mixture, "detail", digits_inputs())  # leaves gathered copies behind
+    for name in ("semantic", "detail"):
+        merged = run.mixture.experts[name].merged()
+        assert not any(isinstance(weight, DTensor) for weight in merged.values())
+        for key, value in plain.mixture.experts[name].merged().items():
+            torch.testing.assert_close(merged[key], value, rtol=0, atol=1e-6)
+
+
+def test_a_fresh_adapter_is_the_same_however_it_is_cut():
+    whole_recipe = load_recipe(tiny_recipe([distil(), distil("detail")], {"experts": EXPERTS}))
+    plain, cut = build_mixture(whole_recipe), build_mixture(whole_recipe)
+    shard(cut)
+    cut.initialise()
+    assert not moved(copied(plain.experts["detail"].parameters), copied(cut.experts["detail"].parameters))
+
+
+def test_who_keeps_tensors_instead_works_on_dead_ones():
+    """What all this is for: the tensors of before are in no network any more."""
+    run = begun(EXPERTS, sharded=False)
+    kept = dict(run.mixture.experts["semantic"].parameters)
+    shard(run.mixture)
+    optimizer, _ = OptimizerConfig(lr=1e-3).build(kept.values(), 1)
+    start = velocity_of(run.mixture, "semantic", digits_inputs())
+    for parameter in kept.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert torch.equal(velocity_of(run.mixture, "semantic", digits_inputs()), start)
+    assert isinstance(EMA(run.mixture.experts["semantic"].parameters, 0.5).average["proj_out.weight"], DTensor)
+    assert Path(run.output)  # the run itself is none the wiser
