@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import dcm_recipe
 from started_commands import Command
 
+from moedistill.components.plugins import load_plugins
 from moedistill.runs.loop import run
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree
 
@@ -152,3 +154,32 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     for command in pair:
         assert "batch_size 6 cannot be shared evenly among 2 processes × 2 accumulation steps" in command.output
         assert "Traceback" not in command.output
+
+
+def test_two_processes_train_two_experts_as_one_does(tmp_path):
+    """Each has a wrapper of its own, whose processes exchange its gradients alone."""
+    tests = Path(__file__).parents[1]
+    lora = {"kind": "lora", "rank": 8, "alpha": 8}
+    stage = {"name": "matching", "kind": "matching", "expert": "student", "fake_score": "score", "steps": 6}
+    rates = {"optimizer": {"lr": 1e-2}, "fake_score_optimizer": {"lr": 1e-2}, "fake_score_updates": 2}
+    recipe = {
+        "name": "matching",
+        "backbone": {"kind": "gaussian"},
+        "trajectory": {"kind": "flow_matching", "num_steps": 10, "shift": 1.0},
+        "router": {"kind": "timestep", "experts": ["student"]},
+        "experts": {"student": lora, "score": lora},
+        "data": {"kind": "gaussian"},
+        "training": {"batch_size": 16},
+        "stages": [{**stage, **rates}],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    files = [tests / "gaussian_plugin.py", tests / "matching_plugin.py"]
+    one = run(recipe, output=tmp_path / "one", device="cpu", plugins=load_plugins(files)).output
+    options = [option for file in files for option in ("-p", file)]
+    arguments = ["run", tmp_path / "recipe.yaml", "--device", "cpu", "--output", tmp_path / "two", *options]
+    pair = start_pair(arguments, tmp_path)
+    assert [command.exit_code() for command in pair] == [0, 0], pair[0].output + pair[1].output
+    expected, found = (load_tree(find_checkpoint(folder), "experts") for folder in (one, tmp_path / "two"))
+    for name in ("student", "score"):
+        for key, weight in expected[name].items():
+            torch.testing.assert_close(found[name][key], weight, rtol=0, atol=1e-5)
