@@ -116,7 +116,7 @@ class GaussianBackbone(Backbone):
     def null_conditioning(self, cond):
         return cond
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return {"label": torch.zeros(len(prompts), dtype=torch.int64)}
 
     def latent_shape(self, video=None):

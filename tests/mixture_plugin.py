@@ -88,7 +88,7 @@ class MixtureBackbone(Backbone):
     def null_conditioning(self, cond):
         return cond
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return {"label": torch.zeros(len(prompts), dtype=torch.int64)}
 
     def latent_shape(self, video=None):

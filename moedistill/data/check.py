@@ -1,16 +1,17 @@
 """Looks through a set of stored samples, before any model is loaded: what is in it, and what does not fit a layout."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moedistill.data.latents import LATENTS, SampleError, Store, open_store
 from moedistill.errors import SCREEN_LINES, shorten
-from moedistill.model.backbone import SampleLayout
+from moedistill.model.layout import SampleLayout
 
 EXAMPLES = 10
 """How many examples are shown of a kind of problem, if there is room on the screen."""
@@ -87,21 +88,22 @@ class Seen:
     conditioning: dict[str, Shape]
 
 
-def read_set(path: str | Path, report: Report) -> Contents | None:
-    """Reads every file of the set at `path`; None where there is no set."""
+def read_set(path: str | Path, report: Report, layout: SampleLayout | None = None) -> Contents | None:
+    """Reads every file of the set at `path`; None where there is no set. `layout` says what is a mask."""
     try:
         store = open_store(path)
     except ValueError as error:
         report.problems.append(Misfit(str(error), []))
         return None
     report.title = f"{path}: {len(store)} samples, {store.layout} layout"
-    return Contents(store, _read_all(store, report), _read_negative(store, report))
+    masks = set(store.masks if layout is None else layout.of_role("mask"))
+    return Contents(store, _read_all(store, report, masks), _read_negative(store, report))
 
 
 # -- what is there ----------------------------------------------------------------------------------------------------
 
 
-def _read_all(store: Store, report: Report) -> list[Seen]:
+def _read_all(store: Store, report: Report, masks: Collection[str]) -> list[Seen]:
     """Reads all samples: the facts, and what is missing, broken or not a number."""
     missing: list[str] = []
     broken: list[str] = []
@@ -130,7 +132,7 @@ def _read_all(store: Store, report: Report) -> list[Seen]:
             dtypes.setdefault(name, Counter())[str(value.dtype).removeprefix("torch.")] += 1
             if not _is_finite(value):
                 not_finite.append(f"{files[0]}: {name}")
-            if name.endswith("mask"):
+            if name in masks or value.dtype == torch.bool:  # no tensor of these is anything else
                 length = int(value.count_nonzero())
                 lengths.setdefault(name, []).append(length)
                 if length == 0:
@@ -258,16 +260,16 @@ def layout_problems(
         yield Misfit(f"{len(odd)} latents do not fit {kind}: {rule}", odd)
     texts = [*(sample for sample in seen if sample.conditioning), *([negative] if negative else [])]
     unfit = [
-        f"{text.file}: {name} {list(have)}, not {layout.pattern(name)}"
+        f"{text.file}: {name} {list(have)}, not {wanted.pattern()}"
         for text in texts
-        for name in layout.conditioning
-        if (have := text.conditioning.get(name)) is not None and not layout.fits(name, have)
+        for name, wanted in layout.conditioning.items()
+        if (have := text.conditioning.get(name)) is not None and not wanted.fits(have)
     ]
     if unfit:
         yield Misfit(f"{len(unfit)} conditioning tensors have not the shape that {kind} takes", unfit)
     if store.layout != "published":  # there a model may find several tensors packed in one
         lacking = [
-            f"{text.file}: {name}" for text in texts for name in layout.conditioning if name not in text.conditioning
+            f"{text.file}: {name}" for text in texts for name in layout.required() if name not in text.conditioning
         ]
         if lacking:
             yield Misfit(f"{len(lacking)} conditioning tensors that {kind} takes are not stored", lacking)

@@ -73,9 +73,11 @@ class Store(ABC):
     Attributes:
         index: the index file.
         layout: its kind, for people.
+        masks: names of the conditioning tensors that say which tokens of a text count, as far as the layout says so.
     """
 
     layout: str
+    masks: Sequence[str] = ()
 
     def __init__(self, index: Path, entries: Sequence[Any]) -> None:
         self.index, self._entries = index, entries
@@ -151,6 +153,7 @@ class PublishedStore(Store):
     """A `videos2caption.json` and its `.pt` files."""
 
     layout = "published"
+    masks = ("prompt_attention_mask",)
 
     def files(self, i: int) -> list[Path]:
         return [self._latents_file(i), *self._text_files(i).values()]

@@ -1,12 +1,17 @@
 from .process import add_noise as add_noise
 from .process import as_sigma as as_sigma
 from .process import diffuse as diffuse
+from .process import displacement as displacement
 from .process import from_vp as from_vp
+from .process import guide as guide
 from .process import jump as jump
 from .process import renoise as renoise
+from .process import shift as shift
 from .process import sigma_from_vp as sigma_from_vp
 from .process import to_vp as to_vp
+from .process import unshift as unshift
 from .process import velocity_from_vp as velocity_from_vp
+from .process import velocity_of as velocity_of
 from .routers import Boundary as Boundary
 from .routers import RouterConfig as RouterConfig
 from .routers import TimestepRouter as TimestepRouter

@@ -5,12 +5,14 @@ Everything a backbone gives and takes is in flow coordinates (see `moedistill.fl
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from moedistill.components.fields import Config, PositiveInt
 from moedistill.model.guidance import Guidance
+from moedistill.model.layout import SampleLayout
+from moedistill.model.prompt import Prompt, as_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,30 +42,6 @@ class VideoSize:
     num_frames: PositiveInt
     height: PositiveInt
     width: PositiveInt
-
-
-@dataclass(frozen=True)
-class SampleLayout:
-    """What a stored sample must look like to fit a model; known without loading it.
-
-    Attributes:
-        channels: of the latents.
-        multiple: what the latents' (T, H, W) must be multiples of.
-        conditioning: the shape of each conditioning tensor without its batch dimension; None where any length fits.
-    """
-
-    channels: int
-    multiple: tuple[int, int, int]
-    conditioning: Mapping[str, tuple[int | None, ...]]
-
-    def fits(self, name: str, shape: Sequence[int]) -> bool:
-        """Whether a conditioning tensor of `shape`, without its batch dimension, is what the model takes."""
-        wanted = self.conditioning[name]
-        return len(shape) == len(wanted) and all(w in (None, s) for w, s in zip(wanted, shape, strict=True))
-
-    def pattern(self, name: str) -> str:
-        """The shape of a conditioning tensor for people: `[any, 4096]`."""
-        return f"[{', '.join('any' if size is None else str(size) for size in self.conditioning[name])}]"
 
 
 @dataclass(kw_only=True)
@@ -116,7 +94,8 @@ class Backbone(ABC):
         lora_targets: named groups of linears, each a regular expression matched against full dotted paths.
         time_dependent: exact dotted paths of the modules that depend on time (embedding, final modulation, projection).
         time_shared: dotted paths of modules that read the time too, which experts share on purpose.
-        example_prompts: prompts that `encode` takes, different ones.
+        example_prompts: texts that `encode` takes, different ones.
+        takes_images: whether a prompt may have an image.
     """
 
     network: "nn.Module"
@@ -127,6 +106,7 @@ class Backbone(ABC):
     lora_targets: Mapping[str, str]
     time_dependent: Sequence[str]
     time_shared: Sequence[str] = ()
+    takes_images: bool = False
     example_prompts: Sequence[str] = ("a dog runs along a beach", "rain at night", "a ball bounces")
 
     @property
@@ -142,8 +122,20 @@ class Backbone(ABC):
     def null_conditioning(self, cond: "Conditioning") -> "Conditioning":
         """The unconditional counterpart of `cond`: same names, shapes and dtypes."""
 
+    def encode(self, prompts: "Sequence[str | Prompt]") -> "Conditioning":
+        """Conditioning for a list of prompts, or of their texts.
+
+        Raises:
+            ValueError: a prompt has an image, and the model takes none; or what `encode_prompts` says of a text.
+        """
+        asked = as_prompts(prompts)
+        for prompt in asked:
+            if prompt.image is not None and not self.takes_images:
+                raise ValueError(f'prompt "{prompt}": this model takes text alone; leave the image away')
+        return self.encode_prompts(asked)
+
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> "Conditioning":
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> "Conditioning":
         """Conditioning for a list of prompts; ValueError says what a prompt may be."""
 
     def captions(self, cond: "Conditioning") -> list[str]:
@@ -174,6 +166,16 @@ class Backbone(ABC):
     def decode(self, latents: "Tensor") -> "Tensor":
         """Pixels in [0, 1], float32 `[B, C, T, H, W]` with C = 1 or 3, of latents `[B, C, T, H, W]`."""
 
+    def encode_videos(self, videos: "Tensor") -> "Tensor":
+        """Latents `[B, C, T, H, W]` of videos `[B, 3, T', H', W']` in [0, 1], as data store them: before `prepare`.
+
+        Raises:
+            ValueError: the model has nothing that encodes them, or the size does not fit.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has nothing that encodes videos; store latents that were made elsewhere"
+        )
+
     @abstractmethod
     def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """The (T', H', W') of the tokens of latents of `shape` `[B, C, T, H, W]`."""
@@ -192,14 +194,44 @@ class Backbone(ABC):
         return self.velocity(network, x, sigma, cond)
 
     def native_trajectory(
-        self, noise: "Tensor", cond: "Conditioning", num_steps: int
+        self, noise: "Tensor", cond: "Conditioning", num_steps: int, *, guided: bool = False
     ) -> "list[tuple[float, Tensor]] | None":
         """Sigmas and samples, in flow coordinates, that the model's own sampler passes through from `noise`.
 
-        Unguided. It checks the backbone, so it should use little of it. None if there is no such sampler.
+        Unguided, or `guided` by two forwards as the recipe says. It checks the backbone, so it should use little of it.
+        None if there is no such sampler.
         """
         return None
 
-    def hidden(self, output: object) -> "Tensor":
-        """The image tokens `[B, T'·H'·W', hidden_size]` in a block's output."""
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[return-value]
+    def hidden(self, output: object, tokens: int) -> "Tensor":
+        """The image tokens `[B, tokens, hidden_size]`, tokens = T'·H'·W', in a block's output.
+
+        By default the output, or the first of several, is those and nothing else.
+
+        Raises:
+            ValueError: it has other tokens too: say which are the image's, by a method of your own.
+        """
+        found: Tensor = output[0] if isinstance(output, tuple) else output  # type: ignore[assignment]
+        if found.shape[1] != tokens:
+            raise ValueError(
+                f"a block gives {found.shape[1]} tokens, of which {tokens} are the image's: {type(self).__name__} must "
+                "say which, in `hidden`"
+            )
+        return found
+
+    # -- recomputing activations --------------------------------------------------------------------------------------
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the network can recompute activations in the backward pass."""
+        return hasattr(self.network, "enable_gradient_checkpointing")
+
+    def enable_checkpointing(self, network: "nn.Module", recompute: "Callable[..., Any]") -> None:
+        """Lets the blocks of `network` run as `recompute(block, *args)`, which runs them again in the backward pass.
+
+        Raises:
+            ValueError: the network cannot do that.
+        """
+        if not self.can_checkpoint:
+            raise ValueError(f"{type(network).__name__} cannot recompute activations; set it to false")
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=recompute)  # type: ignore[operator]

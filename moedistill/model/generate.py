@@ -9,6 +9,7 @@ from moedistill.model import conditioning
 from moedistill.model.backbone import VideoSize
 from moedistill.model.ema import WhichWeights
 from moedistill.model.mixture import Mixture
+from moedistill.model.prompt import Prompt
 from moedistill.runtime.randomness import Draws
 
 
@@ -19,7 +20,7 @@ class OwnPipeline(ABC):
     def generate(
         self,
         mixture: Mixture,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         sigmas: Tensor,
         *,
         seed: int,
@@ -32,7 +33,7 @@ class OwnPipeline(ABC):
 
 def generate(
     mixture: Mixture,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     sigmas: Tensor,
     *,
     seed: int,

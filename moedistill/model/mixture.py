@@ -1,5 +1,6 @@
 """The mixture: one backbone, its experts, the switch between them, and which of them serves which noise level."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -138,13 +139,11 @@ class Mixture(nn.Module):
 
             return checkpoint(run, *args, use_reentrant=False)
 
-        for network in {expert.shared.network for expert in self.experts.values()}:
-            enable = getattr(network, "enable_gradient_checkpointing", None)
-            if enable is None:
-                raise ValueError(
-                    f"training.gradient_checkpointing: {type(network).__name__} cannot checkpoint; set it to false"
-                )
-            enable(gradient_checkpointing_func=recompute_with_same_expert)
+        for network in self.networks:
+            try:
+                self.backbone.enable_checkpointing(network, recompute_with_same_expert)
+            except ValueError as error:
+                raise ValueError(f"training.gradient_checkpointing: {error}") from error
 
     @property
     def device(self) -> torch.device:
@@ -208,7 +207,8 @@ class Mixture(nn.Module):
         """Image tokens `[B, N, hidden_size]`, float32, after each of `blocks` (dotted paths) of the active expert."""
         with capture(self.experts[self.active].shared.network, blocks) as outputs:
             self(x, sigma, cond)
-        return [self.backbone.hidden(output).float() for output in outputs]
+        tokens = math.prod(self.backbone.token_grid(x.shape))
+        return [self.backbone.hidden(output, tokens).float() for output in outputs]
 
     def unembed(self, hidden: Tensor, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `[B, C, T, H, W]` of hidden states through the active expert's final norm and projection."""

@@ -73,12 +73,14 @@ def _check_layout(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> 
                 f"sample {index} has latents {list(shape)}: (T, H, W) must be multiples of {layout.multiple}"
             )
     _, text = backbone.prepare(*collate([dataset[0]]))
-    for name in layout.conditioning:
+    for name, wanted in layout.conditioning.items():
         if name not in text:
-            raise ValueError(f"sample 0 has no {name}, which the model takes; encode its text and store it")
+            if wanted.required:
+                raise ValueError(f"sample 0 has no {name}, which the model takes; encode its text and store it")
+            continue
         found = text[name].shape[1:]
-        if not layout.fits(name, found):
-            raise ValueError(f"sample 0 has {name} {list(found)}; the model takes {layout.pattern(name)}")
+        if not wanted.fits(found):
+            raise ValueError(f"sample 0 has {name} {list(found)}; the model takes {wanted.pattern()}")
 
 
 def _prepare_null(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:

@@ -7,30 +7,34 @@ from pathlib import Path
 from moedistill.data.check import Contents, Misfit, Report, check_batches, counted, layout_problems, read_set, too_short
 from moedistill.data.latents import find_index
 from moedistill.data.prompts import read_prompts
-from moedistill.model.backbone import SampleLayout
+from moedistill.model.layout import SampleLayout
 from moedistill.recipe.keys import Recipe
 
 
 def check_set(path: str | Path, recipe: Recipe | None = None) -> Report:
     """Reads every file of the set at `path`, and compares what is there with what `recipe` needs."""
     report = Report(str(path))
-    contents = read_set(path, report)
+    layout = _layout(recipe, report) if recipe is not None else None
+    contents = read_set(path, report, layout)
     if contents is None:
         return report
     if recipe is not None:
-        _compare(path, contents, recipe, report)
+        _compare(path, contents, recipe, layout, report)
     training = recipe.training if recipe is not None else None
     batched = training is not None and training.batch_size > training.gradient_accumulation_steps
     check_batches(contents, report, batched=batched)
     return report
 
 
-def _compare(path: str | Path, contents: Contents, recipe: Recipe, report: Report) -> None:
+def _layout(recipe: Recipe, report: Report) -> SampleLayout | None:
     try:
-        layout = recipe.backbone.layout()
+        return recipe.backbone.layout()
     except ValueError as error:
-        layout = None
         report.problems.append(Misfit("what the backbone needs cannot be told", [f"backbone: {error}"]))
+        return None
+
+
+def _compare(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleLayout | None, report: Report) -> None:
     if layout is not None:
         report.problems += layout_problems(contents, layout, recipe.backbone.kind, _crops(recipe))
     report.problems += _too_short(contents, recipe)
@@ -90,7 +94,7 @@ def _notes(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleL
     stored = dict.fromkeys(name for sample in contents.seen for name in sample.conditioning)
     if layout is not None and stored:
         unread = [name for name in stored if name not in layout.conditioning]
-        packed = [name for name in layout.conditioning if name not in stored]
+        packed = [name for name in layout.required() if name not in stored]
         if unread:
             yield f"stored, but no input of {recipe.backbone.kind}: {', '.join(unread)}"
         if packed and contents.store.layout == "published":

@@ -338,10 +338,15 @@ class Training:
     def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
         """What the dataset gave, on the device, cut to the stage's `latent_frames` and prepared by the backbone."""
         latents, cond = latents.to(self.device), conditioning.to(cond, self.device)
-        frames, limit = latents.shape[2], self.config.latent_frames
-        # Conditioning that is itself a video, such as image latents, is cut with it.
-        videos = {name for name, value in cond.items() if value.ndim == 5 and value.shape[2] == frames}
-        cond = {name: value[:, :, :limit] if name in videos else value for name, value in cond.items()}
+        limit, layout = self.config.latent_frames, self.recipe.backbone.layout()
+        if limit is not None and layout is not None:  # what is itself a video, such as image latents, is cut with it
+            axes = {name: each.frame_axis for name, each in layout.conditioning.items()}
+            cond = {
+                name: value
+                if (axis := axes.get(name)) is None
+                else value.narrow(axis + 1, 0, min(limit, value.shape[axis + 1]))
+                for name, value in cond.items()
+            }
         latents, prepared = self.mixture.backbone.prepare(latents[:, :, :limit], cond)
         return latents, dict(prepared)
 

@@ -17,6 +17,7 @@ from moedistill import (
     Conditioning,
     DiffusersBackbone,
     DiffusersBackboneConfig,
+    Input,
     SampleLayout,
     Trajectory,
     VideoSize,
@@ -184,7 +185,7 @@ class CogVideoXBackbone(DiffusersBackbone):
         return rotary_embedding(config.attention_head_dim, grid, base, config.patch_size_t is None, device)
 
     def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
-        [(length, _)] = self.config.text_shapes().values()
+        length = self.config.inputs()["prompt_embeds"].shape[0]
         embeds, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
         )
@@ -192,8 +193,9 @@ class CogVideoXBackbone(DiffusersBackbone):
 
     def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
         latents, cond = super().prepare(latents, cond)
+        videos = self.config.layout().of_role("video")
         return self._padded(latents), {
-            name: self._padded(value) if name == "image_latents" else value for name, value in cond.items()
+            name: self._padded(value) if name in videos else value for name, value in cond.items()
         }
 
     def _padded(self, latents: Tensor) -> Tensor:
@@ -229,14 +231,17 @@ class CogVideoXBackbone(DiffusersBackbone):
         alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps.cpu()]
         return [*sigma_from_vp(alpha_bar.sqrt(), (1 - alpha_bar).sqrt()).tolist(), 0.0]
 
-    def native_trajectory(self, noise: Tensor, cond: Conditioning, num_steps: int) -> list[tuple[float, Tensor]] | None:
+    def native_trajectory(
+        self, noise: Tensor, cond: Conditioning, num_steps: int, *, guided: bool = False
+    ) -> list[tuple[float, Tensor]] | None:
         """See `Backbone.native_trajectory`, in at most `num_steps` steps, a divisor of 1000.
 
         Of other numbers the scheduler's steps don't end where the next ones start.
         """
         if self.from_images:
             return None
-        return super().native_trajectory(noise, cond, max(n for n in range(1, num_steps + 1) if 1000 % n == 0))
+        steps = max(n for n in range(1, num_steps + 1) if 1000 % n == 0)
+        return super().native_trajectory(noise, cond, steps, guided=guided)
 
 
 @dataclass(kw_only=True)
@@ -325,7 +330,7 @@ class CogVideoXConfig(DiffusersBackboneConfig):
     def layout(self) -> SampleLayout:
         """See `BackboneConfig.layout`: any number of frames fits, because `prepare` pads it, but text of one length."""
         usual = super().layout()
-        return SampleLayout(usual.channels, (1, *usual.multiple[1:]), self.text_shapes())
+        return SampleLayout(usual.channels, (1, *usual.multiple[1:]), self.inputs())
 
     def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
         """See `Backbone.latent_shape`: frames are one and a multiple of 8; in 1.5 with one latent frame of padding."""
@@ -339,9 +344,14 @@ class CogVideoXConfig(DiffusersBackboneConfig):
         padding = self.temporal_compression * (self.patch_size()[0] - 1)
         return super().latent_shape(VideoSize(**{**vars(video), "num_frames": video.num_frames + padding}))
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def inputs(self) -> dict[str, Input]:
         architecture = self.architecture()
-        return {"prompt_embeds": (architecture["max_text_seq_length"], architecture["text_embed_dim"])}
+        inputs = {"prompt_embeds": Input("text", (architecture["max_text_seq_length"], architecture["text_embed_dim"]))}
+        if added := architecture.get("in_channels", architecture["out_channels"]) - architecture["out_channels"]:
+            shape = (added, None, None, None)
+            inputs["image_latents"] = Input("video", shape, droppable=False, required=False, frame_axis=1)
+            inputs["ofs"] = Input("scalar", (), droppable=False, required=False)
+        return inputs
 
     def check_folder(self, folder: Path) -> None:
         network = read_json(folder / "transformer" / "config.json")

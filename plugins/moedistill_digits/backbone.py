@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moedistill import Backbone, BackboneConfig, PositiveInt, VideoSize
+from moedistill import Backbone, BackboneConfig, PositiveInt, Prompt, VideoSize
 from moedistill_digits.codec import Codec
 from moedistill_digits.data import CANVAS, DIGITS, DIRECTIONS, FRAMES, NULL_DIGIT, NULL_DIRECTION
 from moedistill_digits.network import DigitsTransformer
@@ -90,13 +90,13 @@ class DigitsBackbone(Backbone):
             "direction": torch.full_like(cond["direction"], NULL_DIRECTION),
         }
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Conditioning of prompts such as "3 right"; the empty prompt is the null condition.
 
         Raises:
             ValueError: a prompt is anything else.
         """
-        pairs = [_parse_prompt(prompt) for prompt in prompts]
+        pairs = [_parse_prompt(prompt.text) for prompt in prompts]
         digits, directions = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
         return {"digit": digits, "direction": directions}
 
@@ -125,11 +125,16 @@ class DigitsBackbone(Backbone):
         temb = transformer.embed(sigma, cond["digit"], cond["direction"])
         return transformer.unembed(hidden, temb, x, sigma).to(x.dtype)
 
+    def encode_videos(self, videos: Tensor) -> Tensor:
+        return self.codec.encode(videos)
+
     @torch.no_grad()
     def native_trajectory(
-        self, noise: Tensor, cond: Mapping[str, Tensor], num_steps: int
-    ) -> list[tuple[float, Tensor]]:
+        self, noise: Tensor, cond: Mapping[str, Tensor], num_steps: int, *, guided: bool = False
+    ) -> list[tuple[float, Tensor]] | None:
         """Euler steps of the bare network, whose output is dx/dsigma, on the grid of the recipes, shift 2.5."""
+        if guided:
+            return None  # there is no sampler that guides it but ours
         uniform = torch.linspace(1.0, 0.0, num_steps + 1)
         sigmas = (2.5 * uniform / (1.0 + 1.5 * uniform)).tolist()
         samples = [noise]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, VideoSize
+from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, Input, VideoSize
 
 TEXT_LENGTH = 256
 
@@ -183,11 +183,11 @@ class HunyuanVideoConfig(DiffusersBackboneConfig):
         side = architecture["patch_size"]
         return architecture["patch_size_t"], side, side
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def inputs(self) -> dict[str, Input]:
         architecture = self.architecture()
         length = self.tiny_text[0] if self.pretrained is None else TEXT_LENGTH
         return {
-            "prompt_embeds": (length, architecture["text_embed_dim"]),
-            "prompt_attention_mask": (length,),
-            "pooled_prompt_embeds": (architecture["pooled_projection_dim"],),
+            "prompt_embeds": Input("text", (length, architecture["text_embed_dim"]), any_length=True),
+            "prompt_attention_mask": Input("mask", (length,), any_length=True),
+            "pooled_prompt_embeds": Input("pooled", (architecture["pooled_projection_dim"],)),
         }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, VideoSize, read_json
+from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, Input, VideoSize, read_json
 
 TEXT_LENGTH = 128
 """Tokens that the pipeline pads a prompt to."""
@@ -152,9 +152,12 @@ class LTXConfig(DiffusersBackboneConfig):
     def patch_size(self) -> tuple[int, int, int]:
         return 1, 1, 1
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def inputs(self) -> dict[str, Input]:
         width = self.architecture()["caption_channels"]
-        return {"prompt_embeds": (TEXT_LENGTH, width), "prompt_attention_mask": (TEXT_LENGTH,)}
+        return {
+            "prompt_embeds": Input("text", (TEXT_LENGTH, width), any_length=True),
+            "prompt_attention_mask": Input("mask", (TEXT_LENGTH,), any_length=True),
+        }
 
     def check_folder(self, folder: Path) -> None:
         file = folder / "model_index.json"

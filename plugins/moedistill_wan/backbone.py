@@ -16,6 +16,7 @@ from moedistill import (
     DiffusersBackbone,
     DiffusersBackboneConfig,
     Fraction,
+    Input,
     TimestepRouter,
     Trajectory,
     VideoSize,
@@ -94,8 +95,10 @@ class WanBackbone(DiffusersBackbone):
             pipeline.scheduler = FlowMatchEulerDiscreteScheduler(own.num_train_timesteps, shift=own.flow_shift)
         return pipeline
 
-    def native_trajectory(self, noise: Tensor, cond: Conditioning, num_steps: int) -> list[tuple[float, Tensor]] | None:
-        return None if self.from_images else super().native_trajectory(noise, cond, num_steps)
+    def native_trajectory(
+        self, noise: Tensor, cond: Conditioning, num_steps: int, *, guided: bool = False
+    ) -> list[tuple[float, Tensor]] | None:
+        return None if self.from_images else super().native_trajectory(noise, cond, num_steps, guided=guided)
 
     def normalise(self, latents: Tensor) -> Tensor:
         return (latents - self._scaling("latents_mean", latents)) / self._scaling("latents_std", latents)
@@ -173,9 +176,15 @@ class WanConfig(DiffusersBackboneConfig):
         t, h, w = self.architecture()["patch_size"]
         return t, h, w
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def inputs(self) -> dict[str, Input]:
+        architecture = self.architecture()
         length = self.tiny_text[0] if self.pretrained is None else TEXT_LENGTH
-        return {"prompt_embeds": (length, self.architecture()["text_dim"])}
+        inputs = {"prompt_embeds": Input("text", (length, architecture["text_dim"]), any_length=True)}
+        if added := architecture.get("in_channels", architecture["out_channels"]) - architecture["out_channels"]:
+            shape = (added, None, None, None)
+            inputs["image_latents"] = Input("video", shape, droppable=False, required=False, frame_axis=1)
+            inputs["image_embeds"] = Input("image", (257, 1280), droppable=False, required=False)
+        return inputs
 
     def check_folder(self, folder: Path) -> None:
         file = folder / "model_index.json"

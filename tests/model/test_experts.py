@@ -144,7 +144,7 @@ class Twins(nn.Module):
 
 
 class TwinsBackbone(Backbone):
-    velocity = null_conditioning = encode = latent_shape = decode = token_grid = unembed = None
+    velocity = null_conditioning = encode_prompts = latent_shape = decode = token_grid = unembed = None
 
     def __init__(self):
         self.network, self.lora_targets, self.time_dependent = Twins(), {"attention": "to_q"}, ("proj_out", "original")

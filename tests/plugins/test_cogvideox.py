@@ -24,6 +24,7 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runtime.randomness import torch_seed
 from moedistill.testing.running import BackboneContract
+from moedistill import Input
 from moedistill_cogvideox.backbone import PUBLISHED, CogVideoXBackbone, CogVideoXConfig, sigma_table
 
 MODELS = list(PUBLISHED)
@@ -54,8 +55,8 @@ def noise_for(backbone, batch=1, video=None, seed=0):
 class FromImages(CogVideoXBackbone):
     """Image-to-video, with an image for each prompt."""
 
-    def encode(self, prompts):
-        cond = super().encode(prompts)
+    def encode_prompts(self, prompts):
+        cond = super().encode_prompts(prompts)
         seeds = [torch_seed("image", prompt) for prompt in prompts]
         images = [torch.randn(self.latent_shape(), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         offsets = torch.tensor([2.0 + seed % 3 for seed in seeds])
@@ -429,7 +430,8 @@ def test_a_folder_is_loaded(folder):
     assert torch.equal(found, wanted)
     assert torch.equal(backbone.prepare(x, {})[0], 0.9 * x)
     layout = config.layout()
-    assert (layout.channels, layout.multiple, layout.conditioning) == (16, (1, 2, 2), {"prompt_embeds": (12, 24)})
+    assert (layout.channels, layout.multiple) == (16, (1, 2, 2))
+    assert layout.conditioning == {"prompt_embeds": Input("text", (12, 24))}
     native = backbone.native_trajectory(x, cond, 4)  # by deterministic steps nevertheless
     assert torch.allclose(native[0][1], x)
     for (sigma, before), (sigma_next, after) in pairwise(native):
@@ -469,7 +471,8 @@ def test_a_folder_with_other_noise_levels_is_refused(folder, tmp_path, changes, 
 
 def test_what_is_published_is_known_without_a_folder():
     layout = CogVideoXConfig(pretrained="nobody/cogvideox", model="1.5-5b").layout()
-    assert (layout.channels, layout.multiple, layout.conditioning) == (16, (1, 2, 2), {"prompt_embeds": (226, 4096)})
+    assert (layout.channels, layout.multiple) == (16, (1, 2, 2))
+    assert layout.conditioning == {"prompt_embeds": Input("text", (226, 4096))}
     assert CogVideoXConfig(pretrained="nobody/cogvideox", model="1.5-5b").patch_size() == (2, 2, 2)
     with pytest.raises(ValueError, match="hf download nobody/cogvideox"):
         CogVideoXConfig(pretrained="nobody/cogvideox").build()
@@ -481,7 +484,8 @@ def test_what_is_published_is_known_without_a_folder():
 def test_a_recipe_is_checked_without_diffusers():
     code = (
         "import sys\n"
-        "from moedistill_cogvideox.backbone import CogVideoXConfig\n"
+        "from moedistill import Input
+from moedistill_cogvideox.backbone import CogVideoXConfig\n"
         "config = CogVideoXConfig(pretrained=None, model='1.5-5b')\n"
         "assert len(config.native_sigmas()) == 1000 and config.layout().channels == 16 and config.video.width == 1360\n"
         "found = {name.split('.')[0] for name in sys.modules} & {'diffusers', 'transformers', 'peft'}\n"

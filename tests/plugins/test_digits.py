@@ -288,7 +288,9 @@ def test_unembed_of_the_last_block_is_the_velocity(backbone: DigitsBackbone) -> 
     x, sigma, cond = inputs_for(backbone)
     outputs: list[Tensor] = []
     block = backbone.network.get_submodule(backbone.blocks[-1])
-    handle = block.register_forward_hook(lambda module, args, output: outputs.append(backbone.hidden(output)))
+    handle = block.register_forward_hook(
+        lambda module, args, output: outputs.append(backbone.hidden(output, output.shape[1]))
+    )
     velocity = backbone.velocity(backbone.network, x, sigma, cond)
     handle.remove()
     assert outputs[0].shape == (4, 64, backbone.hidden_size)

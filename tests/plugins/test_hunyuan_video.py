@@ -279,9 +279,11 @@ def test_videos_and_what_is_stored_for_them():
     assert config.video == VideoSize(num_frames=129, height=720, width=1280)
     layout = config.layout()
     assert (layout.channels, layout.multiple) == (16, (1, 2, 2))
-    assert layout.conditioning == {
-        "prompt_embeds": (None, 4096), "prompt_attention_mask": (None,), "pooled_prompt_embeds": (768,),
-    }  # fmt: skip
+    assert {name: (each.role, each.pattern()) for name, each in layout.conditioning.items()} == {
+        "prompt_embeds": ("text", "[any, 4096]"),
+        "prompt_attention_mask": ("mask", "[any]"),
+        "pooled_prompt_embeds": ("pooled", "[768]"),
+    }
     backbone = tiny()
     assert backbone.fps == 24
     assert backbone.latent_shape(config.video) == (16, 33, 90, 160)

@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from helpers import as_if_trained
 from saved_pipelines import PROMPT, distil_fast, pipeline_recipe, save_pipeline
 
+from moedistill import Input
 from moedistill.errors import RecipeError
 from moedistill.flow.sampling import sample
 from moedistill.model.conditioning import concat
@@ -29,8 +30,9 @@ class ImageToVideoConfig(WanConfig):
     def tiny_network(self):
         return {**super().tiny_network(), "in_channels": 36}
 
-    def text_shapes(self):
-        return {**super().text_shapes(), "image_latents": (20, 5, 4, 6)}
+    def inputs(self):
+        image = Input("video", (20, 5, 4, 6), droppable=False, frame_axis=1)
+        return {**super().inputs(), "image_latents": image}
 
 
 class TestWan(BackboneContract):

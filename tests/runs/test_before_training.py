@@ -9,8 +9,8 @@ from saved_pipelines import PROMPT, VIDEO, pipeline_recipe, save_pipeline
 from moedistill.data.base import Dataset, Sample
 from moedistill.data.latents import write_latents
 from moedistill.errors import RecipeError, UserError
-from moedistill.model.backbone import SampleLayout
 from moedistill.model.guidance import Guidance
+from moedistill.model.layout import Input, SampleLayout
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import _check_layout, build_mixture
 from moedistill.runs.loop import run
@@ -87,11 +87,14 @@ def test_prompts_are_looked_for_before_training(tmp_path):
         sample_run(tmp_path, prompts=[])
 
 
-def test_a_cut_video_takes_its_image_latents_along():
+def test_a_cut_video_takes_its_image_latents_along(monkeypatch):
     from helpers import set_up
 
     from moedistill.data.loading import Batch
+    from moedistill_wan.backbone import WanConfig
 
+    usual = WanConfig.tiny_network
+    monkeypatch.setattr(WanConfig, "tiny_network", lambda self: {**usual(self), "in_channels": 36})
     recipe = smoke("dcm_wan_1_3b", "data.path=null", "stages.semantic.latent_frames=3").resolved()
     started, _ = set_up(recipe)
     backbone = started.mixture.backbone
@@ -135,7 +138,7 @@ def test_a_scale_below_one_and_a_pipeline_with_an_adapter_are_refused(tmp_path):
 
     backbone = WanConfig(pretrained=None, guidance=Guidance(mode="classifier_free", scale=0.5)).tiny().build()
     with pytest.raises(ValueError, match=r"scales of 1 and more, not 0\.5"):
-        backbone.guiding_arguments(backbone.encode([PROMPT]))
+        backbone.guiding_arguments(backbone.pipeline(), backbone.encode([PROMPT]))
 
     model = save_pipeline(tmp_path / "model", "wan")
     done = run(pipeline_recipe("wan", model), output=tmp_path / "run", device="cpu")
@@ -212,7 +215,7 @@ def test_samples_never_replace_others(tmp_path):
 def test_a_backbone_of_any_kind_misses_the_text_that_its_layout_names():
     sample = Sample(torch.zeros(16, 4, 4, 6), {"label": torch.zeros(3)})
     backbone = SimpleNamespace(prepare=lambda latents, cond: (latents, cond))
-    layout = SampleLayout(16, (2, 2, 2), {"words": (None, 3)})
+    layout = SampleLayout(16, (2, 2, 2), {"words": Input("text", (5, 3), any_length=True)})
     recipe = SimpleNamespace(backbone=SimpleNamespace(layout=lambda: layout))
     mixture = SimpleNamespace(backbone=backbone)
 

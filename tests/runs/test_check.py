@@ -11,12 +11,16 @@ from test_latents import NAMES, entry, write_index, write_own, write_published
 from moedistill import cli
 from moedistill.data.base import Sample
 from moedistill.data.latents import write_latents
-from moedistill.model.backbone import SampleLayout
+from moedistill.model.layout import Input, SampleLayout
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.check import check_set
 from moedistill_digits.backbone import DigitsBackboneConfig
 
-LAYOUT = SampleLayout(4, (1, 2, 2), {"prompt_embeds": (None, 8), "prompt_attention_mask": (None,)})
+TEXT = {
+    "prompt_embeds": Input("text", (6, 8), any_length=True),
+    "prompt_attention_mask": Input("mask", (6,), any_length=True),
+}
+LAYOUT = SampleLayout(4, (1, 2, 2), TEXT)
 """What the samples of test_latents.py are: [4, 3 or 5, 2, 2] with text [6, 8]."""
 
 
@@ -165,11 +169,11 @@ def test_the_stored_negative_prompt(tmp_path, check):
         (SampleLayout(4, (1, 2, 4), {}), "must be multiples of (1, 2, 4)", f"/latent/{NAMES[0]}: [3, 2, 2]"),
         (SampleLayout(4, (3, 1, 1), {}), "must be multiples of (3, 1, 1)", f"/latent/{NAMES[1]}: [5, 2, 2]"),
         (
-            SampleLayout(4, (1, 1, 1), {"prompt_embeds": (None, 9)}),
+            SampleLayout(4, (1, 1, 1), {"prompt_embeds": Input("text", (1, 9), any_length=True)}),
             "have not the shape that digits takes", f"/latent/{NAMES[0]}: prompt_embeds [6, 8], not [any, 9]",
         ),
         (
-            SampleLayout(4, (1, 1, 1), {"prompt_embeds": (8,)}),
+            SampleLayout(4, (1, 1, 1), {"prompt_embeds": Input("text", (8,))}),
             "have not the shape that digits takes", f"/latent/{NAMES[0]}: prompt_embeds [6, 8], not [8]",
         ),
     ],
@@ -187,7 +191,9 @@ def test_conditioning_that_is_not_stored_or_not_read(tmp_path, check):
     """A published set may have several tensors packed in one; our own layout names each."""
     write_own(tmp_path / "own")
     publish(tmp_path)
-    layout = SampleLayout(4, (1, 1, 1), {"prompt_embeds": (6, 8), "pooled_prompt_embeds": (8,)})
+    layout = SampleLayout(
+        4, (1, 1, 1), {"prompt_embeds": Input("text", (6, 8)), "pooled_prompt_embeds": Input("pooled", (8,))}
+    )
     published = check(layout=layout)
     assert published.fits
     assert published.notes == [

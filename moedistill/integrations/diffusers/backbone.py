@@ -10,11 +10,10 @@ diffusers itself is imported when a model is built, not before: a recipe is chec
 import gc
 import inspect
 import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moedistill.components.fields import NonEmptyStr
 from moedistill.integrations.diffusers.loading import (
     cast,
     from_pretrained,
@@ -30,47 +28,30 @@ from moedistill.integrations.diffusers.loading import (
     read_json,
     transformers_of,
 )
-from moedistill.integrations.diffusers.pipeline import attach, expert_at, refuse_eta
+from moedistill.integrations.diffusers.pipeline import Pass, attach, expert_at, refuse_eta
 from moedistill.model import conditioning
-from moedistill.model.backbone import Backbone, BackboneConfig, SampleLayout, VideoSize
+from moedistill.model.backbone import VideoSize
 from moedistill.model.conditioning import Conditioning
 from moedistill.model.ema import WhichWeights
 from moedistill.model.generate import OwnPipeline
+from moedistill.model.latent_video import LatentVideoBackbone, LatentVideoConfig
 from moedistill.model.mixture import Mixture
+from moedistill.model.prompt import Prompt
 from moedistill.runtime.randomness import torch_seed
 
 if TYPE_CHECKING:
     from moedistill.integrations.diffusers.scheduler import FewStepScheduler
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
-
 
 @dataclass(kw_only=True)
-class DiffusersBackboneConfig(BackboneConfig, ABC):
-    """Recipe keys of every diffusers model.
-
-    Args:
-        pretrained: a folder in diffusers' layout, or a Hub id that was downloaded before; null for a random miniature
-            of the same architecture.
-        revision: branch, tag or commit of the Hub id.
-        variant: of the weight files, such as fp16.
-        video: what is sampled when nothing else is asked for, and the size of synthetic samples.
-    """
-
-    pretrained: NonEmptyStr | None
-    revision: NonEmptyStr | None = None
-    variant: NonEmptyStr | None = None
-    video: VideoSize
+class DiffusersBackboneConfig(LatentVideoConfig, ABC):
+    """Recipe keys of every diffusers model; those of `LatentVideoConfig`."""
 
     has_pipeline: ClassVar[bool] = True
     backbone_class: ClassVar[type["DiffusersBackbone"]]
-    download: ClassVar[str]
-    """What there is to download, and how big it is, for people."""
+    folder: ClassVar[str] = "one in diffusers' layout (with model_index.json)"
     text_components: ClassVar[Sequence[str]] = ("text_encoder", "tokenizer")
     """Components of the pipeline that encode prompts."""
-    temporal_compression: ClassVar[int] = 4
-    spatial_compression: ClassVar[int] = 8
-    tiny_video: ClassVar[VideoSize] = VideoSize(num_frames=17, height=32, width=48)
     vae_dtype: ClassVar[torch.dtype | None] = None
     """Of the VAE; None for that of the network."""
     _architecture: ClassVar[Mapping[str, Any] | None] = None
@@ -96,15 +77,11 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
 
     @abstractmethod
     def real_network(self) -> dict[str, Any]:
-        """Those arguments of the published network that `text_shapes` and `patch_size` read."""
+        """Those arguments of the published network that `inputs` and `patch_size` read."""
 
-    @abstractmethod
-    def patch_size(self) -> tuple[int, int, int]:
-        """How many latents (T, H, W) make a token."""
-
-    @abstractmethod
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what a prompt is encoded to, without the batch dimension, by the pipeline's argument names."""
+    def tiny_text_encoders(self) -> dict[str, Any]:
+        """Miniatures of `text_components` by name, for the kit to try `encode_with`; with none it is not tried."""
+        return {}
 
     def pipeline_options(self) -> dict[str, Any]:
         """Further arguments of the pipeline's class."""
@@ -121,9 +98,6 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
 
     # -- what follows from it -----------------------------------------------------------------------------------------
 
-    def tiny(self) -> "DiffusersBackboneConfig":
-        return self.replace(pretrained=None, revision=None, variant=None, video=self.tiny_video)
-
     def build(self, seed: int = 0) -> "DiffusersBackbone":
         networks = {
             base: self._random(torch_seed(seed, "backbone", base)) if self.pretrained is None else self._load(base)
@@ -139,94 +113,19 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
         backbone.hooks = [hook for network in networks.values() for hook in keep_float32_islands(network)]
         return backbone
 
+    def channels(self) -> int:
+        channels: int = self.architecture()["out_channels"]
+        return channels
+
     def architecture(self) -> Mapping[str, Any]:
         """Arguments of the network's class: the miniature's, those of the folder, or the published ones."""
         if self._architecture is not None:
             return self._architecture
         if self.pretrained is None:
             return self.tiny_network()
-        found = self._find()
+        found = self.find()
         file = found / self.bases()[0] / "config.json" if found else None
         return read_json(file) if file is not None and file.is_file() else self.real_network()
-
-    def check(self) -> Iterable[tuple[str, str]]:
-        try:
-            self.latent_shape()
-        except ValueError as error:
-            yield "video", str(error)
-
-    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
-        """See `Backbone.latent_shape`: frames are one and a multiple of the temporal compression."""
-        video = video or self.video
-        channels, patch = self.architecture()["out_channels"], self.patch_size()
-        frames, rest = divmod(video.num_frames - 1, self.temporal_compression)
-        if rest:
-            lower = frames * self.temporal_compression + 1
-            raise ValueError(
-                f"num_frames {video.num_frames} must be 1 more than a multiple of {self.temporal_compression}: "
-                f"{lower} or {lower + self.temporal_compression}"
-            )
-        if (frames + 1) % patch[0]:
-            raise ValueError(
-                f"num_frames {video.num_frames} makes {frames + 1} latent frames, which must be a multiple of "
-                f"{patch[0]}: use {video.num_frames + self.temporal_compression}"
-            )
-        for name, value, step in (("height", video.height, patch[1]), ("width", video.width, patch[2])):
-            if value % (multiple := step * self.spatial_compression):
-                lower = value // multiple * multiple
-                near = f"{lower} or {lower + multiple}" if lower else f"{multiple}"
-                raise ValueError(f"{name} {value} must be a multiple of {multiple}: {near}")
-        height, width = video.height // self.spatial_compression, video.width // self.spatial_compression
-        return channels, frames + 1, height, width
-
-    def layout(self) -> SampleLayout:
-        """See `BackboneConfig.layout`: any length of text fits."""
-        shapes: dict[str, tuple[int | None, ...]] = {
-            name: (None,) if name.endswith("mask") else (None, shape[1]) if len(shape) == 2 else shape
-            for name, shape in self.text_shapes().items()
-        }
-        return SampleLayout(self.architecture()["out_channels"], self.patch_size(), shapes)
-
-    def locate(self) -> Path:
-        """The model's folder.
-
-        Raises:
-            ValueError: it is not on this machine; says how to get it.
-        """
-        found = self._find()
-        if found is not None:
-            return found
-        assert self.pretrained is not None
-        if not HUB_ID.match(self.pretrained):
-            raise ValueError(
-                f"pretrained {self.pretrained}: there is no such folder; give one in diffusers' layout (with "
-                "model_index.json), or a Hub id such as owner/name. To try the recipe without weights: --smoke"
-            )
-        revision = f" --revision {self.revision}" if self.revision else ""
-        raise ValueError(
-            f"the weights of {self.pretrained} are not on this machine.\n"
-            f"  What there is: {self.download}.\n"
-            "  moedistill downloads nothing by itself. Get them once, with\n"
-            f"    hf download {self.pretrained}{revision}\n"
-            "  and run again. If they lie in a folder already, name it:\n"
-            "    --set backbone.pretrained=FOLDER\n"
-            "  To try the recipe without weights, in miniature: --smoke"
-        )
-
-    def _find(self) -> Path | None:
-        assert self.pretrained is not None
-        folder = Path(self.pretrained).expanduser()
-        if folder.is_dir():
-            return folder
-        if not HUB_ID.match(self.pretrained):
-            return None
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:  # In the cache, that is: this never asks the network, so it never hangs on it.
-            return Path(snapshot_download(self.pretrained, revision=self.revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return None
 
     def _random(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -253,20 +152,16 @@ class DiffusersBackboneConfig(BackboneConfig, ABC):
         return network.eval()
 
 
-class DiffusersBackbone(Backbone, OwnPipeline):
+class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
     """A diffusers transformer, its VAE, its text encoders and its pipeline. By default a flow model.
 
     Conditioning goes by the argument names of the model's pipeline (`prompt_embeds`, …), so that what is stored can be
-    given to a pipeline as it is; `guidance` `[B]` may override the embedded guidance scale.
+    given to a pipeline as it is.
     """
 
     def __init__(self, config: DiffusersBackboneConfig, networks: Mapping[str, nn.Module]) -> None:
-        self.config, self.video = config, config.video
-        self._networks = dict(networks)
-        self.network = next(iter(networks.values()))
+        super().__init__(config, networks)
         self.hooks: list[RemovableHandle] = []
-        self._null: dict[str, Tensor] | None = None
-        self._encoded: dict[str, dict[str, Tensor]] = {}
 
     # -- what a plugin says -------------------------------------------------------------------------------------------
 
@@ -280,18 +175,6 @@ class DiffusersBackbone(Backbone, OwnPipeline):
     @abstractmethod
     def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning of prompts by a pipeline that has text encoders and nothing else."""
-
-    @abstractmethod
-    def normalise(self, latents: Tensor) -> Tensor:
-        """The VAE's own latents `[B, C, T, H, W]` as the network takes them."""
-
-    @abstractmethod
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
-
-    def unpack(self, cond: Conditioning) -> Conditioning:
-        """Stored conditioning in the pipeline's terms; by default it is."""
-        return cond
 
     prediction_type: ClassVar[str] = "flow_prediction"
 
@@ -318,8 +201,11 @@ class DiffusersBackbone(Backbone, OwnPipeline):
     scale_arguments: ClassVar[Sequence[str]] = ("guidance_scale",)
     """What the pipeline calls the scale of its classifier-free guidance: one for each of its networks."""
 
-    def guiding_arguments(self, cond: Conditioning) -> dict[str, Any]:
-        """Arguments of a call that guide the teacher as the recipe does; experts are not touched by them."""
+    def guiding_arguments(self, pipeline: Any, cond: Conditioning) -> dict[str, Any]:
+        """Arguments of a call that guide the teacher as the recipe does; experts are not touched by them.
+
+        A pipeline that is guided by a component, not by an argument, gets that component here.
+        """
         guidance = self.config.guidance
         if guidance.mode != "classifier_free":
             return {}
@@ -330,6 +216,33 @@ class DiffusersBackbone(Backbone, OwnPipeline):
         # At exactly 1 it would leave the second pass out, for all of its networks.
         scales = {name: max(scale, math.nextafter(1, 2)) for name, scale in scales.items()}
         return {**{f"negative_{name}": value for name, value in self.null_conditioning(cond).items()}, **scales}
+
+    pass_names: ClassVar[Mapping[str, Pass]] = {
+        "cond": "conditional",
+        "uncond": "unconditional",
+        "cond_uncond": "both",
+        "pred_cond": "conditional",
+        "pred_uncond": "unconditional",
+    }
+    """What the pipeline, by `cache_context`, or its guider calls the passes of a guided call. One that marks them in
+    another way has names of its own here; "" is a call without a mark.
+    """
+
+    def which_pass(self, pipeline: Any, mark: str) -> Pass:
+        """Which pass of a call it is that a pipeline runs: experts were distilled with their guidance, once.
+
+        Raises:
+            ValueError: it cannot be told.
+        """
+        if mark not in self.pass_names:
+            called = f"calls {mark!r}" if mark else "does not name"
+            raise ValueError(
+                f"{type(pipeline).__name__} runs its transformer for a pass that it {called}, so an expert could be "
+                f"guided a second time; {type(self).__name__}.pass_names must say which pass it is"
+            )
+        found = self.pass_names[mark]
+        doubled = getattr(pipeline, "guidance_scale", 1.0) > 1.0
+        return "conditional" if found == "both" and not doubled else found
 
     def decoder_arguments(self) -> dict[str, Any]:
         """Further arguments of the VAE's `decode`, for one video."""
@@ -342,15 +255,6 @@ class DiffusersBackbone(Backbone, OwnPipeline):
 
     # -- the contract -------------------------------------------------------------------------------------------------
 
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        return self._networks
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
-
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         x_native, timestep = self.to_native(x, sigma)
         return self.from_native(self._predict(network, x_native, timestep, cond).float(), x_native.float(), sigma)
@@ -360,79 +264,7 @@ class DiffusersBackbone(Backbone, OwnPipeline):
 
     def _predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         dtype: Any = network.dtype
-        return self.predict(network, x.to(dtype), timestep, _floats_to(cond, dtype))
-
-    def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
-        return self.normalise(latents.float()), self._unpacked(cond)
-
-    def set_null(self, cond: Conditioning) -> None:
-        self._null = self._unpacked({name: value[None] for name, value in cond.items()})
-
-    def _unpacked(self, cond: Conditioning) -> dict[str, Tensor]:
-        """Stored conditioning in the pipeline's terms; ValueError where something is missing."""
-        wanted = self.config.text_shapes()
-        try:
-            unpacked = dict(self.unpack(cond))
-        except KeyError:
-            unpacked = dict(cond)
-        missing = [name for name in wanted if name not in unpacked]
-        if cond and missing:
-            raise ValueError(f"stored text has {', '.join(cond)}, but no {' and no '.join(missing)}; encode it again")
-        return unpacked
-
-    def null_conditioning(self, cond: Conditioning) -> dict[str, Tensor]:
-        """The negative prompt's text in place of each sample's; what is not text stays.
-
-        Raises:
-            ValueError: it can neither be encoded nor was it stored, or its length is not that of `cond`.
-        """
-        if self._null is None:
-            self._null = self.encode([self.config.guidance.negative_prompt])
-        null = {}
-        for name, value in cond.items():
-            if name not in self._null or name.startswith("image_"):
-                null[name] = value
-                continue
-            if self._null[name].shape[1:] != value.shape[1:]:
-                raise ValueError(
-                    f"the negative prompt's {name} has shape {list(self._null[name].shape[1:])}, the samples' "
-                    f"{list(value.shape[1:])}: encode both with the same text length"
-                )
-            null[name] = self._null[name].to(value).expand_as(value)
-        return null
-
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Conditioning of prompts, on the CPU. The text encoders are loaded for it and freed again.
-
-        The miniature has no text encoders: each prompt gets random numbers of its own.
-        """
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
-        if new and self.config.pretrained is None:
-            self._encoded |= {prompt: self._synthetic(prompt) for prompt in new}
-        elif new:
-            self._encode(new)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        return conditioning.stack([self._encoded[prompt] for prompt in prompts])
-
-    def captions(self, cond: Conditioning) -> list[str]:
-        """The prompts, where they were encoded here."""
-        return [self._caption(text.cpu(), number) for number, text in enumerate(cond["prompt_embeds"])]
-
-    def _caption(self, text: Tensor, number: int) -> str:
-        known = (prompt for prompt, value in self._encoded.items() if torch.equal(value["prompt_embeds"], text))
-        return next(known, f"sample {number}")
-
-    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
-        return self.config.latent_shape(video)
-
-    def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        patch = self.config.patch_size()
-        if any(size % step for size, step in zip(shape[2:], patch, strict=True)):
-            raise ValueError(f"latents {list(shape)}: (T, H, W) must be multiples of {patch}")
-        t, h, w = (size // step for size, step in zip(shape[2:], patch, strict=True))
-        return t, h, w
+        return self.predict(network, x.to(dtype), timestep, self.floats_to(cond, dtype))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -443,10 +275,22 @@ class DiffusersBackbone(Backbone, OwnPipeline):
         videos = [vae.decode(one, **self.decoder_arguments(), return_dict=False)[0] for one in own]
         return (torch.cat(videos).float() / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def encode_videos(self, videos: Tensor) -> Tensor:
+        """One by one, by the VAE, which is loaded for it and freed again: the mode of its posterior."""
+        if videos.ndim != 5 or videos.shape[1] != 3:
+            raise ValueError(f"videos {list(videos.shape)} must be [B, 3, T, H, W]")
+        t, h, w = videos.shape[2:]
+        self.config.latent_shape(VideoSize(num_frames=t, height=h, width=w))  # raises
+        vae: Any = self.load_vae().to(self.device)
+        dtype = next(vae.parameters()).dtype
+        own = [(2 * one[None] - 1).to(self.device, dtype) for one in videos]
+        return torch.cat([vae.encode(one).latent_dist.mode() for one in own]).float()
+
     def generate(
         self,
         mixture: Mixture,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         sigmas: Tensor,
         *,
         seed: int,
@@ -467,8 +311,8 @@ class DiffusersBackbone(Backbone, OwnPipeline):
         pipeline.set_progress_bar_config(disable=True)
         with attach(pipeline, mixture, sigmas, weights=weights):
             for k, prompt in enumerate(prompts):
-                cond = _floats_to(conditioning.to(self.encode([prompt]), self.device), self._dtype)
-                guiding = self.guiding_arguments(cond) if teaching else {}
+                cond = self.floats_to(conditioning.to(self.encode([prompt]), self.device), self.dtype)
+                guiding = self.guiding_arguments(pipeline, cond) if teaching else {}
                 frames = pipeline(
                     **cond,
                     height=video.height,
@@ -494,26 +338,32 @@ class DiffusersBackbone(Backbone, OwnPipeline):
         )
 
     @torch.no_grad()
-    def native_trajectory(self, noise: Tensor, cond: Conditioning, num_steps: int) -> list[tuple[float, Tensor]] | None:
-        """By the stock pipeline with its stock scheduler around the bare network."""
+    def native_trajectory(
+        self, noise: Tensor, cond: Conditioning, num_steps: int, *, guided: bool = False
+    ) -> list[tuple[float, Tensor]] | None:
+        """By the stock pipeline with its stock scheduler around the bare network, as the scheduler's steps give it."""
         pipeline, latents = self.pipeline(), [self.to_pipeline(noise, 1.0)]
         pipeline.set_progress_bar_config(disable=True)
+        step = pipeline.scheduler.step
 
-        def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            latents.append(tensors["latents"])
-            return {}
+        @wraps(step)  # pipelines look at its signature
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            latents.append(result[0] if isinstance(result, tuple) else result.prev_sample)
+            return result
 
+        pipeline.scheduler.step = kept
         config, (_, _, t, h, w) = self.config, noise.shape
+        cond = self.floats_to(cond, self.dtype)
         pipeline(
-            **_floats_to(cond, self._dtype),
+            **cond,
             height=h * config.spatial_compression,
             width=w * config.spatial_compression,
             num_frames=(t - 1) * config.temporal_compression + 1,
             num_inference_steps=num_steps,
             latents=latents[0],
             output_type="latent",
-            callback_on_step_end=keep,
-            **self.pipeline_arguments(),
+            **{**self.pipeline_arguments(), **(self.guiding_arguments(pipeline, cond) if guided else {})},
         )
         sigmas = self.scheduler_sigmas(pipeline.scheduler)
         steps = zip(sigmas, latents, strict=True)
@@ -521,16 +371,11 @@ class DiffusersBackbone(Backbone, OwnPipeline):
 
     # -- the other components -----------------------------------------------------------------------------------------
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.config.dtype)
-        return dtype
-
     @cached_property
     def vae_config(self) -> Mapping[str, Any]:
         """The VAE's config: how its latents are scaled."""
         if self.config.pretrained is None:
-            config: Mapping[str, Any] = self.config.tiny_vae().config  # type: ignore[assignment]
+            config: Mapping[str, Any] = self.config.tiny_vae().config
             return config
         file = self.config.locate() / "vae" / "config.json"
         if not file.is_file():
@@ -553,8 +398,9 @@ class DiffusersBackbone(Backbone, OwnPipeline):
         else:
             what = f"pretrained {self.config.pretrained}: cannot make its pipeline"
             pipeline = from_pretrained(
-                cls, self.config.locate(), what, **self._networks, **without, vae=self.load_vae()
-            )
+                cls, self.config.locate(), what, **self._networks, **without, vae=self.load_vae(),
+                **self.config.pipeline_options(),
+            )  # fmt: skip
         return pipeline.to(self.device)
 
     def load_vae(self) -> nn.Module:
@@ -563,7 +409,7 @@ class DiffusersBackbone(Backbone, OwnPipeline):
         Raises:
             ValueError: the model's folder has none.
         """
-        dtype = self.config.vae_dtype or self._dtype
+        dtype = self.config.vae_dtype or self.dtype
         if self.config.pretrained is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -579,7 +425,7 @@ class DiffusersBackbone(Backbone, OwnPipeline):
         return module
 
     @torch.no_grad()
-    def _encode(self, prompts: Sequence[str]) -> None:
+    def encode_new(self, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
         """By a pipeline that has the text encoders alone, on the network's device."""
         cls: Any = self.config.pipeline_class()
         folder = self.config.locate()
@@ -592,27 +438,12 @@ class DiffusersBackbone(Backbone, OwnPipeline):
         pipeline = from_pretrained(
             cls, folder, f"pretrained {self.config.pretrained}: cannot load its text encoders",
             **dict.fromkeys([*transformers_of(cls), "vae", "scheduler"]),
-            torch_dtype=self._dtype, variant=self.config.variant,
+            torch_dtype=self.dtype, variant=self.config.variant,
         )  # fmt: skip
         pipeline.to(self.device)
-        for prompt in prompts:
-            encoded = self.encode_with(pipeline, [prompt])
-            self._encoded[prompt] = {name: value[0].cpu() for name, value in encoded.items()}
-
-    def _synthetic(self, prompt: str) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(torch_seed(0, "prompt", prompt))
-        encoded: dict[str, Tensor] = {}
-        for name, shape in self.config.text_shapes().items():
-            if name.endswith("mask"):  # the text is at most as long as there is room, and the rest is padding
-                length = 1 + int(torch.randint(shape[0], (), generator=generator))
-                encoded[name] = torch.arange(shape[0]) < length
-            else:
-                encoded[name] = torch.randn(shape, generator=generator).to(self._dtype)
-        return encoded
-
-
-def _floats_to(cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Conditioning with its floating tensors in `dtype`; numbers `[B]`, such as a guidance scale, stay exact."""
-    return {
-        name: value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value for name, value in cond.items()
-    }
+        encoded = [self.encode_with(pipeline, [prompt.text]) for prompt in prompts]
+        del pipeline
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [{name: value[0].cpu() for name, value in one.items()} for one in encoded]

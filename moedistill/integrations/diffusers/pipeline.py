@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from moedistill.model.mixture import Mixture
 
 if TYPE_CHECKING:
     from moedistill.integrations.diffusers.scheduler import FewStepScheduler
+
+
+Pass = Literal["conditional", "unconditional", "both"]
+"""Which pass of a guided call it is; both: in one batch, the unconditional half first."""
 
 
 class RoutedTransformer(nn.Module):
@@ -27,8 +31,8 @@ class RoutedTransformer(nn.Module):
         super().__init__()
         self.mixture = mixture
         self._pipeline, self._scheduler, self._weights = pipeline, scheduler, weights
-        self._pass = ""
-        self._conditional: Tensor | None = None
+        self._mark = ""
+        self._conditional: tuple[int, Tensor] | None = None
 
     @property
     def _network(self) -> Any:
@@ -51,34 +55,37 @@ class RoutedTransformer(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        """Pipelines name their passes in this way: `cond`, then `uncond`; or both in one batch, `cond_uncond`."""
-        self._pass = name
+        """Pipelines name their passes in this way: see `DiffusersBackbone.pass_names`."""
+        self._mark = name
         try:
             yield
         finally:
-            self._pass = ""
+            self._mark = ""
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
         """The network's forward, by the expert of the current step, at the exact native time."""
         mixture, step = self.mixture, self._scheduler.step_index
-        expert = expert_at(self.mixture, self._scheduler.sigmas[step].item())
+        expert = expert_at(mixture, self._scheduler.sigmas[step].item())
         distilled = expert not in mixture.teachers
-        if distilled and self._pass == "uncond":
-            assert self._conditional is not None, "the pipeline asks for its unconditional pass first"
-            return (self._conditional,)
+        backbone: Any = mixture.backbone
+        running: Pass = backbone.which_pass(self._pipeline, self._mark) if distilled else "conditional"
+        if running == "unconditional":
+            if self._conditional is None or self._conditional[0] != step:
+                raise ValueError("the pipeline asks for its unconditional pass first, which an expert does not have")
+            return (self._conditional[1],)
         arguments = {"hidden_states": hidden_states, **arguments, "return_dict": False}
-        doubled = distilled and self._pass == "cond_uncond" and self._pipeline.guidance_scale > 1.0
-        if doubled:  # the unconditional half comes first
+        if running == "both":  # the unconditional half comes first
             arguments = _second_half(arguments, len(hidden_states))
         if distilled and arguments.get("guidance") is not None:
             # What the expert was told in training; the pipeline's is the caller's, and rounded: 6016 for 6000 in bf16.
             scale = mixture.guidance.student_scale or mixture.guidance.embedded_scale(mixture.bases[0])
             arguments["guidance"] = torch.full_like(arguments["guidance"], 1000.0 * scale, dtype=torch.float32)
         time = self._scheduler.timesteps[step].to(hidden_states.device).expand(len(arguments["hidden_states"]))
-        with self.mixture.running(expert, self._weights), mixture.autocast(hidden_states.device):
+        with mixture.running(expert, self._weights), mixture.autocast(hidden_states.device):
             output: Tensor = mixture.experts[expert].shared.network(timestep=time, **arguments)[0]
-        self._conditional = torch.cat([output, output]) if doubled else output
-        return (self._conditional,)
+        output = torch.cat([output, output]) if running == "both" else output
+        self._conditional = (step, output)
+        return (output,)
 
 
 def refuse_eta(eta: float) -> None:

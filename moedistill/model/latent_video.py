@@ -1,0 +1,290 @@
+"""Backbones of latent video models: weights in a folder or on the Hub, a VAE with a compression, text that is encoded.
+
+What lies between the lowest contract and a model with a pipeline of diffusers'. A model without such a pipeline
+subclasses these two.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moedistill.components.fields import NonEmptyStr
+from moedistill.model import conditioning
+from moedistill.model.backbone import Backbone, BackboneConfig, VideoSize
+from moedistill.model.conditioning import Conditioning
+from moedistill.model.layout import Input, SampleLayout
+from moedistill.model.prompt import Prompt
+from moedistill.runtime.randomness import torch_seed
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
+
+
+@dataclass(kw_only=True)
+class LatentVideoConfig(BackboneConfig, ABC):
+    """Recipe keys of a latent video model.
+
+    Args:
+        pretrained: the model's folder, or a Hub id that was downloaded before; null for a random miniature of the same
+            architecture.
+        revision: branch, tag or commit of the Hub id.
+        variant: of the weight files, such as fp16.
+        video: what is sampled when nothing else is asked for, and the size of synthetic samples.
+    """
+
+    pretrained: NonEmptyStr | None
+    revision: NonEmptyStr | None = None
+    variant: NonEmptyStr | None = None
+    video: VideoSize
+
+    download: ClassVar[str]
+    """What there is to download, and how big it is, for people."""
+    folder: ClassVar[str] = "the model's"
+    """What a folder must be, for people."""
+    temporal_compression: ClassVar[int] = 4
+    spatial_compression: ClassVar[int] = 8
+    tiny_video: ClassVar[VideoSize] = VideoSize(num_frames=17, height=32, width=48)
+
+    # -- what a plugin says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of the latents."""
+
+    @abstractmethod
+    def patch_size(self) -> tuple[int, int, int]:
+        """How many latents (T, H, W) make a token."""
+
+    @abstractmethod
+    def inputs(self) -> dict[str, Input]:
+        """What a network takes besides latents and time, by name: what a prompt is encoded to, and what is added."""
+
+    # -- what follows from it -----------------------------------------------------------------------------------------
+
+    def tiny(self) -> "LatentVideoConfig":
+        return self.replace(pretrained=None, revision=None, variant=None, video=self.tiny_video)
+
+    def check(self) -> Iterable[tuple[str, str]]:
+        try:
+            self.latent_shape()
+        except ValueError as error:
+            yield "video", str(error)
+
+    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
+        """See `Backbone.latent_shape`: frames are one and a multiple of the temporal compression."""
+        video = video or self.video
+        channels, patch = self.channels(), self.patch_size()
+        frames, rest = divmod(video.num_frames - 1, self.temporal_compression)
+        if rest:
+            lower = frames * self.temporal_compression + 1
+            raise ValueError(
+                f"num_frames {video.num_frames} must be 1 more than a multiple of {self.temporal_compression}: "
+                f"{lower} or {lower + self.temporal_compression}"
+            )
+        if (frames + 1) % patch[0]:
+            raise ValueError(
+                f"num_frames {video.num_frames} makes {frames + 1} latent frames, which must be a multiple of "
+                f"{patch[0]}: use {video.num_frames + self.temporal_compression}"
+            )
+        for name, value, step in (("height", video.height, patch[1]), ("width", video.width, patch[2])):
+            if value % (multiple := step * self.spatial_compression):
+                lower = value // multiple * multiple
+                near = f"{lower} or {lower + multiple}" if lower else f"{multiple}"
+                raise ValueError(f"{name} {value} must be a multiple of {multiple}: {near}")
+        height, width = video.height // self.spatial_compression, video.width // self.spatial_compression
+        return channels, frames + 1, height, width
+
+    def layout(self) -> SampleLayout:
+        return SampleLayout(self.channels(), self.patch_size(), self.inputs())
+
+    def locate(self) -> Path:
+        """The model's folder.
+
+        Raises:
+            ValueError: it is not on this machine; says how to get it.
+        """
+        found = self.find()
+        if found is not None:
+            return found
+        assert self.pretrained is not None
+        if not HUB_ID.match(self.pretrained):
+            raise ValueError(
+                f"pretrained {self.pretrained}: there is no such folder; give {self.folder}, or a Hub id such as "
+                "owner/name. To try the recipe without weights: --smoke"
+            )
+        revision = f" --revision {self.revision}" if self.revision else ""
+        raise ValueError(
+            f"the weights of {self.pretrained} are not on this machine.\n"
+            f"  What there is: {self.download}.\n"
+            "  moedistill downloads nothing by itself. Get them once, with\n"
+            f"    hf download {self.pretrained}{revision}\n"
+            "  and run again. If they lie in a folder already, name it:\n"
+            "    --set backbone.pretrained=FOLDER\n"
+            "  To try the recipe without weights, in miniature: --smoke"
+        )
+
+    def find(self) -> Path | None:
+        """The model's folder, if it is on this machine."""
+        assert self.pretrained is not None
+        folder = Path(self.pretrained).expanduser()
+        if folder.is_dir():
+            return folder
+        if not HUB_ID.match(self.pretrained):
+            return None
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:  # In the cache, that is: this never asks the network, so it never hangs on it.
+            return Path(snapshot_download(self.pretrained, revision=self.revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return None
+
+
+class LatentVideoBackbone(Backbone):
+    """A latent video model: what its conditioning and its latents have in common with others of the kind.
+
+    Conditioning goes by the names of the config's `inputs`; `guidance` `[B]` may override the embedded guidance scale.
+    """
+
+    def __init__(self, config: LatentVideoConfig, networks: Mapping[str, nn.Module]) -> None:
+        self.config: Any = config
+        self.video = config.video
+        self._networks = dict(networks)
+        self.network = next(iter(networks.values()))
+        self._null: dict[str, Tensor] | None = None
+        self._encoded: dict[Prompt, dict[str, Tensor]] = {}
+
+    # -- what a plugin says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_new(self, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
+        """Conditioning of each prompt, without a batch dimension, on the CPU, by the real text encoders.
+
+        They are loaded for it, and freed again. Never called of a miniature.
+        """
+
+    @abstractmethod
+    def normalise(self, latents: Tensor) -> Tensor:
+        """The VAE's own latents `[B, C, T, H, W]` as the network takes them."""
+
+    @abstractmethod
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+
+    def unpack(self, cond: Conditioning) -> Conditioning:
+        """Stored conditioning by the names of `inputs`; by default it is."""
+        return cond
+
+    # -- the contract -------------------------------------------------------------------------------------------------
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return self._networks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of frozen weights and of compute."""
+        dtype: torch.dtype = getattr(torch, self.config.dtype)
+        return dtype
+
+    def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
+        return self.normalise(latents.float()), self._unpacked(cond)
+
+    def set_null(self, cond: Conditioning) -> None:
+        self._null = self._unpacked({name: value[None] for name, value in cond.items()})
+
+    def null_conditioning(self, cond: Conditioning) -> dict[str, Tensor]:
+        """The negative prompt's in place of each sample's, of what may be dropped; the rest stays.
+
+        Raises:
+            ValueError: it can neither be encoded nor was it stored, or its length is not that of `cond`.
+        """
+        if self._null is None:
+            self._null = dict(self.encode([self.config.guidance.negative_prompt]))
+        kept = {name for name, each in self.config.inputs().items() if not each.droppable}
+        null = {}
+        for name, value in cond.items():
+            if name not in self._null or name in kept:
+                null[name] = value
+                continue
+            if self._null[name].shape[1:] != value.shape[1:]:
+                raise ValueError(
+                    f"the negative prompt's {name} has shape {list(self._null[name].shape[1:])}, the samples' "
+                    f"{list(value.shape[1:])}: encode both with the same text length"
+                )
+            null[name] = self._null[name].to(value).expand_as(value)
+        return null
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Conditioning of prompts, on the CPU. A miniature gives each prompt random numbers of its own."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if new:
+            made = map(self._synthetic, new) if self.config.pretrained is None else self.encode_new(new)
+            self._encoded |= dict(zip(new, made, strict=True))
+        return conditioning.stack([self._encoded[prompt] for prompt in prompts])
+
+    def captions(self, cond: Conditioning) -> list[str]:
+        """The prompts, where they were encoded here."""
+        name = next((name for name, each in self.config.inputs().items() if each.role == "text"), next(iter(cond)))
+        return [self._caption(name, text.cpu(), number) for number, text in enumerate(cond[name])]
+
+    def latent_shape(self, video: VideoSize | None = None) -> tuple[int, int, int, int]:
+        shape: tuple[int, int, int, int] = self.config.latent_shape(video)
+        return shape
+
+    def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        patch = self.config.patch_size()
+        if any(size % step for size, step in zip(shape[2:], patch, strict=True)):
+            raise ValueError(f"latents {list(shape)}: (T, H, W) must be multiples of {patch}")
+        t, h, w = (size // step for size, step in zip(shape[2:], patch, strict=True))
+        return t, h, w
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def floats_to(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Conditioning with its floating tensors in `dtype`; scalars, such as a guidance scale, stay exact."""
+        exact = {"guidance", *self.config.layout().of_role("scalar")}
+        return {
+            name: value.to(dtype) if value.is_floating_point() and name not in exact else value
+            for name, value in cond.items()
+        }
+
+    def _unpacked(self, cond: Conditioning) -> dict[str, Tensor]:
+        """Stored conditioning by the names of `inputs`; ValueError where something is missing."""
+        wanted = self.config.layout().required()
+        try:
+            unpacked = dict(self.unpack(cond))
+        except KeyError:
+            unpacked = dict(cond)
+        missing = [name for name in wanted if name not in unpacked]
+        if cond and missing:
+            raise ValueError(f"stored text has {', '.join(cond)}, but no {' and no '.join(missing)}; encode it again")
+        return unpacked
+
+    def _caption(self, name: str, text: Tensor, number: int) -> str:
+        known = (str(prompt) for prompt, value in self._encoded.items() if torch.equal(value[name], text))
+        return next(known, f"sample {number}")
+
+    def _synthetic(self, prompt: Prompt) -> dict[str, Tensor]:
+        """Random numbers as a prompt's conditioning, always the same for one prompt."""
+        generator = torch.Generator().manual_seed(torch_seed(0, "prompt", prompt))
+        inputs = {name: each for name, each in self.config.inputs().items() if each.required}
+        encoded: dict[str, Tensor] = {}
+        for name, each in inputs.items():
+            if each.role == "mask":  # the text is at most as long as there is room, and the rest is padding
+                room = each.shape[0]
+                length = 1 + int(torch.randint(room, (), generator=generator))
+                encoded[name] = torch.arange(room) < length
+            else:
+                encoded[name] = torch.randn(each.shape, generator=generator).to(self.dtype)
+        return encoded
