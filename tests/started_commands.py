@@ -7,6 +7,7 @@ import atexit
 import gc
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -75,3 +76,21 @@ class Command:
         self._process.join(seconds)
         assert not self.running, f"still running after {seconds} s\n{self.output}"
         return self._process.exitcode
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_pair(arguments, folder):
+    """The command in two processes, as a launcher starts them."""
+    port = str(free_port())
+    return [
+        Command(
+            *arguments, log=folder / f"log-{rank}", RANK=str(rank), LOCAL_RANK=str(rank),
+            WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import digits_backbone, distil, evaluate, tiny_recipe
 from safetensors.torch import load_file, save_file
+from stored_sets import NAMES, SHAPES, entry, tensors, write_index, write_own, write_published
 
 from moedistill.data import latents as latents_module
 from moedistill.data.base import Sample
@@ -19,9 +20,6 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
 from moedistill.runs.loop import run
 from moedistill_digits.data import DigitsConfig
-
-SHAPES = [(4, 3, 2, 2), (4, 5, 2, 2), (4, 3, 2, 2)]
-NAMES = [f"video.{i}.pt" for i in range(3)]
 
 
 class Encoder:
@@ -37,43 +35,6 @@ class Encoder:
 
     def latent_shape(self):
         return (4, 3, 2, 6)
-
-
-def tensors(i, dtype=torch.bfloat16):
-    generator = torch.Generator().manual_seed(i)
-    latents = torch.randn(SHAPES[i], generator=generator).to(dtype)
-    text = torch.randn(6, 8, generator=generator).to(torch.float16)
-    return latents, {"prompt_embeds": text, "prompt_attention_mask": torch.arange(6) < 3 + i}
-
-
-def write_published(folder, batch_dimension=False, zipped=True, entries=None):
-    """A published set of three samples; gives its index file."""
-    for name in ("latent", "prompt_embed", "prompt_attention_mask"):
-        (folder / name).mkdir(parents=True)
-    for i, name in enumerate(NAMES):
-        latents, text = tensors(i)
-        latents = latents[None] if batch_dimension else latents
-        options = {"_use_new_zipfile_serialization": zipped}
-        torch.save(latents, folder / "latent" / name, **options)
-        torch.save(text["prompt_embeds"], folder / "prompt_embed" / name, **options)
-        torch.save(text["prompt_attention_mask"], folder / "prompt_attention_mask" / name, **options)
-    return write_index(folder, [entry(i) for i in range(3)] if entries is None else entries)
-
-
-def entry(i, **changes):
-    keys = ("latent_path", "prompt_embed_path", "prompt_attention_mask")
-    return {**dict.fromkeys(keys, NAMES[i]), "caption": f"caption {i}", **changes}
-
-
-def write_index(folder, entries):
-    index = folder / "videos2caption.json"
-    index.write_text(json.dumps(entries))
-    return index
-
-
-def write_own(folder, **options):
-    write_latents(folder, (Sample(*tensors(i)) for i in range(3)), **options)
-    return folder
 
 
 def build(path, backbone=None):

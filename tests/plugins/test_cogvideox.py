@@ -11,6 +11,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from helpers import as_if_trained, distil, set_up
 
+from moedistill import Input
 from moedistill.data.loading import Batch
 from moedistill.flow.process import add_noise, jump, to_vp
 from moedistill.flow.sampling import sample
@@ -24,7 +25,6 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runtime.randomness import torch_seed
 from moedistill.testing.running import BackboneContract
-from moedistill import Input
 from moedistill_cogvideox.backbone import PUBLISHED, CogVideoXBackbone, CogVideoXConfig, sigma_table
 
 MODELS = list(PUBLISHED)
@@ -268,7 +268,8 @@ def test_decoding(model):
 def test_an_odd_frame_stands_twice_in_1_5():
     cond = {"prompt_embeds": torch.zeros(2, 12, 24), "image_latents": torch.randn(2, 16, 5, 4, 6)}
     latents = torch.randn(2, 16, 5, 4, 6)
-    prepared, with_images = tiny("1.5-5b").build().prepare(latents, cond)
+    from_images = FromImagesConfig(pretrained=None, model="1.5-5b").tiny().build()
+    prepared, with_images = from_images.prepare(latents, cond)
     assert torch.equal(prepared, 0.7 * latents[:, :, [0, 0, 1, 2, 3, 4]])
     assert torch.equal(with_images["image_latents"], cond["image_latents"][:, :, [0, 0, 1, 2, 3, 4]])
     assert torch.equal(with_images["prompt_embeds"], cond["prompt_embeds"])
@@ -484,8 +485,7 @@ def test_what_is_published_is_known_without_a_folder():
 def test_a_recipe_is_checked_without_diffusers():
     code = (
         "import sys\n"
-        "from moedistill import Input
-from moedistill_cogvideox.backbone import CogVideoXConfig\n"
+        "from moedistill_cogvideox.backbone import CogVideoXConfig\n"
         "config = CogVideoXConfig(pretrained=None, model='1.5-5b')\n"
         "assert len(config.native_sigmas()) == 1000 and config.layout().channels == 16 and config.video.width == 1360\n"
         "found = {name.split('.')[0] for name in sys.modules} & {'diffusers', 'transformers', 'peft'}\n"

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from helpers import distil, evaluate, tiny_recipe
-from test_latents import NAMES, entry, write_index, write_own, write_published
+from stored_sets import NAMES, entry, write_index, write_own, write_published
 
 from moedistill import cli
 from moedistill.data.base import Sample

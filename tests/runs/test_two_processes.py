@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import dcm_recipe
-from started_commands import Command
+from started_commands import start_pair
 
 from moedistill.components.plugins import load_plugins
 from moedistill.runs.loop import run
@@ -46,30 +45,12 @@ def on_checkpoint(training, path):
 """
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def notes(folder, rank):
     return [json.loads(line) for line in (folder / f"rank-{rank}.jsonl").read_text().splitlines()]
 
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def start_pair(arguments, folder):
-    """The command in two processes, as a launcher starts them."""
-    port = str(free_port())
-    return [
-        Command(
-            *arguments, log=folder / f"log-{rank}", RANK=str(rank), LOCAL_RANK=str(rank),
-            WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import as_if_trained, dcm_recipe, distil, equal, set_up, set_up_trained, tiny_recipe, velocity_of
-from test_two_processes import start_pair
+from started_commands import start_pair
 
 from moedistill import hookimpl
 from moedistill.components.plugins import load_plugins
