@@ -7,6 +7,7 @@ and `moedistill check-backbone` as a table.
 Of a random miniature every weight is moved a little first: final layers that start at zero would make checks vacuous.
 """
 
+import inspect
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from moedistill.flow.process import add_noise, jump, to_vp, velocity_from_vp
+from moedistill.flow.routers import TimestepRouter
 from moedistill.flow.trajectory import Trajectory
+from moedistill.integrations.diffusers.backbone import DiffusersBackbone, DiffusersBackboneConfig
+from moedistill.integrations.diffusers.pipeline import attach
 from moedistill.model import conditioning
 from moedistill.model.backbone import TEACHER, Backbone, teacher_name
 from moedistill.model.conditioning import Conditioning
+from moedistill.model.experts import LoRAConfig
+from moedistill.model.guidance import Guidance
 from moedistill.model.mixture import Mixture
 from moedistill.runtime.checkpoint import load_tree, save_tree
 from moedistill.testing.subject import BATCH, Subject, Unchecked, move, prompts_for
 
 NATIVE_STEPS = 6
+SCALE = 3.0
+SCALES = (1.5, 6.0)
+"""Guidance scales that are tried."""
 
 
 @torch.no_grad()
@@ -232,6 +241,128 @@ def native_steps(subject: Subject) -> str:
     return f"{len(pairs) - 1} steps, {worst:.1e}"
 
 
+@_check("the guided teacher is the model's own sampler, guided")
+@torch.no_grad()
+def guided_steps(subject: Subject) -> str:
+    mixture, (noise, _, cond) = _guided(subject, SCALE), subject.inputs
+    pairs = mixture.backbone.native_trajectory(noise, cond, NATIVE_STEPS, guided=True)
+    if pairs is None:
+        raise Unchecked("native_trajectory gives None, guided")
+    if len(mixture.bases) > 1:
+        points = sorted({1.0, *(float(sigma) for sigma, _ in pairs)})
+        mixture.teacher_router = subject.config.teacher_router(Trajectory.from_sigmas(points))
+    worst, effect = 0.0, 0.0
+    for (sigma, x), (sigma_next, x_next) in pairwise(pairs):
+        level = subject.column(sigma)
+        with mixture.using(mixture.teacher_at(sigma)):
+            v = mixture.guided(x.float(), level, cond, mixture.guidance)
+            plain = mixture(x.float(), level, cond)
+        where = f"the guided jump from sigma {sigma:.4g} to {sigma_next:.4g}"
+        worst = max(worst, _agree(where, jump(x.float(), v, sigma, sigma_next), x_next.float(), 1e-5))
+        effect = max(effect, _difference(v, plain))
+    assert effect > 1e-4, "guidance has no effect: the null conditioning is that of the prompts"
+    return f"scale {SCALE:g}, {len(pairs) - 1} steps, {worst:.1e}"
+
+
+def _guided(subject: Subject, scale: float) -> Mixture:
+    """A teacher guided by two forwards, on the miniature: with real weights it would need as much room again."""
+    if subject.real:
+        raise Unchecked("on the miniature only")
+    bases = subject.config.bases()
+    guidance = Guidance(mode="classifier_free", scale=scale if len(bases) == 1 else dict.fromkeys(bases, scale))
+    try:
+        other = Subject(subject.config.replace(guidance=guidance), device=subject.device)
+    except ValueError as error:
+        raise Unchecked(f"the config takes no classifier-free guidance: {error}") from error
+    return Mixture(other.backbone(), {}, guidance=guidance).to(subject.device)
+
+
+@_check("text encoders: what they make of prompts is what the network takes")
+@torch.no_grad()
+def text_encoders(subject: Subject) -> str:
+    config, backbone = subject.config, subject.teacher.backbone
+    if not isinstance(config, DiffusersBackboneConfig) or not isinstance(backbone, DiffusersBackbone):
+        raise Unchecked("no pipeline of diffusers'")
+    encoders = {} if subject.real else config.tiny_text_encoders()
+    if not encoders:
+        raise Unchecked("encode has used the real ones" if subject.real else "the config names no tiny_text_encoders")
+    assert set(encoders) == set(config.text_components), (
+        f"tiny_text_encoders gives {', '.join(encoders)}, text_components are {', '.join(config.text_components)}"
+    )
+    cls: Any = config.pipeline_class()
+    parameters = inspect.signature(cls).parameters.values()
+    pipeline = cls(**{p.name: None for p in parameters if p.default is p.empty} | encoders)
+    prompts = prompts_for(backbone)
+    found = backbone.encode_with(pipeline, prompts)
+    wanted = {name: each for name, each in config.inputs().items() if each.required}
+    assert set(found) == set(wanted), f"encode_with gives {', '.join(found)}, not {', '.join(wanted)}"
+    for name, value in found.items():
+        assert value.shape[:1] == (BATCH,), f"{name} has shape {list(value.shape)} for {BATCH} prompts"
+        assert wanted[name].fits(value.shape[1:]), f"{name} is {list(value.shape[1:])}, not {wanted[name].pattern()}"
+        if wanted[name].role == "mask":
+            lengths = value.bool().sum(1)
+            places = torch.arange(value.shape[1], device=value.device)
+            assert torch.equal(value.bool(), places < lengths[:, None]), f"{name}: the text is not first, padding last"
+            assert lengths.min() > 0, f"{name} masks all of a text"
+    for k, prompt in enumerate(prompts):
+        for name, value in backbone.encode_with(pipeline, [prompt]).items():
+            _agree(f"{name} of prompt {k} alone", value[0].float(), found[name][k].float(), 1e-3)
+    x, sigma, _ = subject.inputs
+    v = _run(subject.teacher, TEACHER, x, sigma, conditioning.to(found, subject.device))
+    assert v.isfinite().all(), "velocity of what they give is not finite"
+    return ", ".join(f"{name} {list(value.shape[1:])}" for name, value in found.items())
+
+
+@_check("videos are encoded to what is stored, and decoded again")
+@torch.no_grad()
+def encode_videos(subject: Subject) -> str:
+    backbone = subject.teacher.backbone
+    x, _, _ = subject.inputs
+    latents = x[:2] if not subject.real else x[:1]
+    videos = backbone.decode(latents)
+    try:
+        stored = backbone.encode_videos(videos)
+    except ValueError as error:
+        raise Unchecked(str(error)) from error
+    prepared, _ = backbone.prepare(stored, {})
+    assert list(prepared.shape) == list(latents.shape), (
+        f"videos {list(videos.shape)} become latents {list(stored.shape)}, prepared {list(prepared.shape)}, "
+        f"not {list(latents.shape)}"
+    )
+    assert prepared.isfinite().all(), "latents are not finite"
+    _agree("one video alone", backbone.encode_videos(videos[:1])[0], stored[0], 1e-4)
+    again = backbone.decode(prepared)
+    assert again.shape == videos.shape, f"decoded again they are {list(again.shape)}, not {list(videos.shape)}"
+    assert _difference(backbone.encode_videos(1 - videos), stored) > 1e-3, "other videos become the same latents"
+    return f"{list(videos.shape[1:])} → {list(stored.shape[1:])}, round trip {_difference(again, videos):.1e}"
+
+
+@_check("an applied pipeline gives the same at any guidance scale")
+@torch.no_grad()
+def guided_once(subject: Subject) -> str:
+    if subject.real or not isinstance(subject.teacher.backbone, DiffusersBackbone):
+        raise Unchecked("on the miniature only" if subject.real else "no pipeline of diffusers'")
+    found: dict[float, Tensor] = {}
+    noise, _, cond = subject.inputs
+    noise, cond = noise[:1], conditioning.select(cond, slice(0, 1))
+    sigmas = torch.tensor([1.0, 0.8, 0.4, 0.0])
+    for scale in (1.0, *SCALES):
+        backbone: Any = _guided(subject, max(scale, SCALES[0])).backbone
+        config = LoRAConfig(rank=2, alpha=4.0, targets=list(backbone.lora_targets), base=subject.config.bases()[0])
+        mixture = Mixture(backbone, {"expert": config}, router=TimestepRouter(["expert"])).to(subject.device)
+        mixture.initialise()
+        _as_if_trained(mixture)
+        try:
+            pipeline = backbone.pipeline()
+        except ValueError as error:
+            raise Unchecked(str(error)) from error
+        pipeline.set_progress_bar_config(disable=True)
+        with attach(pipeline, mixture, sigmas):
+            found[scale] = backbone.call_pipeline(pipeline, noise, cond, len(sigmas) - 1, guided=scale != 1.0).float()
+    worst = max(_agree(f"latents at scale {scale:g}", found[scale], found[1.0], 1e-5) for scale in SCALES)
+    return f"scales 1, {', '.join(f'{scale:g}' for scale in SCALES)}: {worst:.1e}"
+
+
 @_check("noise is recognised at sigma 1", trained=True)
 def noise_recognised(subject: Subject) -> str:
     if not subject.real:
@@ -330,7 +461,7 @@ def feature_taps(subject: Subject) -> str:
         assert hidden.isfinite().all(), f"{path} gives what is not finite"
     for (path, hidden), (after, later) in pairwise(zip(blocks, features, strict=True)):
         assert not torch.equal(hidden, later), f"{path} and {after} give the same"
-    if not _can_checkpoint(backbone.network):
+    if not backbone.can_checkpoint:
         return f"{len(blocks)} × {wanted}, no checkpointing"
     _, again, gradient_again = _features(subject.mixture(checkpointing=True), x, sigma, cond)
     for path, hidden, other in zip(blocks, features, again, strict=True):
@@ -359,13 +490,9 @@ def _features(mixture: Mixture, x: Tensor, sigma: Tensor, cond: Conditioning) ->
     return forward_order, [hidden.detach() for hidden in features], vector
 
 
-def _can_checkpoint(network: nn.Module) -> bool:
-    return hasattr(network, "enable_gradient_checkpointing")
-
-
 @_check("checkpointed gradients equal plain ones")
 def checkpointing(subject: Subject) -> str:
-    if not _can_checkpoint(subject.teacher.backbone.network):
+    if not subject.teacher.backbone.can_checkpoint:
         raise Unchecked("the network has no enable_gradient_checkpointing")
     plain, recomputing = (_gradients(subject, on) for on in (False, True))
     assert set(plain[0]) == set(recomputing[0]), "other parameters get gradients"

@@ -24,6 +24,7 @@ from moedistill import (
     from_vp,
     read_json,
     sigma_from_vp,
+    tiny_t5,
     to_vp,
     velocity_from_vp,
 )
@@ -316,6 +317,11 @@ class CogVideoXConfig(DiffusersBackboneConfig):
             block_out_channels=(8, 8, 8, 8), norm_num_groups=2, layers_per_block=1, scaling_factor=scaling_factor
         )
         return vae
+
+    def tiny_text_encoders(self) -> dict[str, Any]:
+        from transformers import T5Config, T5EncoderModel
+
+        return tiny_t5(T5EncoderModel, T5Config, self.tiny_text[1])
 
     def real_network(self) -> dict[str, Any]:
         return {

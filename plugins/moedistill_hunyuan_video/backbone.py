@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, Input, VideoSize
+from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, Input, VideoSize, tiny_tokenizer
 
 TEXT_LENGTH = 256
 
@@ -171,6 +171,29 @@ class HunyuanVideoConfig(DiffusersBackboneConfig):
         )
         module: nn.Module = vae
         return module
+
+    def tiny_text_encoders(self) -> dict[str, Any]:
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+        from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+
+        _, text_width, pooled_width = self.tiny_text
+        template: Any = DEFAULT_PROMPT_TEMPLATE
+        words = template["template"].split()
+        # The pipeline cuts the template off, by its length in the published tokenizer.
+        before = template["crop_start"] - len(template["template"].split("{}")[0].split())
+        llama_tokenizer, llama = tiny_tokenizer(begin=before, end=False, words=words)
+        clip_tokenizer, clip = tiny_tokenizer(begin=1, length=77)
+        sizes = {"num_attention_heads": 2, "intermediate_size": 32}
+        return {
+            "text_encoder": LlamaModel(
+                LlamaConfig(hidden_size=text_width, num_hidden_layers=3, **sizes, **llama)  # type: ignore[arg-type]
+            ).eval(),
+            "tokenizer": llama_tokenizer,
+            "text_encoder_2": CLIPTextModel(
+                CLIPTextConfig(hidden_size=pooled_width, num_hidden_layers=1, **sizes, **clip)  # type: ignore[arg-type]
+            ).eval(),
+            "tokenizer_2": clip_tokenizer,
+        }
 
     def real_network(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, Input, VideoSize, read_json
+from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, Input, VideoSize, read_json, tiny_t5
 
 TEXT_LENGTH = 128
 """Tokens that the pipeline pads a prompt to."""
@@ -145,6 +145,11 @@ class LTXConfig(DiffusersBackboneConfig):
         vae.latents_mean += torch.linspace(-0.5, 0.5, 8)
         vae.latents_std += torch.linspace(-0.5, 0.5, 8)
         return vae
+
+    def tiny_text_encoders(self) -> dict[str, Any]:
+        from transformers import T5Config, T5EncoderModel
+
+        return tiny_t5(T5EncoderModel, T5Config, self.tiny_network()["caption_channels"])
 
     def real_network(self) -> dict[str, Any]:
         return {"out_channels": 128, "caption_channels": 4096}

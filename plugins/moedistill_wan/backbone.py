@@ -21,6 +21,7 @@ from moedistill import (
     Trajectory,
     VideoSize,
     read_json,
+    tiny_t5,
 )
 
 TEXT_LENGTH = 512
@@ -168,6 +169,11 @@ class WanConfig(DiffusersBackboneConfig):
         cls: Any = AutoencoderKLWan
         vae: nn.Module = cls(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
         return vae
+
+    def tiny_text_encoders(self) -> dict[str, Any]:
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        return tiny_t5(UMT5EncoderModel, UMT5Config, self.tiny_text[1])
 
     def real_network(self) -> dict[str, Any]:
         return {"text_dim": 4096, "out_channels": 16, "patch_size": (1, 2, 2)}

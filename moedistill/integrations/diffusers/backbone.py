@@ -338,6 +338,28 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
         )
 
     @torch.no_grad()
+    def call_pipeline(
+        self, pipeline: Any, noise: Tensor, cond: Conditioning, num_steps: int, *, guided: bool = False
+    ) -> Tensor:
+        """The latents that a pipeline of this model gets to from `noise` `[B, C, T, H, W]`, as it holds them.
+
+        It is not guided, or as the recipe says.
+        """
+        config, (_, _, t, h, w) = self.config, noise.shape
+        cond = self.floats_to(cond, self.dtype)
+        latents: Tensor = pipeline(
+            **cond,
+            height=h * config.spatial_compression,
+            width=w * config.spatial_compression,
+            num_frames=(t - 1) * config.temporal_compression + 1,
+            num_inference_steps=num_steps,
+            latents=self.to_pipeline(noise, 1.0),
+            output_type="latent",
+            **{**self.pipeline_arguments(), **(self.guiding_arguments(pipeline, cond) if guided else {})},
+        ).frames
+        return latents
+
+    @torch.no_grad()
     def native_trajectory(
         self, noise: Tensor, cond: Conditioning, num_steps: int, *, guided: bool = False
     ) -> list[tuple[float, Tensor]] | None:
@@ -353,18 +375,7 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
             return result
 
         pipeline.scheduler.step = kept
-        config, (_, _, t, h, w) = self.config, noise.shape
-        cond = self.floats_to(cond, self.dtype)
-        pipeline(
-            **cond,
-            height=h * config.spatial_compression,
-            width=w * config.spatial_compression,
-            num_frames=(t - 1) * config.temporal_compression + 1,
-            num_inference_steps=num_steps,
-            latents=latents[0],
-            output_type="latent",
-            **{**self.pipeline_arguments(), **(self.guiding_arguments(pipeline, cond) if guided else {})},
-        )
+        self.call_pipeline(pipeline, noise, cond, num_steps, guided=guided)
         sigmas = self.scheduler_sigmas(pipeline.scheduler)
         steps = zip(sigmas, latents, strict=True)
         return [(sigma, self.from_pipeline(x.float(), sigma, noise.shape)) for sigma, x in steps]
