@@ -9,12 +9,13 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from test_rooms import FLOORS
 
 import moedistill
-from moedistill.cli import main
+from moedistill.cli import cli, main
 from moedistill.components.plugins import load_plugins
 from moedistill.flow.process import jump
 from moedistill.flow.trajectory import Trajectory
@@ -141,6 +142,41 @@ def test_the_glossary_is_in_order_and_knows_the_public_names() -> None:
     assert len(words) == len(set(words))
     for name in re.findall(r"`([A-Z][a-z]\w+)`", text_of(DOCS / "glossary.md")):
         assert name in moedistill.__all__, name
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command on a page: lines of code blocks without a language, and code within a line."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", prose)
+    starts = ("moedistill ", "make ", "python -m pytest ")
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(starts)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named(PAGES))
+def test_commands_exist_with_their_options(page: Path) -> None:
+    """Those of the README, of the plugins and of the tutorial are run besides."""
+    targets = re.findall(r"^([\w-]+):", text_of(ROOT / "Makefile"), flags=re.MULTILINE)
+    for program, *words in commands(page):
+        said = f"{page.name}: {program} {' '.join(words)}"
+        if program == "make":
+            assert words[0] in targets, said
+        elif program == "python":
+            for path in (word for word in words[2:] if word.startswith("tests")):
+                assert (ROOT / path).exists(), said
+        else:
+            command: click.Command = cli
+            while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+                assert words[0] in command.commands, said
+                command = command.commands[words.pop(0)]
+            known = {"--help", "--version"} | {name for option in command.params for name in option.opts}
+            assert {word for word in words if word.startswith("-") and word != "-"} <= known, said
+            for word in words:
+                assert not word.startswith("recipes/") or (ROOT / word).is_file(), said
 
 
 # -- links ------------------------------------------------------------------------------------------------------------
