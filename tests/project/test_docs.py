@@ -179,6 +179,17 @@ def test_commands_exist_with_their_options(page: Path) -> None:
                 assert not word.startswith("recipes/") or (ROOT / word).is_file(), said
 
 
+def test_what_analyze_suggests_is_called_a_hypothesis_wherever_it_is_offered() -> None:
+    assert cli.commands["analyze"].help is not None
+    pages = [text_of(ROOT / "README.md"), text_of(ROOT / "moedistill" / "analysis" / "recipe.py")]
+    for place in [*pages, cli.commands["analyze"].help]:
+        assert "hypothesis to test" in " ".join(place.split())
+        assert "166 against 129" in " ".join(place.split())
+    page = text_of(DOCS / "results.md")
+    assert re.search(r"^\| boundary at point 38.* \| 166 ", page, flags=re.MULTILINE)
+    assert re.search(r"^\| detail rate 9.5e-4 \| .* \| 129 ", page, flags=re.MULTILINE)
+
+
 # -- links ------------------------------------------------------------------------------------------------------------
 
 
