@@ -77,7 +77,7 @@ def draw_idea(path: Path) -> None:
         middle = place(point)
         for row, video in ((4.62, sample), (3.28, estimate)):
             box = (middle - side / 2, middle + side / 2, row, row + side * aspect)
-            axes.imshow(video[0, frame], cmap="gray", vmin=0, vmax=1, extent=box, aspect="auto", zorder=3)
+            axes.imshow(video[0, frame].numpy(), cmap="gray", vmin=0, vmax=1, extent=box, aspect="auto", zorder=3)
         axes.text(
             middle, 3.17, f"σ {sigma:.2g}", ha="center", va="top", fontsize=9, color=INK, zorder=3,
             bbox={"color": "white", "pad": 0.8},

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+from PIL import Image
 from test_rooms import FLOORS
 
 import moedistill
@@ -217,6 +218,12 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
             links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text_of(page))
             ahead += [(page.parent / link).resolve() for link in links]
     assert set(PAGES) - reached <= {ROOT / "CHANGELOG.md"}
+
+
+def test_the_picture_of_the_idea_can_be_drawn(tmp_path: Path) -> None:
+    runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"))["draw_idea"](tmp_path / "idea.png")
+    with Image.open(tmp_path / "idea.png") as drawn, Image.open(DOCS / "idea.png") as kept:
+        assert drawn.size == kept.size
 
 
 def test_pictures_are_small() -> None:
