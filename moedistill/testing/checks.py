@@ -294,7 +294,8 @@ def text_encoders(subject: Subject) -> str:
     pipeline = cls(**{p.name: None for p in parameters if p.default is p.empty} | encoders)
     prompts = prompts_for(backbone)
     found = backbone.encode_with(pipeline, prompts)
-    wanted = {name: each for name, each in config.inputs().items() if each.required}
+    of_text = ("text", "mask", "pooled")
+    wanted = {name: each for name, each in config.inputs().items() if each.required and each.role in of_text}
     assert set(found) == set(wanted), f"encode_with gives {', '.join(found)}, not {', '.join(wanted)}"
     for name, value in found.items():
         assert value.shape[:1] == (BATCH,), f"{name} has shape {list(value.shape)} for {BATCH} prompts"
@@ -308,7 +309,8 @@ def text_encoders(subject: Subject) -> str:
         for name, value in backbone.encode_with(pipeline, [prompt]).items():
             _agree(f"{name} of prompt {k} alone", value[0].float(), found[name][k].float(), 1e-3)
     x, sigma, _ = subject.inputs
-    v = _run(subject.teacher, TEACHER, x, sigma, conditioning.to(found, subject.device))
+    cond = {**subject.inputs[2], **conditioning.to(found, subject.device)}
+    v = _run(subject.teacher, TEACHER, x, sigma, cond)
     assert v.isfinite().all(), "velocity of what they give is not finite"
     return ", ".join(f"{name} {list(value.shape[1:])}" for name, value in found.items())
 

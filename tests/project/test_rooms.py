@@ -37,7 +37,7 @@ HOMES = {
     "accelerate": {"stages", "runs"},
     "peft": {"model"},
     "diffusers": {"integrations"},
-    "transformers": set(),
+    "transformers": {"integrations"},
 }
 """What the core's few heavy dependencies are for."""
 

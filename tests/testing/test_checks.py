@@ -21,6 +21,7 @@ from moedistill.testing.new_backbone.write import write_plugin
 from moedistill.testing.running import BackboneContract, check_backbone, read_config
 from moedistill.testing.subject import Subject, Unchecked
 from moedistill_digits.backbone import DigitsBackbone, DigitsBackboneConfig
+from moedistill_wan.backbone import WanBackbone, WanConfig
 
 NAMES = [check.name for check in CHECKS]
 GAUSSIAN = Path(__file__).parents[1] / "gaussian_plugin.py"
@@ -62,6 +63,10 @@ def changed(toy, change_backbone=None, change_network=None, **members):
     return Config()
 
 
+OF_A_PIPELINE = {"guided_steps", "text_encoders", "guided_once"}
+"""Checks of which a backbone without a pipeline has nothing."""
+
+
 def rows(config, passed):
     return {row.check.name for row in check_backbone(config) if row.passed is passed}
 
@@ -69,7 +74,8 @@ def rows(config, passed):
 def test_a_right_backbone_passes(toy):
     found = check_backbone(changed(toy))
     assert [row.check.name for row in found] == [name for name in NAMES if name != "noise_recognised"]
-    assert {row.mark for row in found} == {"✔"}
+    assert {row.check.name for row in found if row.passed is None} == OF_A_PIPELINE | {"encode_videos"}
+    assert all(row.passed is not False for row in found)
     assert all(row.figure and "\n" not in row.figure for row in found)
 
 
@@ -179,10 +185,10 @@ def frames_for_rows(self, network, x, timestep, cond):
     ("members", "failing"),
     [
         ({}, set()),
-        ({"from_native": unswapped_sign}, {"native_steps"}),
-        ({"to_native": unscaled_time}, {"native_steps"}),
+        ({"from_native": unswapped_sign}, {"native_steps", "guided_steps"}),
+        ({"to_native": unscaled_time}, {"native_steps", "guided_steps"}),
         ({"time_dependent": ("norm_out", "proj_out")}, {"copies_cover"}),
-        ({"predict": frames_for_rows}, {"native_steps", "unembed"}),
+        ({"predict": frames_for_rows}, {"native_steps", "guided_steps", "unembed"}),
     ],
     ids=["right", "sign", "time", "copies", "layout"],
 )
@@ -192,6 +198,63 @@ def test_a_wrong_diffusers_backbone_fails_in_the_right_row(mochi, members, faili
         tiny_video = VideoSize(num_frames=19, height=32, width=48)  # as many latent frames as rows: they can be swapped
 
     assert rows(Config(pretrained=None), False) == failing
+
+
+def guided_by_half(self, pipeline, cond):
+    found = WanBackbone.guiding_arguments(self, pipeline, cond)
+    return {**found, "guidance_scale": found["guidance_scale"] / 2 + 0.5}
+
+
+def encode_without_padding(self, pipeline, prompts):
+    found = WanBackbone.encode_with(self, pipeline, prompts)
+    return {name: value[:, : max(map(len, prompts))] for name, value in found.items()}
+
+
+def encode_as_a_mask(self, pipeline, prompts):
+    found = WanBackbone.encode_with(self, pipeline, prompts)
+    return {**found, "prompt_attention_mask": found["prompt_embeds"][..., 0] > 0}
+
+
+def encode_two_frames_less(self, videos):
+    return WanBackbone.encode_videos(self, videos)[:, :, 2:]
+
+
+WRONG_PIPELINES = {
+    "a scale of its own": ("guided_steps", "differs by", {"guiding_arguments": guided_by_half}),
+    "text that depends on others": ("text_encoders", "of prompt", {"encode_with": encode_without_padding}),
+    "a tensor that is no input": (
+        "text_encoders",
+        "encode_with gives prompt_embeds, prompt",
+        {"encode_with": encode_as_a_mask},
+    ),
+    "frames that are lost": ("encode_videos", "become latents", {"encode_videos": encode_two_frames_less}),
+    "passes that it has no names for": (
+        "guided_once",
+        r"runs its transformer for a pass that it calls 'cond', .*pass_names must say which",
+        {"pass_names": {}},
+    ),
+    "the wrong pass": (
+        "guided_once",
+        "unconditional pass first",
+        {"pass_names": {"cond": "unconditional", "uncond": "conditional"}},
+    ),
+    "guided twice": (
+        "guided_once",
+        "latents at scale",
+        {"pass_names": dict.fromkeys(("cond", "uncond"), "conditional")},
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PIPELINES)
+def test_each_check_of_a_pipeline_fails_for_what_it_is_about(wrong):
+    check, message, members = WRONG_PIPELINES[wrong]
+
+    class Config(WanConfig):
+        backbone_class = type("Changed", (WanBackbone,), members)
+
+    with pytest.raises((AssertionError, ValueError), match=message):
+        FUNCTIONS[check](Subject(Config(pretrained=None)))
 
 
 # -- one wrong backbone for every check -------------------------------------------------------------------------------
@@ -326,7 +389,7 @@ WRONG = {
     "sigmas that rise": (
         "native_steps",
         "do not fall",
-        {"native_trajectory": lambda self, noise, cond, n: [(0.0, noise), (0.5, noise), (1.0, noise)]},
+        {"native_trajectory": lambda self, noise, cond, n, guided=False: [(0.0, noise), (0.5, noise), (1.0, noise)]},
     ),
     "the prediction is something else": (
         "identities",
@@ -371,7 +434,7 @@ def test_each_check_fails_for_what_it_is_about(toy, wrong):
 
 
 def test_every_check_has_a_wrong_backbone():
-    covered = {check for check, _, _ in WRONG.values()} | {"noise_recognised"}
+    covered = {check for check, _, _ in [*WRONG.values(), *WRONG_PIPELINES.values()]} | {"noise_recognised"}
     assert covered == set(NAMES)
 
 
@@ -440,7 +503,9 @@ def test_a_teacher_of_two_networks(toy, order, failing):
     class Two(toy.ToyOfTheKitBackbone):
         networks = property(lambda self: dict(zip(bases, (self.network, self.second), strict=True)))
 
-        def native_trajectory(self, noise, cond, num_steps):
+        def native_trajectory(self, noise, cond, num_steps, *, guided=False):
+            if guided:
+                return None
             x, samples, sigmas = noise, [(1.0, noise)], [1.0, 0.95, 0.8, 0.4, 0.0]
             for sigma, after in pairwise(sigmas):
                 network = self.network if sigma > 0.9 else self.second
@@ -504,12 +569,15 @@ def test_the_command_prints_a_table(call):
     lines = out.splitlines()
     assert code == 0
     assert lines[0] == "digits, a random miniature:"
-    assert [line.split()[0] for line in lines[1:-1]] == ["✔"] * (len(NAMES) - 1)
-    assert f"{len(NAMES) - 1} ✔, 0 ✘, 0 not checked" in lines[-1]
+    marks = {True: "–", False: "✔"}
+    assert [line.split()[0] for line in lines[1:-1]] == [
+        marks[name in OF_A_PIPELINE] for name in NAMES if name != "noise_recognised"
+    ]
+    assert f"{len(NAMES) - 1 - len(OF_A_PIPELINE)} ✔, 0 ✘, {len(OF_A_PIPELINE)} not checked" in lines[-1]
     code, out, _ = call("gaussian", "-p", str(GAUSSIAN))
     assert code == 0
     marked = [line for line in out.splitlines() if line.startswith("  –")]
-    assert sum("not checked: native_trajectory gives None" in line for line in marked) == 1
+    assert sum("not checked: native_trajectory gives None" in line for line in marked) == 2
     code, out, _ = call("digits", "--pretrained", "builtin")
     assert code == 0
     assert "digits, with its weights:" in out
