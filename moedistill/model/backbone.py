@@ -139,12 +139,8 @@ class Backbone(ABC):
         """Conditioning for a list of prompts; ValueError says what a prompt may be."""
 
     def captions(self, cond: "Conditioning") -> list[str]:
-        """A few words on each sample of `cond`, for pictures; by default its scalars by name."""
-        scalars = {name: value.tolist() for name, value in cond.items() if value.ndim == 1}
-        if not scalars:
-            return [f"sample {number}" for number in range(len(next(iter(cond.values()))))]
-        rows = zip(*scalars.values(), strict=True)
-        return [" ".join(f"{name} {value}" for name, value in zip(scalars, row, strict=True)) for row in rows]
+        """A few words on each sample of `cond`, for pictures; by default its number."""
+        return [f"sample {number}" for number in range(len(next(iter(cond.values()))))]
 
     def prepare(self, latents: "Tensor", cond: "Conditioning") -> "tuple[Tensor, Conditioning]":
         """A batch of stored samples as the network takes them: latents scaled, packed text unpacked."""
