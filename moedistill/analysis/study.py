@@ -45,7 +45,7 @@ from moedistill.stages.run import Run
 MOST_POINTS = 64
 """A student is measured at so many starting points at most."""
 TINY = {"samples": 8, "steps": 3, "points": 10}
-"""What a smoke run measures at most."""
+"""What is measured of a miniature at most."""
 
 
 def analyze(
@@ -146,7 +146,7 @@ def _points_of(recipe: Recipe, trajectory: Trajectory) -> list[int]:
 
 
 class _Work:
-    """Makes jobs on one loaded model, one at a time."""
+    """Makes runs on one loaded model, one at a time."""
 
     def __init__(self, recipe: Recipe, folder: Path, smoke: bool, device: str | None) -> None:
         self.recipe, self.folder, self.smoke = recipe, folder, smoke

@@ -126,7 +126,7 @@ class _Point:
 def measure_students(
     run: Run, samples: int, most_points: int, num_ranges: int, steps: int, boundaries: Sequence[int] = ()
 ) -> StudentCurves:
-    """`StudentCurves` of the experts in `job`, on `samples` of the data with the same noise at every point.
+    """`StudentCurves` of the experts in `run`, on `samples` of the data with the same noise at every point.
 
     Gradients are made for one point at a time; two are kept for each range, on the CPU. Weights and averages stay as
     they are: with `target: ema` the target is that of training.

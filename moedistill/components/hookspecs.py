@@ -29,8 +29,8 @@ def on_stage_start(training: Any) -> None:
 def on_step_end(training: Any, metrics: dict[str, float]) -> None:
     """A logged optimiser step is done; `metrics`: its numbers by name.
 
-    Logged are every `training.log_every`-th, the last, and those with a held-out loss. That is measured before the
-    first step too: `run.step` is 0 then, and `metrics` hold nothing else.
+    Logged are every `training.log_every`-th, the last, and those in which the monitor measured. It does so before the
+    first step too: `training.step` is 0 then, and `metrics` hold nothing else.
     """
 
 

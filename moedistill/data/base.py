@@ -63,5 +63,5 @@ class DatasetConfig(Config, ABC):
         """Opens the dataset; `backbone` encodes prompts, and says what synthetic samples must look like."""
 
     def tiny(self) -> "DatasetConfig":
-        """A small stand-in of the same layout, for smoke runs."""
+        """A small stand-in of the same layout, for miniatures of a run."""
         return self

@@ -58,7 +58,7 @@ class BackboneConfig(Config, ABC):
         """Builds the backbone and loads its weights; random weights, where there are none to load, come from `seed`."""
 
     def tiny(self) -> "BackboneConfig":
-        """The same architecture as a random miniature, for smoke runs on a CPU."""
+        """The same architecture as a random miniature, for runs on a CPU."""
         return self
 
     def check(self) -> Iterable[tuple[str, str]]:

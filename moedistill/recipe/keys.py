@@ -55,7 +55,7 @@ class StageConfig(Config, ABC):
         """ValueError where a file that the stage will read is missing, or does not fit; called before any training."""
 
     def tiny(self) -> "StageConfig":
-        """The same stage with a few steps or samples, for smoke runs."""
+        """The same stage with a few steps or samples, for miniatures of a run."""
         return self
 
 

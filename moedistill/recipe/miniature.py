@@ -1,4 +1,4 @@
-"""Smoke runs: the same recipe and the same code, with smaller numbers."""
+"""Miniatures: the same recipe and the same code, with smaller numbers."""
 
 from typing import TypeVar
 

@@ -69,7 +69,7 @@ def run(
 
     Args:
         recipe: a recipe, its file or name, or its content.
-        output: the run's folder; `runs/<name>/<time>` if not given (`runs/<name>-smoke/…` for a smoke run).
+        output: the run's folder; `runs/<name>/<time>` if not given (`runs/<name>-smoke/…` for a miniature).
         resume: go on with the newest checkpoint of `output`, or of the newest run of this name.
         resume_from: go on with this checkpoint, or the newest one of this run. With another `output` than its own, the
             recipe may differ in what comes later: see `changed_keys`.
@@ -122,7 +122,7 @@ class _Runner:
 
     def go(self) -> RunResult:
         """All stages, or those after the checkpoint."""
-        smoke = " (smoke run: a miniature)" if self.run.smoke else ""
+        smoke = " (a miniature)" if self.run.smoke else ""
         self._restore()
         if self.run.main:
             self.folder.mkdir(parents=True, exist_ok=True)

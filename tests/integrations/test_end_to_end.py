@@ -1,4 +1,4 @@
-"""The shipped recipes, not as smoke runs: against models saved in folders, with stored latents, from end to end."""
+"""The shipped recipes, not as miniatures: against models saved in folders, with stored latents, from end to end."""
 
 import json
 
