@@ -126,7 +126,7 @@ class HunyuanVideo15Config(DiffusersBackboneConfig):
     backbone_class = HunyuanVideo15Backbone
     download = (
         "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v: a transformer (8.3 billion parameters), the Qwen2.5-VL "
-        "(7.1 billion) and ByT5 (0.2 billion) text encoders and the VAE (1.3 billion)"
+        "(7.1 billion) and ByT5 (0.2 billion) text encoders and the VAE (1.3 billion); at 2 bytes per parameter 34 GB"
     )
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     spatial_compression = 16
@@ -219,14 +219,20 @@ class HunyuanVideo15Config(DiffusersBackboneConfig):
 
 @cache
 def _pipeline_class() -> type:
-    """Diffusers' pipeline, whose constructor asks the VAE for its channels even where it is given none."""
+    """Diffusers' pipeline, but one that can be made of the text encoders alone.
+
+    The original's constructor asks the VAE for its channels, also where it is given none. Pipelines of the original
+    class count as of this one, and what this one saves is found by the original's name.
+    """
     import diffusers
 
-    base: Any = diffusers.HunyuanVideo15Pipeline
+    original: Any = diffusers.HunyuanVideo15Pipeline
 
-    class HunyuanVideo15Pipeline(base):  # of the same name, by which a saved one is found
-        """With text encoders alone too."""
+    class OfTheOriginalToo(type(original)):  # type: ignore[misc]
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, original)
 
+    class HunyuanVideo15Pipeline(original, metaclass=OfTheOriginalToo):
         def register_modules(self, **modules: Any) -> None:
             super().register_modules(**modules)
             if "vae" in modules and modules["vae"] is None:
