@@ -40,6 +40,7 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
     """
 
     fps = 24.0
+    # With quotes, so that the second encoder has something to read.
     example_prompts = ('a dog runs past a sign "BEACH"', 'rain at night, and a neon "OPEN"', 'a ball says "hello"')
     lora_targets: Mapping[str, str] = {
         "attention": (
