@@ -97,13 +97,14 @@ def read_set(path: str | Path, report: Report, layout: SampleLayout | None = Non
         return None
     report.title = f"{path}: {len(store)} samples, {store.layout} layout"
     masks = set(store.masks if layout is None else layout.of_role("mask"))
-    return Contents(store, _read_all(store, report, masks), _read_negative(store, report))
+    may_be_empty = {name for name, each in layout.conditioning.items() if each.may_be_empty} if layout else set()
+    return Contents(store, _read_all(store, report, masks, may_be_empty), _read_negative(store, report))
 
 
 # -- what is there ----------------------------------------------------------------------------------------------------
 
 
-def _read_all(store: Store, report: Report, masks: Collection[str]) -> list[Seen]:
+def _read_all(store: Store, report: Report, masks: Collection[str], may_be_empty: Collection[str]) -> list[Seen]:
     """Reads all samples: the facts, and what is missing, broken or not a number."""
     missing: list[str] = []
     broken: list[str] = []
@@ -135,7 +136,7 @@ def _read_all(store: Store, report: Report, masks: Collection[str]) -> list[Seen
             if name in masks or value.dtype == torch.bool:  # no tensor of these is anything else
                 length = int(value.count_nonzero())
                 lengths.setdefault(name, []).append(length)
-                if length == 0:
+                if length == 0 and name not in may_be_empty:
                     masked.append(f"{files[0]}: {name}")
         seen.append(Seen(str(files[0]), tuple(latents.shape), {name: tuple(v.shape) for name, v in cond.items()}))
     report.facts += _facts(seen, dtypes, lengths)

@@ -24,6 +24,7 @@ class Input:
         droppable: whether the null condition takes it from the negative prompt; else it stays as it is.
         required: whether a sample must have it.
         frame_axis: where its latent frames are, without the batch dimension; None where it has none.
+        may_be_empty: of a mask: whether no token at all may count, which makes the attention of some models NaN.
     """
 
     role: Role
@@ -32,6 +33,7 @@ class Input:
     droppable: bool = True
     required: bool = True
     frame_axis: int | None = None
+    may_be_empty: bool = False
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of `shape`, without its batch dimension, is what the model takes."""

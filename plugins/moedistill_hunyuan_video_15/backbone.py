@@ -6,9 +6,7 @@ Without an image all of them are zero, as its pipeline has them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -145,10 +143,16 @@ class HunyuanVideo15Config(DiffusersBackboneConfig):
         return HunyuanVideo15Transformer3DModel
 
     def pipeline_class(self) -> type:
-        return _pipeline_class()
+        from diffusers import HunyuanVideo15Pipeline
+
+        return HunyuanVideo15Pipeline
 
     def pipeline_options(self) -> dict[str, Any]:
         return {"guider": _guider(1.0)}
+
+    def text_pipeline_options(self) -> dict[str, Any]:
+        # The pipeline's constructor asks a VAE for its channels and a guider for its passes.
+        return {"vae": self.tiny_vae(), "guider": _guider(1.0)}
 
     def tiny_network(self) -> dict[str, Any]:
         (_, width), (_, width_2) = self.tiny_text
@@ -205,7 +209,7 @@ class HunyuanVideo15Config(DiffusersBackboneConfig):
             "prompt_embeds": Input("text", (length, architecture["text_embed_dim"]), any_length=True),
             "prompt_embeds_mask": Input("mask", (length,), any_length=True),
             "prompt_embeds_2": Input("text", (length_2, architecture["text_embed_2_dim"]), any_length=True),
-            "prompt_embeds_mask_2": Input("mask", (length_2,), any_length=True),
+            "prompt_embeds_mask_2": Input("mask", (length_2,), any_length=True, may_be_empty=True),
         }
 
     def check_folder(self, folder: Path) -> None:
@@ -216,34 +220,6 @@ class HunyuanVideo15Config(DiffusersBackboneConfig):
                 f"{self.pretrained} is made for {own}; this backbone knows text-to-video models, those of "
                 "HunyuanVideo15Pipeline, such as hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v"
             )
-
-
-@cache
-def _pipeline_class() -> type:
-    """Diffusers' pipeline, but one that can be made of the text encoders alone.
-
-    The original's constructor asks the VAE for its channels, also where it is given none. Pipelines of the original
-    class count as of this one, and what this one saves is found by the original's name.
-    """
-    import diffusers
-
-    original: Any = diffusers.HunyuanVideo15Pipeline
-
-    class OfTheOriginalToo(type(original)):  # type: ignore[misc]
-        def __instancecheck__(cls, instance: object) -> bool:
-            return isinstance(instance, original)
-
-    class HunyuanVideo15Pipeline(original, metaclass=OfTheOriginalToo):
-        def register_modules(self, **modules: Any) -> None:
-            super().register_modules(**modules)
-            if "vae" in modules and modules["vae"] is None:
-                self.vae: Any = SimpleNamespace(
-                    config=SimpleNamespace(latent_channels=32),
-                    temporal_compression_ratio=4,
-                    spatial_compression_ratio=16,
-                )
-
-    return HunyuanVideo15Pipeline
 
 
 def _guider(scale: float) -> Any:

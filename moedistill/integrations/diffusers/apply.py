@@ -79,7 +79,7 @@ def _networks_of(pipeline: Any, config: DiffusersBackboneConfig, source: object)
     """
     cls = config.pipeline_class()
     if not isinstance(pipeline, cls):
-        raise UserError(f"{source} was made for a {cls.__name__}, not a {type(pipeline).__name__}")
+        raise UserError(f"{source} was made for a {_named(cls)}, not a {_named(type(pipeline))}")
     components = {name: getattr(pipeline, name) for name in transformers_of(cls)}
     networks = {name: network for name, network in components.items() if network is not None}
     if any(isinstance(network, RoutedTransformer) for network in networks.values()):
@@ -94,6 +94,11 @@ def _networks_of(pipeline: Any, config: DiffusersBackboneConfig, source: object)
     if any(hasattr(module, "_hf_hook") for network in networks.values() for module in network.modules()):
         raise UserError("the pipeline's networks are offloaded already; apply the experts first, then offload")
     return {base: networks[base] for base in config.bases()}
+
+
+def _named(cls: type) -> str:
+    """A class's name, with its module where that is not diffusers'."""
+    return cls.__name__ if cls.__module__.startswith("diffusers.") else f"{cls.__module__}.{cls.__name__}"
 
 
 def _remember(network: nn.Module) -> Callable[[], None]:

@@ -65,7 +65,7 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
 
     @abstractmethod
     def pipeline_class(self) -> type:
-        """Diffusers' class of the pipeline."""
+        """Diffusers' class of the pipeline, the one that users load: `apply` takes no other."""
 
     @abstractmethod
     def tiny_network(self) -> dict[str, Any]:
@@ -85,6 +85,10 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
 
     def pipeline_options(self) -> dict[str, Any]:
         """Further arguments of the pipeline's class."""
+        return {}
+
+    def text_pipeline_options(self) -> dict[str, Any]:
+        """Components without which the pipeline's class cannot be made around its text encoders alone."""
         return {}
 
     def scheduler(self) -> Any:
@@ -169,7 +173,8 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
     def predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """The network's own prediction `[B, C, T, H, W]` of its own sample `x` at native time `[B]` float32.
 
-        Called with `x` and floating conditioning in the network's dtype.
+        Called with `x` and floating conditioning in the network's dtype, and under autocast where that is not float32:
+        the time stays float32 until the network's own layers meet it.
         """
 
     @abstractmethod
@@ -199,7 +204,9 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
         return {"guidance_scale": 1.0}
 
     scale_arguments: ClassVar[Sequence[str]] = ("guidance_scale",)
-    """What the pipeline calls the scale of its classifier-free guidance: one for each of its networks."""
+    """What the pipeline calls the scale of its classifier-free guidance: one for each of its networks; none where it is
+    guided by a component.
+    """
 
     def guiding_arguments(self, pipeline: Any, cond: Conditioning) -> dict[str, Any]:
         """Arguments of a call that guide the teacher as the recipe does; experts are not touched by them.
@@ -211,7 +218,7 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
             return {}
         bases = self.config.bases()
         scales = {name: guidance.scale_of(base) for name, base in zip(self.scale_arguments, bases, strict=False)}
-        if min(scales.values()) < 1:
+        if any(scale < 1 for scale in scales.values()):
             raise ValueError(f"a pipeline guides with scales of 1 and more, not {min(scales.values())}")
         # At exactly 1 it would leave the second pass out, for all of its networks.
         scales = {name: max(scale, math.nextafter(1, 2)) for name, scale in scales.items()}
@@ -238,7 +245,9 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
             called = f"calls {mark!r}" if mark else "does not name"
             raise ValueError(
                 f"{type(pipeline).__name__} runs its transformer for a pass that it {called}, so an expert could be "
-                f"guided a second time; {type(self).__name__}.pass_names must say which pass it is"
+                f"guided a second time; give the pipeline a guider whose passes are known "
+                f"({', '.join(name for name in self.pass_names if name) or 'none is'}), or let "
+                f"{type(self).__name__}.pass_names say which pass it is"
             )
         found = self.pass_names[mark]
         doubled = getattr(pipeline, "guidance_scale", 1.0) > 1.0
@@ -298,7 +307,7 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
         weights: WhichWeights = "trained",
         eta: float = 0.0,
     ) -> Iterator[Tensor]:
-        """By the model's own pipeline. Sample k starts from the noise of `torch.Generator().manual_seed(seed + k)`.
+        """By the model's own pipeline, which draws sample k's noise from `torch.Generator().manual_seed(seed + k)`.
 
         Steps of the untouched teacher, where the router names it, are guided as the recipe says.
         """
@@ -448,7 +457,7 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
             )
         pipeline = from_pretrained(
             cls, folder, f"pretrained {self.config.pretrained}: cannot load its text encoders",
-            **dict.fromkeys([*transformers_of(cls), "vae", "scheduler"]),
+            **(dict.fromkeys([*transformers_of(cls), "vae", "scheduler"]) | self.config.text_pipeline_options()),
             torch_dtype=self.dtype, variant=self.config.variant,
         )  # fmt: skip
         pipeline.to(self.device)

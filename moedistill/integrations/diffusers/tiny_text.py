@@ -13,7 +13,8 @@ def tiny_tokenizer(
         begin: how many tokens for the beginning stand in front of a text.
         end: whether one for its end stands behind it.
         length: the longest text in tokens.
-        words: tokens besides the characters, such as those of a chat template.
+        words: tokens besides the characters, such as those of a chat template: whole words, between spaces. A template
+            itself is the tokenizer's `chat_template`; applying one adds no `begin` tokens.
 
     Returns:
         The tokenizer, and `vocab_size` with the ids of `pad_token_id`, `bos_token_id` and `eos_token_id`.
