@@ -8,6 +8,7 @@ from .process import sigma_from_vp as sigma_from_vp
 from .process import to_vp as to_vp
 from .process import velocity_from_vp as velocity_from_vp
 from .routers import Boundary as Boundary
+from .routers import Router as Router
 from .routers import RouterConfig as RouterConfig
 from .routers import TimestepRouter as TimestepRouter
 from .routers import TimestepRouterConfig as TimestepRouterConfig
