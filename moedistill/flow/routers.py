@@ -419,6 +419,20 @@ class TimestepRouterConfig(RouterConfig):
         return router
 
 
+@dataclass(kw_only=True)
+class GivenRouterConfig(RouterConfig):
+    """A timestep router that is there already, such as an export's: no kind of a recipe's.
+
+    Args:
+        data: as `TimestepRouter.to_dict` gives it.
+    """
+
+    data: dict[str, Any]
+
+    def build(self, trajectory: Trajectory) -> TimestepRouter:
+        return TimestepRouter.from_dict(self.data)
+
+
 def _check_experts(experts: Sequence[str], num_boundaries: int) -> None:
     if not experts or not all(isinstance(expert, str) and expert for expert in experts):
         raise ValueError(f"experts {list(experts)} must be at least one non-empty name")

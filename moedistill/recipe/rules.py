@@ -53,6 +53,17 @@ class Rules:
             yield from self.sampling(trajectory)
         yield from self.stages_themselves()
 
+    def model(self) -> Iterator[Violation]:
+        """Those of a model that was trained: nothing on stages and data."""
+        trajectory, problem = self.trajectory()
+        if problem is not None:
+            yield problem
+        yield from self.routing(trajectory)
+        yield from self.ancestry()
+        yield from self.teachers(trajectory)
+        if trajectory is not None and self.recipe.sample and not failed(self.recipe.sample):
+            yield from self.sampling(trajectory)
+
     def names(self) -> Iterator[Violation]:
         rule = "letters, digits, '_' and '-'"
         name = self.recipe.name
