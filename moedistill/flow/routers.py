@@ -257,7 +257,7 @@ def _check_segments(segments: Sequence[Segment], trajectory: Trajectory) -> None
                 f"gives {segment.expert!r} sigma {segment.low:.6g} to {segment.high:.6g}, with no point of the "
                 "trajectory in it; each segment must hold one"
             )
-    if as_sigma(segments[-1].low) >= trajectory.sigma(1):
+    if trajectory.sigma(1) not in segments[-1]:
         raise ValueError(
             f"ends at sigma {segments[-1].low:.6g}, above the trajectory's point 1 (sigma {trajectory.sigma(1):.6g}); "
             f"the last segment must reach down to point 0 (sigma {trajectory.sigma(0):.6g})"

@@ -279,6 +279,14 @@ def test_segments_are_all_that_a_router_needs(closed, trajectory):
         ours.expert_at(1.5)
 
 
+def test_the_last_segment_holds_the_first_point(trajectory):
+    lowest = trajectory.sigma(1)
+    check_router(TimestepRouter(EXPERTS, [0.9], lowest, "high"), trajectory)
+    for closed, low in (("low", lowest), ("high", after(lowest))):
+        with pytest.raises(ValueError, match="the last segment must reach down to point 0"):
+            check_router(TimestepRouter(EXPERTS, [0.9], low, closed), trajectory)
+
+
 def test_a_router_must_say_what_it_is():
     class Half(Router):
         @property
