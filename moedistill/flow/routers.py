@@ -259,7 +259,7 @@ def _check_segments(segments: Sequence[Segment], trajectory: Trajectory) -> None
             )
     if trajectory.sigma(1) not in segments[-1]:
         raise ValueError(
-            f"ends at sigma {segments[-1].low:.6g}, above the trajectory's point 1 (sigma {trajectory.sigma(1):.6g}); "
+            f"ends at sigma {segments[-1].low:.6g}, without the trajectory point 1 (sigma {trajectory.sigma(1):.6g}); "
             f"the last segment must reach down to point 0 (sigma {trajectory.sigma(0):.6g})"
         )
 

@@ -50,7 +50,7 @@ def test_what_a_plugin_may_give(plugins, tmp_path):
         ("gap", "segments that leave a gap: 'semantic' ends at sigma 0.9, and 'detail' begins at 0.6; each must begin"),
         ("upside down", "begins at sigma 0.6 with 'detail'; the first segment must begin at 1"),
         ("closed", "closed: low for 'semantic' and closed: high for 'detail'; all must be closed alike"),
-        ("low", "ends at sigma 0.7, above the trajectory's point 1 (sigma 0.416667)"),
+        ("low", "ends at sigma 0.7, without the trajectory point 1 (sigma 0.416667)"),
         ("twice", "experts ['semantic', 'semantic'] must differ"),
         ("pointless", "gives 'detail' sigma 0.998 to 0.999, with no point of the trajectory in it"),
         ("coin", "which lies in the segment of 'semantic'; expert_at must give the one expert that its segments name"),
