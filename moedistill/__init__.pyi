@@ -33,6 +33,7 @@ from .flow.process import unshift as unshift
 from .flow.process import velocity_from_vp as velocity_from_vp
 from .flow.process import velocity_of as velocity_of
 from .flow.routers import Boundary as Boundary
+from .flow.routers import Router as Router
 from .flow.routers import RouterConfig as RouterConfig
 from .flow.routers import TimestepRouter as TimestepRouter
 from .flow.sampling import sample as sample

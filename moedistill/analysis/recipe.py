@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moedistill.analysis.suggest import ExpertNeeds, landings
+from moedistill.analysis.suggest import ExpertNeeds, landings, movable
+from moedistill.flow.routers import Router, RouterConfig
 from moedistill.flow.trajectory import Trajectory
 from moedistill.model.backbone import TEACHER
 from moedistill.recipe.keys import Recipe
@@ -35,11 +36,11 @@ def write_recipe(
         RecipeError: the suggested values do not fit the recipe's other keys.
     """
     plain = recipe.resolved()
-    names = list(recipe.router.experts) if recipe.router else []  # type: ignore[attr-defined]
-    same_number = len(names) == len(analysis.boundaries) + 1
+    router = recipe.router.build(trajectory) if recipe.router else None
+    same_number = router is not None and len(router.experts) == len(analysis.boundaries) + 1
     by_points = not plain["sample"] or plain["sample"]["points"] is not None
     short = _is_file(source) and not overrides and same_number and by_points
-    changes = _changes(analysis, recipe, plain, trajectory, same_number)
+    changes = _changes(analysis, recipe, plain, trajectory, router, same_number)
     comments = _comments(analysis)
     if short:
         extends = os.path.relpath(Path(str(source)), path.parent)
@@ -56,7 +57,12 @@ def write_recipe(
     if analysis.smoke:
         head.append("Measured on a random miniature: the form is right, the values mean nothing.")
     if "router" not in changes:
-        head += [*comments["router"], "That is the recipe's own boundary."]
+        assert router is not None
+        assert recipe.router is not None
+        head += [*comments["router"], *_why_it_stays(analysis, recipe.router, router, trajectory)]
+    elif recipe.router is not None and not movable(recipe.router):
+        kind = recipe.router.kind
+        comments["router"].append(f"The recipe's is of kind {kind}, which places its own; this one takes its place.")
     lines = [f"# {line}\n" for line in head]
     for key, value in body.items():
         if key in changes:
@@ -66,20 +72,40 @@ def write_recipe(
     load_recipe(path, plugins=plugins)
 
 
+def _why_it_stays(analysis: "Analysis", config: RouterConfig, router: Router, trajectory: Trajectory) -> list[str]:
+    """The comment on a router that the suggestion leaves as it is."""
+    if landings(trajectory, router) == analysis.boundaries:
+        return ["That is the recipe's own boundary."]
+    boundaries = ", ".join(f"{{point: {point}}}" for point in analysis.boundaries)
+    instead = f"{{kind: timestep, experts: [{', '.join(router.experts)}], boundaries: [{boundaries}]}}"
+    return [
+        f"The recipe's router is of kind {config.kind}, which places its own boundaries: it stays, and the sampling",
+        f"steps are chosen for it. To part the experts at the suggested ones: router: {instead}",
+    ]
+
+
 def _is_file(source: object) -> bool:
     return isinstance(source, str | Path) and str(source) not in shipped_recipes() and Path(source).is_file()
 
 
 def _changes(
-    analysis: "Analysis", recipe: Recipe, plain: Mapping[str, Any], trajectory: Trajectory, same_number: bool
+    analysis: "Analysis",
+    recipe: Recipe,
+    plain: Mapping[str, Any],
+    trajectory: Trajectory,
+    router: Router | None,
+    same_number: bool,
 ) -> dict[str, Any]:
-    """The keys that the suggestion has something to say on; a router that is as suggested stays as it is."""
+    """The keys that the suggestion has something to say on.
+
+    A router that is as suggested stays as it is, and so does one of another kind, which cannot be told where to part.
+    """
     changes: dict[str, Any] = {}
     if not same_number:
-        changes |= _other_number(analysis, plain)
-    elif recipe.router is not None:
-        if landings(trajectory, recipe.router.build(trajectory)) != analysis.boundaries:
-            changes["router"] = {"boundaries": _boundaries(analysis, plain["router"]["closed"])}
+        changes |= _other_number(analysis, plain, router.experts if router else ())
+    elif recipe.router is not None and router is not None:
+        if movable(recipe.router) and landings(trajectory, router) != analysis.boundaries:
+            changes["router"] = {"boundaries": _boundaries(analysis, router.segments[0].closed)}
         adapters = [name for name, expert in plain["experts"].items() if expert["kind"] == "lora"]
         if analysis.needs is not None and adapters:
             changes["experts"] = {name: _needs(analysis.needs) for name in adapters}
@@ -97,11 +123,11 @@ def _needs(needs: ExpertNeeds) -> dict[str, Any]:
     return {"targets": needs.targets, "copies": needs.copies}
 
 
-def _other_number(analysis: "Analysis", plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Router, experts and stages for another number of experts, made like the recipe's first and last ones."""
+def _other_number(analysis: "Analysis", plain: Mapping[str, Any], routed: Sequence[str]) -> dict[str, Any]:
+    """Router, experts and stages for another number of experts, made like the first and last that are `routed` now."""
     count = len(analysis.boundaries) + 1
     names = ["semantic", "detail"] if count == 2 else [f"expert_{number}" for number in range(1, count + 1)]
-    own = [plain["experts"].get(name) for name in (plain["router"] or {"experts": []})["experts"]]
+    own = [plain["experts"].get(name) for name in routed]
     own = [expert for expert in own if expert is not None]
     first = own[0] if own else {"kind": "full"}
     rest = own[-1] if len(own) > 1 else {"kind": "lora", "rank": 16, "alpha": 32}

@@ -21,6 +21,7 @@ from moedistill.analysis.suggest import (
     even_points,
     find_decisions,
     landings,
+    movable,
     path_error,
     refine_points,
     suggest_boundaries,
@@ -116,15 +117,22 @@ def analyze(
 
 
 class _Plan:
-    """How many experts and steps are asked for, and what the teacher leaves open."""
+    """How many experts and steps are asked for, and what the teacher and the recipe's router leave open.
+
+    Attributes:
+        fixed: where the teacher's own networks part, as points.
+        own: where the recipe's router parts its experts, as points.
+        stays: whether it stays, as one whose boundaries the suggestion cannot move.
+    """
 
     def __init__(self, recipe: Recipe, experts: int | None, student_steps: int | None) -> None:
         self.trajectory: Trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
-        self.router = recipe.router.build(self.trajectory) if recipe.router else None
+        router = recipe.router.build(self.trajectory) if recipe.router else None
         teachers = recipe.backbone.teacher_router(self.trajectory)
         self.fixed = landings(self.trajectory, teachers) if teachers else []
-        own = len(self.router.experts) if self.router else 1
-        self.experts = experts or max(own, 2, len(self.fixed) + 1)
+        self.own = landings(self.trajectory, router) if router else []
+        self.experts = experts or max(len(self.own) + 1, 2, len(self.fixed) + 1)
+        self.stays = recipe.router is not None and not movable(recipe.router) and self.experts == len(self.own) + 1
         self.own_points = _points_of(recipe, self.trajectory)
         self.student_steps = student_steps or len(self.own_points) or 4
         top = self.trajectory.num_steps
@@ -173,15 +181,16 @@ def _teacher(work: _Work, plan: _Plan, samples: int, batch_size: int) -> Analysi
     halves = [follow_teacher(run, *drawn, batch_size) for drawn in inputs]
     path = joined(halves)
     boundaries = suggest_boundaries(path, plan.experts, plan.fixed)
+    stops = plan.own if plan.stays else boundaries  # where the suggested recipe's experts part
     errors, fresh, top = halves[0].jump_errors, halves[-1].jump_errors, path.num_steps
     measure, judge = (partial(end_error, run, halves[k], *inputs[k], batch_size) for k in (0, -1))
     lists = {"even": even_points(top, plan.student_steps)}
     if len(plan.own_points) == plan.student_steps:
         lists["own"] = plan.own_points
-    starts = [suggest_points(errors, plan.student_steps, boundaries)]
-    if len(boundaries) < plan.student_steps:
-        starts += [points for points in lists.values() if set(boundaries) <= set(points)]
-    chosen, _ = refine_points(min(starts, key=measure), boundaries, top, measure)
+    starts = [suggest_points(errors, plan.student_steps, stops)]
+    if len(stops) < plan.student_steps:
+        starts += [points for points in lists.values() if set(stops) <= set(points)]
+    chosen, _ = refine_points(min(starts, key=measure), stops, top, measure)
     lists = {"suggested": chosen, **lists}
     sampling = {
         name: SamplingPoints(
@@ -236,9 +245,8 @@ def _training(work: _Work, plan: _Plan, analysis: Analysis, steps: int, most_poi
     _train_all(run, steps)
     analysis.student.append(measure(run, steps=steps, boundaries=analysis.boundaries))
     if not plan.fixed:  # a teacher of several networks has one student for each already
-        boundary = landings(plan.trajectory, plan.router)[0] if plan.router and plan.router.boundaries else None
         del run  # there is not room for its student beside two
-        run = work.run(with_students(work.recipe, steps, point=boundary or analysis.boundaries[0]))
+        run = work.run(with_students(work.recipe, steps, point=(plan.own or analysis.boundaries)[0]))
         _train_all(run, steps)
     upper, lower = (stage.expert for stage in run.recipe.stages[:2])  # type: ignore[attr-defined]
     analysis.layers = compare_experts(run.mixture, upper, lower, steps)

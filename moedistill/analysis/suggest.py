@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moedistill.analysis.layers import LayerDifferences
 from moedistill.analysis.teacher import TeacherPath
-from moedistill.flow.routers import TimestepRouter
+from moedistill.flow.routers import Router, RouterConfig, TimestepRouterConfig
 from moedistill.flow.trajectory import Trajectory
 
 VALLEY = 0.6
@@ -70,9 +70,14 @@ def _humps(rate: list[float], first: int, last: int) -> list[tuple[int, int]]:
     return _humps(rate, first, deepest) + _humps(rate, deepest, last)
 
 
-def landings(trajectory: Trajectory, router: TimestepRouter) -> list[int]:
+def landings(trajectory: Trajectory, router: Router) -> list[int]:
     """The points, descending, where the students of all segments but the last land: boundaries, whoever owns them."""
     return [trajectory.points_in(segment)[0] - 1 for segment in router.segments[:-1]]
+
+
+def movable(router: RouterConfig) -> bool:
+    """Whether a recipe's router has boundaries that a suggestion can move; of another kind it places them itself."""
+    return type(router) is TimestepRouterConfig
 
 
 def suggest_boundaries(path: TeacherPath, num_experts: int, fixed: list[int]) -> list[int]:

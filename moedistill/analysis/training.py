@@ -41,8 +41,8 @@ def with_students(recipe: Recipe, steps: int, point: int | None = None) -> Recip
     router = TimestepRouterConfig(experts=["student"])
     if teachers is not None:
         bases = teachers.experts
-        boundaries = [Boundary(sigma=boundary) for boundary in teachers.boundaries]
-        router = TimestepRouterConfig(experts=list(bases), boundaries=boundaries, closed=teachers.closed)
+        boundaries = [Boundary(sigma=segment.low) for segment in teachers.segments[:-1]]
+        router = TimestepRouterConfig(experts=list(bases), boundaries=boundaries, closed=teachers.segments[0].closed)
     elif point is not None:
         bases = [None, None]
         router = TimestepRouterConfig(experts=["upper", "lower"], boundaries=[Boundary(point=point)])

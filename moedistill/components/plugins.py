@@ -83,8 +83,18 @@ def _add(plugins: Plugins, name: str, load: Callable[[], object]) -> None:
         components.withdraw(name, f"{type(error).__name__}: {error}")
 
 
+LOCAL = "moedistill_local_"
+"""Begins the module name of a local file."""
+
+
+def plugin_of(module: str) -> str:
+    """The package that a module is of; of a local file's the file's name."""
+    root = module.partition(".")[0]
+    return f"{root.removeprefix(LOCAL)}.py" if root.startswith(LOCAL) else root
+
+
 def _import_file(file: Path) -> ModuleType:
-    name = f"moedistill_local_{file.stem}"
+    name = f"{LOCAL}{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is not a Python file; its name must end in .py")

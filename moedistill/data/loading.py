@@ -1,7 +1,7 @@
 """Which samples make which batch: a pure function of (seed, stage, step), bucketed by latent shape."""
 
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,39 @@ class BucketSampler:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def sample_problem(sample: object, shape: Sequence[int] | None = None) -> str:
+    """What keeps `sample` from being used, to follow "sample 3"; nothing where it is a sample.
+
+    Args:
+        shape: of its latents, as the dataset's `shape` says.
+    """
+    if not isinstance(sample, Sample):
+        return f"is a {type(sample).__name__}, not a Sample of latents and conditioning"
+    latents = sample.latents
+    if not isinstance(latents, Tensor):
+        return f"has latents that are a {type(latents).__name__}; they must be a tensor [C, T, H, W]"
+    if latents.ndim != 4:
+        return f"has latents {list(latents.shape)}; they must be [C, T, H, W], without a batch dimension"
+    if not latents.is_floating_point():
+        return f"has latents of {latents.dtype}; they must be floating-point numbers, such as torch.float32"
+    if shape is not None and tuple(latents.shape) != tuple(shape):
+        return (
+            f"has latents {list(latents.shape)}, but the dataset's shape() says {list(shape)}; samples are batched by "
+            "it, so let it give each sample's own"
+        )
+    return conditioning_problem(sample.conditioning)
+
+
+def conditioning_problem(cond: object) -> str:
+    """What keeps a sample's conditioning from being used, to follow "sample 3"; nothing where it is as it must be."""
+    if not isinstance(cond, Mapping):
+        return f"has conditioning that is a {type(cond).__name__}; it must be a mapping of names to tensors"
+    for name, value in cond.items():
+        if not isinstance(value, Tensor):
+            return f"has {name} that is a {type(value).__name__}; it must be a tensor, without a batch dimension"
+    return ""
+
+
 def collate(samples: list[Sample]) -> tuple[Tensor, dict[str, Tensor]]:
     """Latents `[B, C, T, H, W]` and conditioning, batch first.
 
@@ -84,14 +117,20 @@ class _Batches:
     page of its traceback.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset, shapes: Sequence[tuple[int, ...]]) -> None:
+        self._dataset, self._shapes = dataset, shapes
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]] | ValueError:
         try:
-            return collate([self._dataset[i] for i in indices])
+            return collate([self._sample(i) for i in indices])
         except ValueError as error:
             return ValueError(str(error))
+
+    def _sample(self, index: int) -> Sample:
+        sample = self._dataset[index]
+        if problem := sample_problem(sample, self._shapes[index]):
+            raise ValueError(f"{type(self._dataset).__name__}: sample {index} {problem}")
+        return sample
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -134,22 +173,21 @@ def load_batches(
             f"training.batch_size {batch_size} cannot be shared evenly among {world_size} processes × "
             f"{accumulation} accumulation steps; make it a multiple of {accumulation * world_size}"
         )
-    sampler = BucketSampler(
-        [dataset.shape(i) for i in range(len(dataset))], batch_size=batch_size, seed=seed, stage=stage
-    )
+    shapes = [dataset.shape(i) for i in range(len(dataset))]
+    sampler = BucketSampler(shapes, batch_size=batch_size, seed=seed, stage=stage)
     schedule = [
         list(range(start := (micro * world_size + rank) * share, start + share)) for micro in range(accumulation)
     ]
-    return _load(dataset, sampler, schedule, steps, num_workers)
+    return _load(_Batches(dataset, shapes), sampler, schedule, steps, num_workers)
 
 
 def _load(
-    dataset: Dataset, sampler: BucketSampler, schedule: list[list[int]], steps: range, num_workers: int
+    source: _Batches, sampler: BucketSampler, schedule: list[list[int]], steps: range, num_workers: int
 ) -> Generator[Batch, None, None]:
     """One batch for each of `steps` and each entry of `schedule`: the positions of a micro-batch's samples."""
     indices = ([sampler.batch(step)[p] for p in positions] for step in steps for positions in schedule)
     loader: DataLoader[Any] = DataLoader(
-        _Batches(dataset),  # type: ignore[arg-type]
+        source,  # type: ignore[arg-type]
         sampler=indices,
         batch_size=None,
         collate_fn=_as_it_is,

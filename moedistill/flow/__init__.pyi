@@ -13,6 +13,7 @@ from .process import unshift as unshift
 from .process import velocity_from_vp as velocity_from_vp
 from .process import velocity_of as velocity_of
 from .routers import Boundary as Boundary
+from .routers import Router as Router
 from .routers import RouterConfig as RouterConfig
 from .routers import TimestepRouter as TimestepRouter
 from .routers import TimestepRouterConfig as TimestepRouterConfig

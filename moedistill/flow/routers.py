@@ -1,12 +1,15 @@
 """Which expert serves which noise level. Training, sampling and export use the same object."""
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moedistill.components.fields import Config, Fraction, NonNegativeFloat, NonNegativeInt
@@ -14,8 +17,103 @@ from moedistill.flow.process import as_sigma
 from moedistill.flow.trajectory import Closed, Segment, Trajectory, check_closed
 
 
+class Router(ABC):
+    """Which expert serves which noise level: hard segments from 1 down, one for each expert, which never change.
+
+    A router of one's own says where the boundaries are: it gives `segments`, `to_dict` and `from_dict`, and everything
+    else follows. A plain list of boundaries is a `TimestepRouter`. What routes otherwise (softly, by chance, by what a
+    network has learned) is no router: each expert is trained on its segment and on nothing else. `moedistill validate`
+    refuses it; see `check_router`.
+
+    Attributes:
+        notes: how boundaries were understood, for people to read.
+    """
+
+    notes: Sequence[str] = ()
+
+    @property
+    @abstractmethod
+    def segments(self) -> Sequence[Segment]:
+        """One segment per expert, from high to low noise: from 1, without gaps, all `closed` alike."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with a `kind`, for JSON: what `from_dict` reads; "timestep" is what `TimestepRouter` reads."""
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Router":
+        """The router that `to_dict` described; ValueError if `data` describes something else."""
+
+    @cached_property
+    def experts(self) -> Sequence[str]:
+        """Names, from high to low noise."""
+        return tuple(segment.expert for segment in self.segments)
+
+    def segment(self, expert: str) -> Segment:
+        """The segment of `expert`; ValueError if it has none."""
+        for segment in self.segments:
+            if segment.expert == expert:
+                return segment
+        raise ValueError(f"no expert {expert!r}: the router knows {', '.join(self.experts)}")
+
+    def expert_at(self, sigma: float | Tensor) -> str:
+        """The expert that serves `sigma`, one number; ValueError if it is outside [0, 1] or NaN."""
+        value, segments = as_sigma(sigma), self.segments
+        # The last expert also serves what lies under its segment: sampling runs on to 0 with it.
+        return next((segment.expert for segment in segments if value in segment), segments[-1].expert)
+
+    def experts_at(self, sigmas: Tensor | Sequence[float]) -> list[str]:
+        """The expert of each sample, for sigmas `[B]`; ValueError if one is outside [0, 1] or NaN."""
+        if isinstance(sigmas, Tensor):
+            if sigmas.ndim != 1:
+                raise ValueError(f"sigmas of shape {list(sigmas.shape)} must be [B], one per sample")
+            sigmas = sigmas.tolist()
+        return [self.expert_at(sigma) for sigma in sigmas]
+
+    def dispatch(self, sigmas: Tensor | Sequence[float]) -> list[tuple[str, Tensor]]:
+        """A mixed batch by expert: pairs (expert, rows), from high to low noise; experts without a sample are left out.
+
+        For loops of one's own: each network is called once, with its rows of the batch. moedistill itself trains an
+        expert on its own segment, and samples a batch at one noise level.
+
+        Args:
+            sigmas: `[B]`, one per sample.
+
+        Returns:
+            Rows as int64 `[n]`, ascending, on the device of `sigmas`; every row of the batch is there once.
+
+        Raises:
+            ValueError: a sigma is outside [0, 1] or NaN, or `sigmas` is not `[B]`.
+
+        Example:
+            >>> import torch
+            >>> from moedistill import TimestepRouter
+            >>> router = TimestepRouter(["semantic", "detail"], [0.9])
+            >>> networks = {"semantic": lambda x, sigma: x + 1, "detail": lambda x, sigma: 0 * x}
+            >>> x, sigmas = torch.ones(3, 4, 1, 2, 2), torch.tensor([0.95, 0.3, 1.0])
+            >>> v = torch.empty_like(x)
+            >>> for expert, rows in router.dispatch(sigmas):
+            ...     print(expert, rows.tolist())
+            ...     v[rows] = networks[expert](x[rows], sigmas[rows])
+            semantic [0, 2]
+            detail [1]
+            >>> v[:, 0, 0, 0, 0].tolist()
+            [2.0, 0.0, 2.0]
+        """
+        rows: dict[str, list[int]] = {expert: [] for expert in self.experts}
+        for row, expert in enumerate(self.experts_at(sigmas)):
+            rows[expert].append(row)
+        device = sigmas.device if isinstance(sigmas, Tensor) else None
+        return [
+            (expert, torch.tensor(chosen, dtype=torch.int64, device=device))
+            for expert, chosen in rows.items()
+            if chosen
+        ]
+
+
 @dataclass(frozen=True)
-class TimestepRouter:
+class TimestepRouter(Router):
     """Hard routing by noise level: experts from high to low noise, boundaries between them descending.
 
     A sigma below `low` still belongs to the last expert: sampling runs on to 0 with it. Sigmas and boundaries are
@@ -32,7 +130,7 @@ class TimestepRouter:
         ValueError: names or boundaries that don't make one non-empty segment per expert.
     """
 
-    experts: Sequence[str]
+    experts: Sequence[str] = field()  # without field() the base's property would be the default
     boundaries: Sequence[float] = ()
     low: float = 0.0
     closed: Closed = "low"
@@ -98,31 +196,6 @@ class TimestepRouter:
             Segment(expert, low, high, self.closed) for expert, (high, low) in zip(self.experts, ends, strict=True)
         )
 
-    def segment(self, expert: str) -> Segment:
-        """The segment of `expert`; ValueError if it has none."""
-        for segment in self.segments:
-            if segment.expert == expert:
-                return segment
-        raise ValueError(f"no expert {expert!r}: the router knows {', '.join(self.experts)}")
-
-    def expert_at(self, sigma: float | Tensor) -> str:
-        """The expert that serves `sigma`, one number; ValueError if it is outside [0, 1] or NaN."""
-        value = as_sigma(sigma)
-        # The last expert has no boundary below it: it also serves what lies under `low`.
-        for expert, boundary in zip(self.experts, self.boundaries, strict=False):
-            edge = as_sigma(boundary)
-            if value > edge or (value == edge and self.closed == "high"):
-                return expert
-        return self.experts[-1]
-
-    def experts_at(self, sigmas: Tensor | Sequence[float]) -> list[str]:
-        """The expert of each sample, for sigmas `[B]`; ValueError if one is outside [0, 1] or NaN."""
-        if isinstance(sigmas, Tensor):
-            if sigmas.ndim != 1:
-                raise ValueError(f"sigmas of shape {list(sigmas.shape)} must be [B], one per sample")
-            sigmas = sigmas.tolist()
-        return [self.expert_at(sigma) for sigma in sigmas]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: what `from_dict` reads."""
         return {
@@ -140,6 +213,93 @@ class TimestepRouter:
         if set(data) != keys or data["kind"] != "timestep":
             raise ValueError(f"not a timestep router: {dict(data)!r}; expected kind 'timestep' and keys {sorted(keys)}")
         return cls(data["experts"], data["boundaries"], data["low"], data["closed"])
+
+
+def check_router(router: object, trajectory: Trajectory) -> None:
+    """ValueError for what moedistill cannot train, export and sample: anything but hard segments, from 1 down in order.
+
+    Each segment meets the one below, owns a point of `trajectory`, and its expert is what `expert_at` gives on it; what
+    `to_dict` gives survives JSON and `from_dict`. Of a random choice this sees that it does not keep to the segments.
+    """
+    if not isinstance(router, Router):
+        raise ValueError(f"gives {_article(type(router).__name__)}, which is no Router")
+    segments = list(router.segments)
+    _check_segments(segments, trajectory)
+    if list(router.experts) != [segment.expert for segment in segments]:
+        raise ValueError(f"names experts {list(router.experts)}, but its segments are those of {_names(segments)}")
+    if type(router).expert_at is not Router.expert_at:
+        _check_expert_at(router, segments, trajectory)
+    _check_dict(router, segments)
+
+
+def _check_segments(segments: Sequence[Segment], trajectory: Trajectory) -> None:
+    if not segments or not all(isinstance(segment, Segment) for segment in segments):
+        raise ValueError(f"gives segments {segments}: there must be one Segment for each expert, and at least one")
+    _check_experts(_names(segments), len(segments) - 1)
+    top = segments[0]
+    if as_sigma(top.high) != 1.0:
+        raise ValueError(f"begins at sigma {top.high:.6g} with {top.expert!r}; the first segment must begin at 1")
+    for upper, lower in pairwise(segments):
+        if as_sigma(upper.low) != as_sigma(lower.high):
+            how = "overlap" if upper.low < lower.high else "leave a gap"
+            raise ValueError(
+                f"gives segments that {how}: {upper.expert!r} ends at sigma {upper.low:.6g}, and {lower.expert!r} "
+                f"begins at {lower.high:.6g}; each must begin where the one above ends"
+            )
+        if upper.closed != lower.closed:
+            raise ValueError(
+                f"gives segments closed: {upper.closed} for {upper.expert!r} and closed: {lower.closed} for "
+                f"{lower.expert!r}; all must be closed alike, so that a boundary belongs to one of them"
+            )
+    for segment in segments:
+        if not trajectory.points_in(segment):
+            raise ValueError(
+                f"gives {segment.expert!r} sigma {segment.low:.6g} to {segment.high:.6g}, with no point of the "
+                "trajectory in it; each segment must hold one"
+            )
+    if trajectory.sigma(1) not in segments[-1]:
+        raise ValueError(
+            f"ends at sigma {segments[-1].low:.6g}, without the trajectory point 1 (sigma {trajectory.sigma(1):.6g}); "
+            f"the last segment must reach down to point 0 (sigma {trajectory.sigma(0):.6g})"
+        )
+
+
+def _check_expert_at(router: Router, segments: Sequence[Segment], trajectory: Trajectory) -> None:
+    """At the points, between them, under the last segment, and beside each boundary."""
+    points = trajectory.points.tolist()
+    edges = [as_sigma(segment.low) for segment in segments if segment.low > 0]
+    beside = [torch.nextafter(torch.tensor(edge), torch.tensor(end)).item() for edge in edges for end in (0.0, 1.0)]
+    middles = [(above + below) / 2 for above, below in pairwise(points)]
+    for sigma in sorted({0.0, *points, *middles, *edges, *beside}, reverse=True):
+        owner, found = Router.expert_at(router, sigma), router.expert_at(sigma)
+        if not isinstance(found, str) or found != owner:
+            raise ValueError(
+                f"gives {found!r} at sigma {sigma:.6g}, which lies in the segment of {owner!r}; expert_at must give "
+                "the one expert that its segments name"
+            )
+
+
+def _check_dict(router: Router, segments: Sequence[Segment]) -> None:
+    data = router.to_dict()
+    try:
+        plain = json.loads(json.dumps(data))
+        cls = TimestepRouter if plain["kind"] == "timestep" else type(router)
+        again = list(cls.from_dict(plain).segments)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"cannot be written to an export and read again ({type(error).__name__}: {error}): to_dict must give plain "
+            "data with a kind, and from_dict read it"
+        ) from error
+    if again != segments:
+        raise ValueError(f"writes {plain} with to_dict, which from_dict reads as other segments, {again}")
+
+
+def _names(segments: Sequence[Segment]) -> list[str]:
+    return [segment.expert for segment in segments]
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def sigma_of_snr(snr: float) -> float:
@@ -212,8 +372,11 @@ class RouterConfig(Config, ABC):
     """Recipe keys of a router."""
 
     @abstractmethod
-    def build(self, trajectory: Trajectory) -> TimestepRouter:
-        """The router over the segments of `trajectory`; its `notes` tell how boundaries were understood."""
+    def build(self, trajectory: Trajectory) -> Router:
+        """The router over the segments of `trajectory`: a `TimestepRouter`, or a subclass of `Router`; always the same.
+
+        Its `notes` tell how boundaries were understood.
+        """
 
 
 @dataclass(kw_only=True)
@@ -254,6 +417,20 @@ class TimestepRouterConfig(RouterConfig):
                     f"{segment.high:.6g}, closed: {self.closed}; move a boundary"
                 )
         return router
+
+
+@dataclass(kw_only=True)
+class GivenRouterConfig(RouterConfig):
+    """A timestep router that is there already, such as an export's: no kind of a recipe's.
+
+    Args:
+        data: as `TimestepRouter.to_dict` gives it.
+    """
+
+    data: dict[str, Any]
+
+    def build(self, trajectory: Trajectory) -> TimestepRouter:
+        return TimestepRouter.from_dict(self.data)
 
 
 def _check_experts(experts: Sequence[str], num_boundaries: int) -> None:

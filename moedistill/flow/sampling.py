@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moedistill.flow.process import as_sigma, diffuse, jump
-from moedistill.flow.routers import TimestepRouter
+from moedistill.flow.routers import Router
 
 
 @torch.no_grad()
@@ -15,7 +15,7 @@ def sample(
     velocity: Callable[..., Tensor],
     x: Tensor,
     sigmas: Sequence[float] | Tensor,
-    router: TimestepRouter | None = None,
+    router: Router | None = None,
     *,
     eta: float = 0.0,
     noise: Callable[[int], Tensor] | None = None,

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moedistill.errors import UserError
 from moedistill.flow.process import guide
-from moedistill.flow.routers import TimestepRouter
+from moedistill.flow.routers import Router, TimestepRouter
 from moedistill.flow.trajectory import Trajectory
 from moedistill.model import conditioning
 from moedistill.model.backbone import TEACHER, Backbone, teacher_name
@@ -62,11 +62,11 @@ class Mixture(nn.Module):
         experts: Mapping[str, ExpertConfig],
         *,
         trajectory: Trajectory | None = None,
-        router: TimestepRouter | None = None,
+        router: Router | None = None,
         guidance: Guidance | None = None,
         seed: int = 0,
         gradient_checkpointing: bool = False,
-        teacher_router: TimestepRouter | None = None,
+        teacher_router: Router | None = None,
         inference: bool = False,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
@@ -294,7 +294,7 @@ class Mixture(nn.Module):
             batch_size: how many samples run at once.
         """
         stand_ins = stand_ins or {}
-        router = self.router or TimestepRouter([TEACHER], [])
+        router: Router = self.router or TimestepRouter([TEACHER], [])
 
         def velocity(x: Tensor, sigma: Tensor, expert: str, cond: Conditioning) -> Tensor:
             expert = stand_ins.get(expert, expert)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moedistill.flow.routers import TimestepRouter
+from moedistill.flow.routers import Router
 from moedistill.flow.sampling import sample
 from moedistill.model import conditioning
 from moedistill.model.conditioning import Conditioning
@@ -19,7 +19,7 @@ def sample_in_batches(
     noise: Tensor,
     cond: Conditioning,
     sigmas: Sequence[float] | Tensor,
-    router: TimestepRouter | None = None,
+    router: Router | None = None,
     *,
     eta: float = 0.0,
     fresh_noise: FreshNoise | None = None,

@@ -204,5 +204,5 @@ class Recipe:
     def notes(self) -> list[str]:
         """How values near trajectory points were understood, for people to read."""
         trajectory = self.trajectory.build(self.backbone.native_sigmas())
-        notes = list(getattr(self.router.build(trajectory), "notes", ())) if self.router else []
+        notes = list(self.router.build(trajectory).notes) if self.router else []
         return notes + (self.sample.notes(trajectory) if self.sample else [])

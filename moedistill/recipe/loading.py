@@ -3,16 +3,20 @@
 Nothing is built here but config objects: a recipe is data, never code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moedistill.components.plugins import Plugins, load_plugins
 from moedistill.errors import Problem, RecipeError, nearest, shorten
 from moedistill.recipe.building import FAILED, Builder
 from moedistill.recipe.keys import Recipe, TrainingConfig
-from moedistill.recipe.rules import Rules
+from moedistill.recipe.rules import Rules, Violation
 from moedistill.recipe.yaml_tree import Node, apply_override, dotted, from_data, merge, read_file
+
+if TYPE_CHECKING:
+    from moedistill.flow.routers import RouterConfig
 
 
 def load_recipe(
@@ -36,6 +40,44 @@ def load_recipe(
     root = read_recipe(source, overrides, problems)
     if not root.value:  # Nothing could be read: that its keys are missing too helps nobody.
         raise RecipeError(problems or [Problem("", "the recipe is empty")], name)
+    return _checked(root, problems, plugins, name, Rules.all)
+
+
+def load_model(
+    saved: Mapping[str, Any], plugins: Plugins, *, router: "RouterConfig | None" = None, name: str = "recipe"
+) -> Recipe:
+    """What sampling needs of a resolved recipe: its model, without data and stages, whose plugins may be missing.
+
+    Args:
+        router: takes the place of the recipe's own.
+        name: of the recipe in messages.
+
+    Raises:
+        RecipeError: with all problems of these parts.
+    """
+    problems: list[Problem] = []
+    kept = {key: saved[key] for key in MODEL if key in saved and not (router is not None and key == "router")}
+    root = read_recipe({**kept, "stages": [STAND_IN]}, (), problems)
+    recipe = _checked(root, problems, plugins, name, Rules.model, router)
+    return replace(recipe, stages=[])
+
+
+MODEL = ("name", "description", "seed", "backbone", "trajectory", "router", "experts", "training", "sample")
+"""The keys of a recipe that sampling needs."""
+
+STAND_IN = {"name": "none", "kind": "export"}
+"""Read in place of the stages, as a recipe has at least one."""
+
+
+def _checked(
+    root: Node,
+    problems: list[Problem],
+    plugins: Plugins,
+    name: str,
+    rules: Callable[[Rules], Iterator[Violation]],
+    router: "RouterConfig | None" = None,
+) -> Recipe:
+    """The recipe of a tree; RecipeError with the `problems` of reading it, and all that are found on the way."""
     builder = Builder(plugins.components, root)
     for problem in problems:
         # A key reported by the reader is not reported again.
@@ -43,8 +85,10 @@ def load_recipe(
     recipe = builder.build(Recipe, root.plain(), ())
     found = list(builder.problems.values())
     if recipe is not FAILED:
-        checks = Rules(recipe)
-        found += [Problem(dotted(path), message, root.where_is(path), hint) for path, message, hint in checks.all()]
+        if router is not None:
+            recipe.router = router
+        violations = rules(Rules(recipe))
+        found += [Problem(dotted(path), message, root.where_is(path), hint) for path, message, hint in violations]
     if found:
         raise RecipeError(sorted(found, key=_in_file_order), name)
     assert isinstance(recipe, Recipe)

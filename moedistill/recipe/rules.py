@@ -11,6 +11,7 @@ from moedistill.recipe.building import FAILED, Partial, Path, failed
 from moedistill.recipe.keys import Recipe
 
 if TYPE_CHECKING:
+    from moedistill.flow.routers import Router
     from moedistill.flow.trajectory import Trajectory
 
 
@@ -31,8 +32,10 @@ class Rules:
         self.recipe = recipe
         self.experts: Mapping[str, Any] | None = None if failed(recipe.experts) else recipe.experts
         self.stages: list[Any] = [] if recipe.stages is FAILED else recipe.stages
-        self.segments: list[str] | None = None
-        """Names of the experts that have a segment; None where that is unknown."""
+        self.router: Router | None = None
+        """As built on the recipe's trajectory; None where there is none, or none that can be used."""
+        self.refused = False
+        """Whether what the recipe's router builds cannot be used."""
 
     def all(self) -> Iterator[Violation]:
         yield from self.names()
@@ -40,6 +43,7 @@ class Rules:
         if problem is not None:
             yield problem
         yield from self.routing(trajectory)
+        yield from self.idle_experts()
         yield from self.ancestry()
         yield from self.teachers(trajectory)
         yield from self.trained_experts()
@@ -48,6 +52,17 @@ class Rules:
         if trajectory is not None and self.recipe.sample and not failed(self.recipe.sample):
             yield from self.sampling(trajectory)
         yield from self.stages_themselves()
+
+    def model(self) -> Iterator[Violation]:
+        """Those of a model that was trained: nothing on stages and data."""
+        trajectory, problem = self.trajectory()
+        if problem is not None:
+            yield problem
+        yield from self.routing(trajectory)
+        yield from self.ancestry()
+        yield from self.teachers(trajectory)
+        if trajectory is not None and self.recipe.sample and not failed(self.recipe.sample):
+            yield from self.sampling(trajectory)
 
     def names(self) -> Iterator[Violation]:
         rule = "letters, digits, '_' and '-'"
@@ -81,29 +96,51 @@ class Rules:
             return None, (("trajectory",), str(error), "")
 
     def routing(self, trajectory: "Trajectory | None") -> Iterator[Violation]:
-        """Routed experts exist, experts have segments, boundaries are in order."""
+        """The router can be used, boundaries are in order, and the experts that it names exist."""
         router, experts = self.recipe.router, self.experts
         if router is None:
             if experts:
                 hint = f"add router: {{kind: timestep, experts: [{', '.join(experts)}], boundaries: […]}}"
                 yield ("router",), f"is missing: it gives {', '.join(map(repr, experts))} their noise levels", hint
             return
-        names, built = router.experts if hasattr(router, "experts") else FAILED, None
         if trajectory is not None and not failed(router):
-            try:
-                built = router.build(trajectory)
-            except ValueError as error:
-                yield ("router", "boundaries") if hasattr(router, "boundaries") else ("router",), str(error), ""
-        if names is FAILED and built is not None:
-            names = [segment.expert for segment in built.segments]
-        if names is FAILED or experts is None:
+            yield from self.build_router(trajectory)
+        for k, name in enumerate(self.routed() or ()):
+            if experts is not None and name not in experts and name != TEACHER:
+                path: Path = ("router", "experts", k) if hasattr(router, "experts") else ("router",)
+                yield path, f"unknown expert {name!r}; {suggest(name, [*experts, TEACHER])}", ""
+
+    def build_router(self, trajectory: "Trajectory") -> Iterator[Violation]:
+        """Sets `router`, unless what the recipe's builds is of no use."""
+        config = self.recipe.router
+        path = ("router", "boundaries") if hasattr(config, "boundaries") else ("router",)
+        try:
+            built = config.build(trajectory)
+        except ValueError as error:
+            yield path, str(error), ""
             return
-        self.segments = list(names)
-        for k, name in enumerate(names):
-            if name not in experts and name != TEACHER:
-                yield ("router", "experts", k), f"unknown expert {name!r}; {suggest(name, [*experts, TEACHER])}", ""
+        if problem := router_problem(built, config.build(trajectory), trajectory):
+            self.refused = True
+            hint = "a router chooses boundaries: let build give a TimestepRouter, or a Router with hard segments"
+            yield ("router",), f"router {config.kind!r} {problem}", hint
+        else:
+            self.router = built
+
+    def routed(self) -> list[str] | None:
+        """Names of the experts that have a segment; None where that is unknown."""
+        if self.router is not None:
+            return list(self.router.experts)
+        names = getattr(self.recipe.router, "experts", None)  # of one that cannot be built, as far as it says so
+        known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return names if known else None
+
+    def idle_experts(self) -> Iterator[Violation]:
+        """Experts have a segment, or a stage that trains or uses them."""
+        names = self.routed() if self.recipe.router is not None else None
+        if names is None:
+            return
         used = {name for stage in self.stages for name in self.names_in(stage, "used_experts")}
-        for name in experts:
+        for name in self.experts or ():
             if name not in names and name != TEACHER and name not in used:
                 hint = "add it to router.experts, with a boundary, or remove it"
                 message = (
@@ -175,15 +212,14 @@ class Rules:
         return next((base for expert in chain if (base := getattr(expert, "base", None))), None)
 
     def teacher_segments(self, trajectory: "Trajectory | None") -> Iterator[Violation]:
-        if trajectory is None or self.recipe.router is None or failed(self.recipe.router):
+        if trajectory is None or self.router is None:
             return
         try:
             teachers = self.recipe.backbone.teacher_router(trajectory)
-            segments = self.recipe.router.build(trajectory).segments
         except ValueError:
             return  # reported elsewhere
         trained = {name for stage in self.stages for name in self.names_in(stage, "trained_experts")}
-        for segment in segments if teachers is not None else ():
+        for segment in self.router.segments if teachers is not None else ():
             points = trajectory.points_in(segment)
             served = {teachers.expert_at(trajectory.sigma(point)) for point in points}
             base = self.base_of(segment.expert)
@@ -193,13 +229,15 @@ class Rules:
                 )
                 yield ("experts", segment.expert, "base"), message, f"base: {sorted(served)[0]}"
             elif segment.expert in trained and len(served) > 1:
-                edges = ", ".join(f"{boundary:.6g}" for boundary in teachers.boundaries)
+                upper, *_ = teachers.segments
+                edges = ", ".join(f"{above.low:.6g}" for above in teachers.segments[:-1])
                 message = (
                     f"the segment of {segment.expert!r}, points {points[0]} to {points[-1]}, lies across the teacher's "
                     f"boundary at sigma {edges}: {' and '.join(sorted(served))} would both teach it"
                 )
-                hint = f"put a boundary there: {{sigma: {edges}}}, with closed: {teachers.closed}"
-                yield ("router", "boundaries"), message, hint
+                hint = f"put a boundary there: {{sigma: {edges}}}, with closed: {upper.closed}"
+                key = ("boundaries",) if hasattr(self.recipe.router, "boundaries") else ()
+                yield ("router", *key), message, hint
 
     def trained_experts(self) -> Iterator[Violation]:
         """Stages train experts that exist and can be trained, parents before children."""
@@ -267,8 +305,10 @@ class Rules:
 
     def stages_themselves(self) -> Iterator[Violation]:
         """What each stage's own `check` finds; it sees parts that failed as None."""
-        broken = isinstance(self.recipe, Partial)
+        broken = isinstance(self.recipe, Partial) or self.refused
         recipe = _with_gaps(self.recipe) if broken else self.recipe
+        if self.refused:
+            recipe.router = None
         for k, stage in enumerate(self.stages):
             if failed(stage) or not hasattr(stage, "check"):
                 continue
@@ -281,6 +321,21 @@ class Rules:
             for suffix, message in findings:
                 steps = [int(step) if step.isdigit() else step for step in suffix.split(".") if step]
                 yield ("stages", k, *steps), message, ""
+
+
+def router_problem(built: object, again: object, trajectory: "Trajectory") -> str:
+    """What makes two routers, built alike, unfit to be used; nothing where they are fit."""
+    from moedistill.flow.routers import check_router  # imports torch
+
+    try:
+        check_router(built, trajectory)
+        check_router(again, trajectory)
+    except ValueError as error:
+        return str(error)
+    first, second = (list(router.segments) for router in (built, again))  # type: ignore[attr-defined]
+    if first != second:
+        return f"gives other segments each time, {first} and {second}; training, sampling and export each build it"
+    return ""
 
 
 def _with_gaps(recipe: Partial) -> Any:

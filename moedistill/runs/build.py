@@ -1,14 +1,17 @@
 """From a recipe to what is run: models loaded and wired together, data opened, and both compared."""
 
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from moedistill.data.base import Dataset
-from moedistill.data.loading import collate
-from moedistill.errors import UserError, user_errors
-from moedistill.model.backbone import Backbone
+from moedistill.data.base import Dataset, Sample
+from moedistill.data.loading import collate, conditioning_problem, sample_problem
+from moedistill.errors import UserError, shorten, user_errors
+from moedistill.model.backbone import Backbone, SampleLayout
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
 from moedistill.runtime.devices import find_device
@@ -58,13 +61,53 @@ def build_mixture(
     return mixture
 
 
-def _check_layout(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:
-    """ValueError where latents of a shape, or the first sample's text, do not fit the model."""
-    backbone = mixture.backbone
-    layout = recipe.backbone.layout()
-    if dataset is None or layout is None or not len(dataset):
+def _check_samples(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:
+    """ValueError where the dataset gives what is no sample, or what does not fit the model.
+
+    Looked at are the first sample, and the latents' shapes of all.
+    """
+    if dataset is None or recipe.data is None:
         return
-    for shape, index in {dataset.shape(index): index for index in reversed(range(len(dataset)))}.items():
+    with _value_errors(f"dataset {recipe.data.kind!r}"):
+        if not len(dataset):
+            raise ValueError("it has no samples; give it some, or leave data out")
+        _check_first(dataset)
+        layout = recipe.backbone.layout()
+        if layout is not None:
+            _check_shapes(layout, dataset)
+            _check_conditioning(layout, mixture.backbone, dataset[0])
+
+
+def _check_first(dataset: Dataset) -> None:
+    """The first sample is one, of the shape that the dataset says; the stored negative prompt goes with it."""
+    sample = dataset[0]
+    # First without the shape, which a dataset may take from the sample.
+    if problem := sample_problem(sample) or sample_problem(sample, _shape(dataset, 0)):
+        raise ValueError(f"sample 0 {problem}")
+    null = dataset.null_conditioning()
+    if null is None:
+        return
+    if problem := conditioning_problem(null):
+        raise ValueError(f"the negative prompt {problem}")
+    for name in null.keys() & sample.conditioning.keys():
+        if null[name].ndim != sample.conditioning[name].ndim:
+            shapes = f"{list(null[name].shape)}, and sample 0 {list(sample.conditioning[name].shape)}"
+            raise ValueError(f"the negative prompt has {name} {shapes}; both must be without a batch dimension")
+
+
+def _shape(dataset: Dataset, index: int) -> tuple[int, ...]:
+    given = dataset.shape(index)
+    try:
+        shape = tuple(map(operator.index, given))
+    except TypeError:
+        shape = ()
+    if len(shape) != 4:
+        raise ValueError(f"sample {index} has shape() {given}; it must be the latents' four sizes (C, T, H, W)")
+    return shape
+
+
+def _check_shapes(layout: SampleLayout, dataset: Dataset) -> None:
+    for shape, index in {_shape(dataset, index): index for index in reversed(range(len(dataset)))}.items():
         channels, _, *size = shape  # a stage may take some of the frames only
         if channels != layout.channels:
             raise ValueError(f"sample {index} has latents {list(shape)}; the model's have {layout.channels} channels")
@@ -72,15 +115,39 @@ def _check_layout(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> 
             raise ValueError(
                 f"sample {index} has latents {list(shape)}: (T, H, W) must be multiples of {layout.multiple}"
             )
-    _, text = backbone.prepare(*collate([dataset[0]]))
-    for name, wanted in layout.conditioning.items():
-        if name not in text:
-            if wanted.required:
+
+
+def _check_conditioning(layout: SampleLayout, backbone: Backbone, sample: Sample) -> None:
+    try:
+        _, cond = backbone.prepare(*collate([sample]))
+    except ValueError as error:
+        raise ValueError(f"sample 0: {error}") from error
+    except (IndexError, RuntimeError, TypeError) as error:  # tensors of shapes or dtypes that it does not expect
+        given = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in sample.conditioning.items())
+        wanted = ", ".join(f"{name} {each.pattern()}" for name, each in layout.conditioning.items())
+        reason = shorten(str(error), 120)
+        raise ValueError(
+            f"sample 0 has {given or 'no conditioning'}, of which the model makes nothing ({reason}); it takes {wanted}"
+        ) from error
+    for name, each in layout.conditioning.items():
+        if name not in cond:
+            if each.required:
                 raise ValueError(f"sample 0 has no {name}, which the model takes; encode its text and store it")
             continue
-        found = text[name].shape[1:]
-        if not wanted.fits(found):
-            raise ValueError(f"sample 0 has {name} {list(found)}; the model takes {wanted.pattern()}")
+        value = cond[name]
+        if not each.fits(value.shape[1:]):
+            raise ValueError(f"sample 0 has {name} {list(value.shape[1:])}; the model takes {each.pattern()}")
+        if each.role in ("pooled", "image", "video") and not value.is_floating_point():
+            raise ValueError(f"sample 0 has {name} of {value.dtype}; the model takes floating-point numbers")
+
+
+@contextmanager
+def _value_errors(what: str) -> Iterator[None]:
+    """Says of a ValueError in the block what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _prepare_null(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:
@@ -113,7 +180,7 @@ def build_run(
     mixture = build_mixture(recipe, accelerator.device, backbone)
     with user_errors("data"):
         dataset = recipe.data.build(mixture.backbone) if recipe.data else None
-        _check_layout(recipe, mixture, dataset)
+        _check_samples(recipe, mixture, dataset)
     with user_errors("backbone.guidance"):
         _prepare_null(recipe, mixture, dataset)
     return Run(recipe, folder, accelerator, mixture, dataset, smoke=smoke)

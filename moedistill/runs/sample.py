@@ -4,18 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moedistill.components.plugins import Plugins
-from moedistill.errors import UserError, user_errors
+from moedistill.components.plugins import Plugins, load_plugins
+from moedistill.errors import RecipeError, UserError, user_errors
+from moedistill.flow.routers import GivenRouterConfig
 from moedistill.flow.sampling_points import SampleConfig
 from moedistill.model.backbone import VideoSize
 from moedistill.model.ema import WhichWeights
 from moedistill.model.mixture import Mixture, Weights
 from moedistill.recipe.keys import Recipe
-from moedistill.recipe.loading import in_todays_words, load_recipe
+from moedistill.recipe.loading import in_todays_words, load_model, load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree
 from moedistill.runtime.devices import cpu_threads, find_device, make_folder
@@ -41,8 +43,12 @@ def read_trained(
 ) -> tuple[Recipe, Weights, Weights]:
     """Recipe, experts' weights and, for ema, their averages, of a run's folder, a checkpoint, or an export's folder.
 
+    Where data or stages cannot be read, as without the plugins of their losses and metrics, the recipe has none.
+
     Raises:
-        UserError: there is nothing of the kind, it is not complete, or `weights` is ema and there are no averages.
+        UserError: there is nothing of the kind, it is not complete, `weights` is ema and there are no averages, or the
+            plugin of the backbone, an expert, the trajectory or the router is missing. An export of which nothing but
+            the router's plugin is missing keeps its boundaries, if those are a `TimestepRouter`'s.
     """
     recipe, experts, averages = _read_trained(Path(source), plugins)
     if weights == "ema" and not averages:
@@ -55,10 +61,50 @@ def _read_trained(folder: Path, plugins: Plugins | None) -> tuple[Recipe, Weight
         raise UserError(f"{folder}: there is no such folder; give a run's, such as runs/dcm_digits/20260101-120000")
     if (folder / INDEX).is_file():
         index, experts = read_export(folder)
-        return load_recipe(in_todays_words(index["recipe"]), plugins=plugins), experts, {}
+        return _recipe_of(folder, index["recipe"], plugins, index), experts, {}
     checkpoint = find_checkpoint(folder)
-    recipe = load_recipe(in_todays_words(load_tree(checkpoint, "state")["recipe"]), plugins=plugins)
+    recipe = _recipe_of(checkpoint, load_tree(checkpoint, "state")["recipe"], plugins, {})
     return recipe, load_tree(checkpoint, "experts"), load_tree(checkpoint, "ema")
+
+
+def _recipe_of(source: Path, saved: Mapping[str, Any], plugins: Plugins | None, index: Mapping[str, Any]) -> Recipe:
+    """A saved recipe, whole if it can be read, or what sampling needs of it; `index` is the export's, if it is one."""
+    plugins, saved = plugins or load_plugins(), in_todays_words(saved)
+    try:
+        return load_recipe(saved, plugins=plugins)
+    except RecipeError:  # a plugin is missing, or is of another version
+        missing = _missing(saved, plugins)
+    router, exported = None, index.get("router") or {}
+    if exported.get("kind") == "timestep" and any(registry == "router" for registry, _ in missing):
+        router = GivenRouterConfig(data=exported)
+        missing = [(registry, kind) for registry, kind in missing if registry != "router"]
+    if missing:
+        needs = f"{source} needs {_named(missing, index)}, which is not there{_broken(plugins)}"
+        raise UserError(f"{needs}; install the package that brings it, or give its file with -p")
+    return load_model(saved, plugins, router=router, name=str(source))
+
+
+def _missing(saved: Mapping[str, Any], plugins: Plugins) -> list[tuple[str, str]]:
+    """Registry and kind of the components that sampling needs and that are not there."""
+    configs = [(registry, saved.get(registry)) for registry in ("backbone", "trajectory", "router")]
+    configs += [("expert", config) for config in (saved.get("experts") or {}).values()]
+    kinds = [(registry, config["kind"]) for registry, config in configs if config and "kind" in config]
+    return [(registry, kind) for registry, kind in kinds if kind not in plugins.components.names(registry)]
+
+
+def _named(missing: Sequence[tuple[str, str]], index: Mapping[str, Any]) -> str:
+    """Components and, where an export says it, their plugins: "backbone 'mine' of plugin mine.py"."""
+    origins = index.get("provenance", {}).get("plugins", {})
+    plugins = [origins.get(f"{registry} {kind}", "") for registry, kind in missing]
+    named = [
+        f"{registry} {kind!r}" + (f" of plugin {plugin}" if plugin else "")
+        for (registry, kind), plugin in zip(missing, plugins, strict=True)
+    ]
+    return " and ".join(dict.fromkeys(named))
+
+
+def _broken(plugins: Plugins) -> str:
+    return f" (broken plugins: {', '.join(sorted(plugins.broken))})" if plugins.broken else ""
 
 
 def load_mixture(

@@ -1,7 +1,7 @@
 """Writes what was learned, to load where no recipe file, checkpoint or trainer is."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moedistill.components.fields import Config
+from moedistill.components.plugins import BUILTIN, plugin_of
 from moedistill.errors import UserError
 from moedistill.model.ema import WhichWeights
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
@@ -107,6 +109,7 @@ def _provenance(run: Run, weights: str) -> dict[str, Any]:
         "seed": run.recipe.seed,
         "weights": weights,
         "smoke": run.smoke,
+        "plugins": _plugins(run.recipe),
         "stages": {
             stage.name: {"kind": stage.kind, "expert": stage.expert, "steps": stage.steps}
             for stage in run.recipe.stages
@@ -114,6 +117,18 @@ def _provenance(run: Run, weights: str) -> dict[str, Any]:
         },
         "metrics": dict(run.metrics),
     }
+
+
+def _plugins(recipe: "Recipe") -> dict[str, str]:
+    """Where the components come from that sampling needs and that are not moedistill's own, by registry and kind."""
+    needed: dict[str, Sequence[Config | None]] = {
+        "backbone": [recipe.backbone],
+        "trajectory": [recipe.trajectory],
+        "router": [recipe.router],
+        "expert": list(recipe.experts.values()),
+    }
+    modules = {f"{name} {one.kind}": type(one).__module__ for name, configs in needed.items() for one in configs if one}
+    return {name: plugin for name, module in modules.items() if (plugin := plugin_of(module)) != BUILTIN}
 
 
 def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import mixture_plugin as mixture
 import pytest
+import router_plugin
 import torch
 from click.testing import CliRunner
 from helpers import distil
@@ -590,3 +591,64 @@ def test_miniatures(name, tmp_path, monkeypatch):
     assert any("attn" in kind for kind in kinds)
     assert numbers["smoke"]
     assert len(numbers["student"]) == 2
+
+
+# -- routers of other kinds -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_routers():
+    return load_plugins([mixture.__file__, router_plugin.__file__])
+
+
+def shares_recipe(**points):
+    return mixture_recipe(router={"kind": "shares", "points": points}, sample={"points": [50, 40, 30, 12]})
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("overrides", [[], ["training.batch_size=8"]], ids=["extended", "written out"])
+def test_a_router_of_another_kind_stays(overrides, with_routers, tmp_path):
+    file, output = write_yaml(tmp_path / "mine.yaml", shares_recipe(semantic=20, detail=30)), tmp_path / "out"
+    result = moedistill.analyze(
+        file, overrides=overrides, samples=8, steps=1, output=output, plugins=with_routers, device="cpu"
+    )
+    suggested, text = (
+        load_recipe(output / "suggestion.yaml", plugins=with_routers),
+        (output / "suggestion.yaml").read_text(),
+    )
+    assert ("extends" in text) == (not overrides)
+    assert suggested.router == load_recipe(file, plugins=with_routers).router
+    assert "# The recipe's router is of kind shares, which places its own boundaries: it stays" in text
+    # The sampling steps stop where its experts part, not where they would by the teacher's path.
+    assert result.boundaries != [30]
+    assert 30 in suggested.sample.points
+    assert result.layers is not None
+    instead = f"{{kind: timestep, experts: [semantic, detail], boundaries: [{{point: {result.boundaries[0]}}}]}}"
+    assert f"router: {instead}" in text
+    moved = load_recipe(output / "suggestion.yaml", [f"router={instead}"], plugins=with_routers)
+    assert [boundary.point for boundary in moved.router.boundaries] == result.boundaries
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_router_of_another_kind_that_is_as_suggested(with_routers, tmp_path):
+    options = {"samples": 8, "steps": 0, "plugins": with_routers, "device": "cpu"}
+    [point] = moedistill.analyze(mixture_recipe(), output=tmp_path / "first", **options).boundaries
+    recipe = shares_recipe(semantic=50 - point, detail=point)
+    moedistill.analyze(recipe, output=tmp_path / "second", **options)
+    text = (tmp_path / "second" / "suggestion.yaml").read_text()
+    assert "# That is the recipe's own boundary." in text
+    assert "of kind shares" not in text
+
+
+@pytest.mark.usefixtures("quick")
+def test_for_another_number_of_experts_a_timestep_router_takes_the_place(with_routers, tmp_path):
+    recipe = shares_recipe(semantic=20, detail=30)
+    result = moedistill.analyze(
+        recipe, samples=8, steps=0, experts=3, output=tmp_path, plugins=with_routers, device="cpu"
+    )
+    suggested = load_recipe(tmp_path / "suggestion.yaml", plugins=with_routers)
+    assert suggested.router.kind == "timestep"
+    assert [boundary.point for boundary in suggested.router.boundaries] == result.boundaries
+    assert [expert.kind for expert in suggested.experts.values()] == ["full", "lora", "lora"]
+    text = (tmp_path / "suggestion.yaml").read_text()
+    assert "# The recipe's is of kind shares, which places its own; this one takes its place." in text

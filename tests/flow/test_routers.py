@@ -1,9 +1,11 @@
+import doctest
 import json
 
 import pytest
 import torch
+from router_plugin import Shares
 
-from moedistill.flow.routers import Boundary, TimestepRouter, TimestepRouterConfig
+from moedistill.flow.routers import Boundary, Router, TimestepRouter, TimestepRouterConfig, check_router
 from moedistill.flow.trajectory import Segment, Trajectory
 
 EXPERTS = ["semantic", "detail"]
@@ -249,3 +251,94 @@ def test_experts_are_checked_before_a_trajectory_is_there():
     with pytest.raises(ValueError, match="must differ"):
         TimestepRouterConfig(experts=["a", "a"], boundaries=[Boundary(point=3)])
     assert TimestepRouterConfig(experts=["only"]).build(Trajectory.flow_matching()).segments[0].high == 1.0
+
+
+# --- Routers of one's own
+
+
+def own(**ends):
+    return Shares(ends or {"semantic": 0.75, "middle": 0.5, "detail": 0.125})
+
+
+@pytest.mark.parametrize("closed", ["low", "high"])
+def test_segments_are_all_that_a_router_needs(closed, trajectory):
+    """Everything that follows from the segments is what a timestep router with the same boundaries gives."""
+    ours = Shares({"semantic": 0.75, "middle": 0.5, "detail": 0.0125}, closed)
+    same = TimestepRouter(["semantic", "middle", "detail"], [0.75, 0.5], 0.0125, closed)
+    check_router(ours, trajectory)
+    check_router(same, trajectory)
+    assert tuple(ours.segments) == same.segments
+    assert ours.experts == same.experts
+    assert ours.segment("middle") == same.segment("middle")
+    sigmas = [*torch.linspace(0, 1, 200).tolist(), 0.75, after(0.75), 0.5, after(0.5), 0.0125, 0.001]
+    assert ours.experts_at(sigmas) == same.experts_at(sigmas)
+    assert set(ours.experts_at(sigmas)) == set(ours.experts)
+    with pytest.raises(ValueError, match="no expert 'sem': the router knows semantic, middle, detail"):
+        ours.segment("sem")
+    with pytest.raises(ValueError, match="outside"):
+        ours.expert_at(1.5)
+
+
+def test_the_last_segment_holds_the_first_point(trajectory):
+    lowest = trajectory.sigma(1)
+    check_router(TimestepRouter(EXPERTS, [0.9], lowest, "high"), trajectory)
+    for closed, low in (("low", lowest), ("high", after(lowest))):
+        with pytest.raises(ValueError, match="the last segment must reach down to point 0"):
+            check_router(TimestepRouter(EXPERTS, [0.9], low, closed), trajectory)
+
+
+def test_a_router_must_say_what_it_is():
+    class Half(Router):
+        @property
+        def segments(self):
+            return [Segment("a", 0.0, 1.0)]
+
+    with pytest.raises(TypeError, match="from_dict"):
+        Half()
+
+
+def test_a_timestep_router_still_needs_its_experts():
+    with pytest.raises(TypeError, match="experts"):
+        TimestepRouter()
+    assert TimestepRouter(EXPERTS, [0.5]).experts == ("semantic", "detail")
+    assert TimestepRouter(EXPERTS, [0.5]).notes == []
+    assert hash(TimestepRouter(EXPERTS, [0.5])) == hash(TimestepRouter(EXPERTS, [0.5]))
+
+
+@pytest.mark.parametrize(
+    "router", [own(), TimestepRouter(EXPERTS, [0.5]), TimestepRouter(["one"])], ids=["own", "two", "one"]
+)
+def test_dispatch_is_a_loop_over_samples(router):
+    generator = torch.Generator().manual_seed(0)
+    sigmas, x = torch.rand(17, generator=generator), torch.randn(17, 4, 2, 3, 3, generator=generator)
+    networks = {name: (lambda x, s, k=k: (k + 1) * x + s.view(-1, 1, 1, 1, 1)) for k, name in enumerate(router.experts)}
+    one_by_one = torch.cat(
+        [networks[router.expert_at(sigma)](x[[row]], sigmas[[row]]) for row, sigma in enumerate(sigmas)]
+    )
+    together, seen = torch.full_like(x, torch.nan), []
+    for expert, rows in router.dispatch(sigmas):
+        assert rows.dtype == torch.int64
+        assert rows.tolist() == sorted(rows.tolist())
+        seen.append(expert)
+        together[rows] = networks[expert](x[rows], sigmas[rows])
+    assert torch.equal(together, one_by_one)
+    assert seen == list(router.experts)
+
+
+def test_dispatch_leaves_out_who_has_nothing_to_do():
+    router = own()
+    assert [(name, rows.tolist()) for name, rows in router.dispatch([0.2, 0.9, 0.01])] == [
+        ("semantic", [1]),
+        ("detail", [0, 2]),
+    ]
+    assert router.dispatch(torch.zeros(0)) == []
+    with pytest.raises(ValueError, match=r"\[2, 1\]"):
+        router.dispatch(torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="outside"):
+        router.dispatch(torch.tensor([0.5, float("nan")]))
+
+
+def test_the_example_of_dispatch_runs():
+    [example] = doctest.DocTestFinder().find(Router.dispatch, "dispatch")
+    assert len(example.examples) == 8
+    assert doctest.DocTestRunner().run(example).failed == 0

@@ -12,7 +12,7 @@ from moedistill.errors import RecipeError, UserError
 from moedistill.model.guidance import Guidance
 from moedistill.model.layout import Input, SampleLayout
 from moedistill.recipe.loading import load_recipe
-from moedistill.runs.build import _check_layout, build_mixture
+from moedistill.runs.build import _check_samples, build_mixture
 from moedistill.runs.loop import run
 from moedistill.runs.sample import sample_run
 from moedistill_ltx.backbone import LTXConfig
@@ -216,7 +216,7 @@ def test_a_backbone_of_any_kind_misses_the_text_that_its_layout_names():
     sample = Sample(torch.zeros(16, 4, 4, 6), {"label": torch.zeros(3)})
     backbone = SimpleNamespace(prepare=lambda latents, cond: (latents, cond))
     layout = SampleLayout(16, (2, 2, 2), {"words": Input("text", (5, 3), any_length=True)})
-    recipe = SimpleNamespace(backbone=SimpleNamespace(layout=lambda: layout))
+    recipe = SimpleNamespace(backbone=SimpleNamespace(layout=lambda: layout), data=SimpleNamespace(kind="mine"))
     mixture = SimpleNamespace(backbone=backbone)
 
     class One(Dataset):
@@ -227,10 +227,10 @@ def test_a_backbone_of_any_kind_misses_the_text_that_its_layout_names():
             return sample
 
     with pytest.raises(ValueError, match="sample 0 has no words, which the model takes"):
-        _check_layout(recipe, mixture, One())
+        _check_samples(recipe, mixture, One())
     sample.conditioning["words"] = torch.zeros(5, 3)
     sample.latents = torch.zeros(16, 5, 4, 6)  # an odd frame, which a stage may cut off
-    _check_layout(recipe, mixture, One())
+    _check_samples(recipe, mixture, One())
     sample.latents = torch.zeros(16, 4, 5, 6)
     with pytest.raises(ValueError, match="must be multiples"):
-        _check_layout(recipe, mixture, One())
+        _check_samples(recipe, mixture, One())

@@ -99,6 +99,7 @@ def test_provenance(finished):
         "seed": 3,
         "weights": "trained",
         "smoke": False,
+        "plugins": {"backbone digits": "moedistill_digits"},
         "stages": {
             "semantic": {"kind": "consistency", "expert": "semantic", "steps": 2},
             "detail": {"kind": "consistency", "expert": "detail", "steps": 2},

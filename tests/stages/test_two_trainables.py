@@ -82,6 +82,16 @@ def test_the_students_law_is_the_datas(plugins, trained):
     assert (spread / std).max() < 0.05  # before
 
 
+def test_sampling_needs_no_stage_that_uses_an_expert_without_a_segment(plugins, trained):
+    """The recipe without its stages has nobody who uses the fake score, and yet it is read."""
+    (whole, mixture), (part, same) = (
+        load_mixture(trained.output, plugins=known) for known in (plugins, load_plugins([gaussian.__file__]))
+    )
+    assert (len(whole.stages), part.stages) == (1, [])
+    assert part.experts == whole.experts
+    assert torch.equal(landings(mixture, "student", 4), landings(same, "student", 4))
+
+
 def test_the_fake_score_is_the_velocity_of_the_students_law(plugins, trained):
     """y ~ N(m, d²) at s; so x_t = a·y + β·n is N(a·m, a²·d² + β²), whose flow is linear in x."""
     _, mixture = load_mixture(trained.output, plugins=plugins)
