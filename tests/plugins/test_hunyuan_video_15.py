@@ -120,7 +120,6 @@ def test_experts_are_guided_once(backbone, mixture):
 
 
 def test_an_export_goes_into_a_stock_pipeline(backbone, tmp_path):
-    """Whose class is not the backbone's own, which is made to do without a VAE."""
     recipe = {
         "name": "tiny",
         "backbone": {"kind": "hunyuan_video_15", "pretrained": None},
@@ -137,8 +136,6 @@ def test_an_export_goes_into_a_stock_pipeline(backbone, tmp_path):
     }
     result = run(recipe, output=tmp_path, smoke=True, device="cpu")
     pipeline, options = stock_pipeline(backbone), arguments(backbone)
-    assert type(pipeline) is not type(backbone.pipeline())
-    assert type(pipeline).__name__ == type(backbone.pipeline()).__name__
     steps = []
     pipeline.transformer.time_embed.register_forward_pre_hook(lambda _, args: steps.append(args[0].item()))
     with apply(pipeline, result.output / "export"):
@@ -148,7 +145,7 @@ def test_an_export_goes_into_a_stock_pipeline(backbone, tmp_path):
 
 def test_unknown_passes_are_refused(backbone, mixture):
     pipeline = stock_pipeline(backbone, OtherPasses)
-    message = "HunyuanVideo15Pipeline runs its transformer for a pass that it calls 'pred_text'.*pass_names must say"
+    message = "HunyuanVideo15Pipeline runs its transformer for a pass that it calls 'pred_text'.*pass_names say"
     with attach(pipeline, mixture, sigmas_of(mixture)), pytest.raises(ValueError, match=message):
         pipeline(**arguments(backbone), output_type="latent")
 

@@ -54,6 +54,7 @@ from moedistill_digits.backbone import DigitsBackbone, DigitsBackboneConfig
 from moedistill_digits.data import DigitsConfig
 from moedistill_digits.network import Block
 from moedistill_hunyuan_video.backbone import HunyuanVideoConfig
+from moedistill_hunyuan_video_15.backbone import HunyuanVideo15Config
 from moedistill_ltx.backbone import LTXConfig
 from moedistill_wan.backbone import WanConfig
 
@@ -909,12 +910,23 @@ def test_latent_frames(kind, tmp_path):
         assert torch.equal(latents, frames[:, :, :left])
 
 
-# -- LTX-Video --------------------------------------------------------------------------------------------------------
+# -- LTX-Video and HunyuanVideo 1.5 -----------------------------------------------------------------------------------
 
 
-@observes(*(f"backbone.ltx.{name}" for name in ("pretrained", "revision", "variant", "dtype", "video", "guidance")))
-def test_ltx(tmp_path):
-    config = LTXConfig(pretrained=None, video=LTXConfig.tiny_video)
+@observes(
+    *(
+        f"backbone.{kind}.{name}"
+        for kind in ("ltx", "hunyuan_video_15")
+        for name in ("pretrained", "revision", "variant", "dtype", "video", "guidance")
+    )
+)
+@pytest.mark.parametrize(
+    ("cls", "frames", "wanted"),
+    [(LTXConfig, 25, ((8, 3, 2, 3), 4)), (HunyuanVideo15Config, 13, ((4, 3, 2, 3), 4))],
+    ids=["ltx", "hunyuan_video_15"],
+)
+def test_models_of_one_network(tmp_path, cls, frames, wanted):
+    config = cls(pretrained=None, video=cls.tiny_video)
     network = config.build().network
     network.save_pretrained(tmp_path / "transformer", variant="fp16")
     found = config.replace(pretrained=str(tmp_path), variant="fp16", dtype="bfloat16").build(seed=1).network
@@ -922,17 +934,17 @@ def test_ltx(tmp_path):
     assert torch.equal(found.proj_out.weight, network.proj_out.weight.bfloat16())
     with pytest.raises(ValueError, match="cannot load"):
         config.replace(pretrained=str(tmp_path)).build()
-    with pytest.raises(ValueError, match="hf download nobody/ltx --revision v2\n"):
-        config.replace(pretrained="nobody/ltx", revision="v2").build()
-    video = dataclasses.replace(config.video, num_frames=25)
-    assert (config.build().latent_shape(), config.replace(video=video).build().latent_shape()[1]) == ((8, 3, 2, 3), 4)
+    with pytest.raises(ValueError, match="hf download nobody/model --revision v2\n"):
+        config.replace(pretrained="nobody/model", revision="v2").build()
+    video = dataclasses.replace(config.video, num_frames=frames)
+    assert (config.build().latent_shape(), config.replace(video=video).build().latent_shape()[1]) == wanted
     nulls = {}
     for prompt in ("blurry", "static"):
         backbone = config.replace(guidance=Guidance(negative_prompt=prompt)).build()
         nulls[prompt] = backbone.null_conditioning(backbone.encode(["a dog"]))["prompt_embeds"]
         assert torch.equal(nulls[prompt], backbone.encode([prompt])["prompt_embeds"])
     assert not torch.equal(nulls["blurry"], nulls["static"])
-    with pytest.raises(ValueError, match="LTX-Video has no input for the scale"):
+    with pytest.raises(ValueError, match="has no input for the scale"):
         config.replace(guidance=Guidance(mode="embedded", scale=3.0))
 
 

@@ -230,7 +230,7 @@ WRONG_PIPELINES = {
     "frames that are lost": ("encode_videos", "become latents", {"encode_videos": encode_two_frames_less}),
     "passes that it has no names for": (
         "guided_once",
-        r"runs its transformer for a pass that it calls 'cond', .*pass_names must say which",
+        r"runs its transformer for a pass that it calls 'cond'.*pass_names say which",
         {"pass_names": {}},
     ),
     "the wrong pass": (
