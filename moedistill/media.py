@@ -36,32 +36,36 @@ def _frames(videos: Tensor, height: int | None = None) -> np.ndarray:
     return pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).numpy()
 
 
-def contact_sheet(path: Path, rows: Mapping[str, Tensor], columns: list[str], *, size: int = 72) -> None:
+def contact_sheet(
+    path: Path, rows: Mapping[str, Tensor], columns: list[str], *, size: int = 72, width: int = 1100
+) -> None:
     """A PNG with one row per model and sample column: four frames of each video, side by side.
 
     Args:
         rows: videos `[N, C, T, H, W]` in [0, 1] by the model's name; equal N, samples in the order of `columns`.
         columns: a caption for each sample.
         size: the height of a frame in pixels; for smaller videos the multiple of theirs that comes nearest below.
+        width: of the picture in pixels: columns that do not fit go below, with the rows once more.
     """
     stride = max(2, -(-next(iter(rows.values())).shape[2] // 4))
     strips = {name: _frames(videos[:, :, ::stride], size) for name, videos in rows.items()}
-    first = next(iter(strips.values()))
-    _, frames, height, width, _ = first.shape
+    _, frames, height, frame_width, _ = next(iter(strips.values())).shape
     labels = {name: _label(name, 16) for name in strips}
     left = max(image.width for image in labels.values()) + 8
     gap, top = 10, 28
-    column_width, row_height = frames * (width + 2) + gap, height + gap
-    sheet = Image.new("RGB", (left + len(columns) * column_width, top + len(strips) * row_height), (_BACKGROUND,) * 3)
+    column_width, row_height = frames * (frame_width + 2) + gap, height + gap
+    across = min(len(columns), max(1, (width - left) // column_width))
+    block_height, blocks = top + len(strips) * row_height, -(-len(columns) // across)
+    sheet = Image.new("RGB", (left + across * column_width, blocks * block_height), (_BACKGROUND,) * 3)
     for column, caption in enumerate(columns):
-        sheet.paste(_label(caption, 16), (left + column * column_width, 2))
-    for row, (name, pixels) in enumerate(strips.items()):
-        y = top + row * row_height
-        sheet.paste(labels[name], (2, y + (height - labels[name].height) // 2))
-        for column in range(len(columns)):
+        block, place = divmod(column, across)
+        x, y = left + place * column_width, block * block_height
+        sheet.paste(_label(caption, 16), (x, y + 2))
+        for row, (name, pixels) in enumerate(strips.items()):
+            below = y + top + row * row_height
+            sheet.paste(labels[name], (2, below + (height - labels[name].height) // 2))
             for frame in range(frames):
-                x = left + column * column_width + frame * (width + 2)
-                sheet.paste(Image.fromarray(pixels[column, frame]), (x, y))
+                sheet.paste(Image.fromarray(pixels[column, frame]), (x + frame * (frame_width + 2), below))
     sheet.save(path)
 
 

@@ -144,7 +144,7 @@ def test_text_encoders_of_a_folder(tmp_path):
     [(EMBEDDED, 6000.0), (Guidance(mode="classifier_free", scale=3.0), 1000.0), (Guidance(), 1000.0)],
 )
 def test_the_embedded_scale_reaches_the_network(guidance, scale, dtype):
-    """In thousandths and float32, like the time: bfloat16 would make 6016 of 6000, and 980 of 982."""
+    """In thousandths and float32, like the time: bfloat16 would make 6016 of 6000, and 984 of 982."""
     backbone = tiny(guidance, dtype=dtype)
     told = Told(backbone.network)
     x, _, cond = inputs(backbone)

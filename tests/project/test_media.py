@@ -45,6 +45,23 @@ def test_a_sheet_shows_every_second_frame_of_each_sample(tmp_path, channels):
         assert runs_of_grey(band)[-8:] == expected, name
 
 
+def test_columns_that_do_not_fit_go_below(tmp_path):
+    rows, captions = {"dark": videos(count=3), "light": videos(count=3, first=0.43)}, ["a", "b", "c"]
+    contact_sheet(tmp_path / "wide.png", rows, captions)
+    contact_sheet(tmp_path / "narrow.png", rows, captions, width=800)
+    with Image.open(tmp_path / "wide.png") as image:
+        wide = pixels(image)
+    with Image.open(tmp_path / "narrow.png") as image:
+        narrow = pixels(image)
+    block, column = 28 + 2 * 82, 4 * 74 + 10
+    left = wide.shape[1] - 3 * column
+    assert narrow.shape[:2] == (2 * block, left + 2 * column)
+    assert (narrow[:block] == wide[:, : left + 2 * column]).all()
+    assert (narrow[block:, left : left + column] == wide[:, left + 2 * column :]).all()
+    assert (narrow[block + 28 :, :left] == wide[28:, :left]).all()
+    assert (narrow[block:, left + column :] == 24).all()
+
+
 def test_colours_are_kept(tmp_path):
     video = torch.zeros(1, 3, 2, 8, 8)
     video[:, 0], video[:, 2] = 1.0, 0.5
