@@ -7,7 +7,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,9 +19,6 @@ from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.shared_network import SharedNetwork
 from moedistill.runtime.randomness import torch_seed
 from moedistill.runtime.sharding import fill, rest
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(kw_only=True)

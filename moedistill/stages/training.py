@@ -393,7 +393,7 @@ class Training:
                 for name, trainable in self.trained.items()
             },
             "critics": {
-                name: trainable.bare.state_dict()
+                name: whole_tree(trainable.bare.state_dict())
                 for name, trainable in self.trained.items()
                 if trainable.bare is not None
             },
@@ -410,7 +410,11 @@ class Training:
                         moments[key] = cut_like(value, parameter)
             trainable.scheduler.load_state_dict(state["trained"][name]["scheduler"])
             if trainable.bare is not None:
-                trainable.bare.load_state_dict(state["critics"][name])
+                held = trainable.bare.state_dict()
+                saved = state["critics"][name]
+                trainable.bare.load_state_dict(
+                    {key: cut_like(value, held.get(key, value)) for key, value in saved.items()}
+                )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -162,6 +162,54 @@ def test_saved_and_reloaded_weights_equal_the_live_ones(tmp_path):
             assert not moved(wanted[name], load_file(tmp_path / config.name / f"{name}.safetensors"))
 
 
+def test_an_update_leaves_what_else_is_trained_and_its_gradients():
+    """Though the loss went through both experts and a sharded critic."""
+    run = begun(ON_TEACHER)
+    run.mixture.initialise()
+    training = Training(run, run.recipe.stages[0])
+    critic = torch.nn.Linear(1, 1)
+    fully_shard(critic, mesh=init_device_mesh("cpu", (1,)))
+    for name, what in (("student", "semantic"), ("other", "detail"), ("critic", critic)):
+        training.trains(name, what, OptimizerConfig(lr=1e-3))
+    waiting = {key: torch.ones_like(parameter) for key, parameter in training.trained["student"].parameters.items()}
+    for key, parameter in training.trained["student"].parameters.items():
+        parameter.grad = waiting[key]
+    before = {name: copied(each.parameters) for name, each in training.trained.items()}
+    batch = digits_batch(training)
+    sigma = torch.full((len(batch.latents),), 0.5)
+    x = training.velocity(batch.latents, sigma, batch.conditioning)
+    x = training.velocity(x, sigma, batch.conditioning, of="other")
+    training.update("other", training.trained["critic"].module(x.reshape(-1, 1)).square().mean())
+    after = {name: copied(each.parameters) for name, each in training.trained.items()}
+    assert {name: bool(moved(before[name], after[name])) for name in before} == {
+        "student": False, "other": True, "critic": False,
+    }  # fmt: skip
+    assert all(each.grad is waiting[key] for key, each in training.trained["student"].parameters.items())
+    assert all(torch.equal(whole(gradient), torch.ones(gradient.shape)) for gradient in waiting.values())
+    assert all(parameter.grad is None for parameter in training.trained["critic"].parameters.values())
+    training.release()
+
+
+def test_a_sharded_critic_is_saved_whole_and_taken_back(tmp_path):
+    run = begun(EXPERTS)
+    training = Training(run, run.recipe.stages[0])
+    critic = torch.nn.Linear(3, 2)
+    fully_shard(critic, mesh=init_device_mesh("cpu", (1,)))
+    training.trains("critic", critic, OptimizerConfig(lr=1e-3))
+    training.update("critic", critic(torch.ones(1, 3)).square().sum())
+    live = copied(training.trained["critic"].parameters)
+    save_tree(tmp_path, "training", training.state())
+    saved = load_tree(tmp_path, "training")
+    assert not moved(live, saved["critics"]["critic"])
+    training.update("critic", critic(torch.ones(1, 3)).square().sum())
+    assert moved(live, copied(training.trained["critic"].parameters)) == live.keys()
+    training.load_state(saved)
+    assert not moved(live, copied(training.trained["critic"].parameters))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        training.load_state({**saved, "critics": {"critic": {}}})
+    training.release()
+
+
 def test_an_average_is_lent_and_put_back():
     run = begun(EXPERTS)
     step(run, 0)[0].release()
