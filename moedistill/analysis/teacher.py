@@ -159,9 +159,9 @@ def _recorded(run: Run, noise: Tensor, cond: Conditioning, levels: Tensor) -> tu
 
 def teacher_velocity(run: Run, x: Tensor, sigma: Tensor, *, cond: Conditioning) -> Tensor:
     """The guided velocity of the teacher's network that serves `sigma`, the same for all samples."""
-    student = run.mixture
-    with student.using(student.teacher_at(sigma[0].item())):
-        return student.guided(x, sigma, cond, run.recipe.backbone.guidance)
+    mixture = run.mixture
+    with mixture.using(mixture.teacher_at(sigma[0].item())):
+        return mixture.guided(x, sigma, cond, run.recipe.backbone.guidance)
 
 
 def end_error(

@@ -40,7 +40,7 @@ class Plugins:
 
     @property
     def hook(self) -> pluggy.HookRelay:
-        """Calls a hook of every plugin: `plugins.hook.on_step_end(run=…, metrics=…)`."""
+        """Calls a hook of every plugin: `plugins.hook.on_step_end(training=…, metrics=…)`."""
         return self.manager.hook
 
     @property

@@ -112,6 +112,12 @@ class Router(ABC):
         ]
 
 
+def segment_of(expert: str, router: Router | None, trajectory: Trajectory) -> Segment:
+    """The noise range in which an expert is trained: its own, or, where no router names it, the whole trajectory."""
+    owned = [segment for segment in (router.segments if router else ()) if segment.expert == expert]
+    return owned[0] if owned else Segment(expert, trajectory.sigma(0), 1.0)
+
+
 @dataclass(frozen=True)
 class TimestepRouter(Router):
     """Hard routing by noise level: experts from high to low noise, boundaries between them descending.

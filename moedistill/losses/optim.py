@@ -1,4 +1,4 @@
-"""Optimiser settings and learning-rate schedules: one AdamW per thing trained (the student, each critic)."""
+"""Optimiser settings and learning-rate schedules: one AdamW for everything that is trained by a name."""
 
 import math
 from collections.abc import Iterable

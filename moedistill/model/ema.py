@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moedistill.runtime.sharding import fill, is_sharded, part
+from moedistill.runtime.sharding import cut_like, fill, is_sharded, part
 
 WhichWeights = Literal["trained", "ema"]
 """An expert's weights as trained, or, where it has one, their average."""
@@ -30,14 +30,14 @@ class EMA:
     def update(self) -> None:
         """Takes the live weights in."""
         for name, parameter in self._live.items():
-            part(self.average[name]).lerp_(part(parameter), 1.0 - self.decay)
+            self._part(name, parameter).lerp_(part(parameter), 1.0 - self.decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges live weights and average; doing it twice changes nothing. Only what is sharded is copied."""
         for name, parameter in self._live.items():
             if is_sharded(parameter):  # where another tensor is put in its place, it stays what it was
-                mine, theirs = part(parameter), part(self.average[name])
+                mine, theirs = part(parameter), self._part(name, parameter)
                 kept = mine.clone()
                 mine.copy_(theirs)
                 theirs.copy_(kept)
@@ -49,6 +49,11 @@ class EMA:
         """Takes over a saved average."""
         for name, value in self.average.items():
             fill(value, average[name])
+
+    def _part(self, name: str, parameter: Tensor) -> Tensor:
+        """What of an average lies here; it is cut as its parameter is, which may have been cut after it was loaded."""
+        self.average[name] = cut_like(self.average[name], parameter)
+        return part(self.average[name])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -247,12 +247,14 @@ class Mixture(nn.Module):
         Raises:
             UserError: they do not fit the recipe's experts; `source` says where they came from.
         """
-        for name, weights in experts.items():
+        for name, weights in (*experts.items(), *averages.items()):
             expert = self.experts.get(name)
             if expert is None:
                 raise UserError(f"{source} has weights of an expert {name!r}, which the recipe does not name")
             if _shapes(weights) != _shapes(expert.parameters):
                 raise UserError(f"the weights of expert {name!r} in {source} do not fit the recipe; use its own recipe")
+        for name, weights in experts.items():
+            expert = self.experts[name]
             for key, parameter in expert.parameters.items():
                 fill(parameter, weights[key])
         self.initialise(but=experts)

@@ -93,6 +93,9 @@ class TrainingStageConfig(StageConfig, ABC):
         """`expert`; a stage that trains more names them here too."""
         return (self.expert,)
 
+    def tiny(self) -> "TrainingStageConfig":
+        return self.replace(steps=min(self.steps, 3))
+
     def check(self, recipe: "Recipe") -> Iterable[Finding]:
         if not any(loss.weight_at(0, self.steps) > 0 for loss in self.losses):
             yield "losses", "no loss has any weight at step 0; the expert would have nothing to learn from"

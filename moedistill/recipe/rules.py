@@ -238,6 +238,13 @@ class Rules:
                 hint = f"put a boundary there: {{sigma: {edges}}}, with closed: {upper.closed}"
                 key = ("boundaries",) if hasattr(self.recipe.router, "boundaries") else ()
                 yield ("router", *key), message, hint
+        routed = {segment.expert for segment in self.router.segments}
+        for k, stage in enumerate(self.stages if teachers is not None else ()):
+            expert = getattr(stage, "expert", None)
+            if expert in (self.experts or {}) and expert not in routed:
+                names = " and ".join(sorted(segment.expert for segment in teachers.segments))
+                message = f"{expert!r} has no segment, so {names} would both teach it"
+                yield ("stages", k, "expert"), message, "give it a segment of the router's, under one of them"
 
     def trained_experts(self) -> Iterator[Violation]:
         """Stages train experts that exist and can be trained, parents before children."""

@@ -205,6 +205,7 @@ class _Runner:
         with user_errors(f"stage {config.name}"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(self.recipe.seed, config.name, "setup"))  # what critics start as
             stage.setup(training)
+            training.check_set_up()
             batches = load_batches(
                 dataset,
                 batch_size=settings.batch_size,
@@ -308,6 +309,7 @@ class _Runner:
                 "cost": self.run.cost,
                 "recipe": self.recipe.resolved(),
                 "trained": sorted(self._trained(number + 1)),
+                "used": sorted({name for stage in self.recipe.stages[: number + 1] for name in stage.used_experts()}),
             }
             self.checkpoints.save(name, {"state": state, **trees})
         self.accelerator.wait_for_everyone()

@@ -82,14 +82,15 @@ def changed_keys(recipe: Recipe, state: Mapping[str, Any]) -> tuple[list[str], l
     """Keys in which `recipe` differs from the one that a checkpoint with this `state` was made with, as dotted paths.
 
     The second list are those on which nothing before the checkpoint depends: later stages and names; also sampling and
-    experts that no stage has trained so far, unless a stage has evaluated, sampled or exported in between. A recipe
-    that differs in these alone can go on from there in a folder of its own, and gives what it would have given from its
-    beginning.
+    experts that no stage has trained or run so far, unless a stage has evaluated, sampled or exported in between. A
+    recipe that differs in these alone can go on from there in a folder of its own, and gives what it would have given
+    from its beginning.
     """
     made, number = in_todays_words(state["recipe"]), state["stage"]
     used = any("expert" not in stage for stage in made["stages"][:number])
     # Checkpoints without the list are of stages that train the expert that they name.
     settled = set(state.get("trained", [s["expert"] for s in made["stages"][: number + 1] if "expert" in s]))
+    settled |= set(state.get("used", ()))
     while parents := {made["experts"][name]["from"] for name in settled & made["experts"].keys()} - settled:
         settled |= parents
     saved, now = comparable(made), comparable(recipe.resolved())

@@ -14,6 +14,7 @@ from torch import Tensor
 from moedistill.components.fields import NonNegativeInt, PositiveInt
 from moedistill.data.loading import Batch
 from moedistill.flow.process import add_noise, displacement, jump
+from moedistill.flow.routers import segment_of
 from moedistill.losses.base import ProbeLayout, StepTensors
 from moedistill.model.conditioning import Conditioning
 from moedistill.recipe.keys import Finding, TrainingStageConfig
@@ -52,20 +53,18 @@ class ConsistencyConfig(TrainingStageConfig):
         yield from super().check(recipe)
         if self.target == "ema" and self.ema_decay is None:
             yield "target", "target: ema needs ema_decay; give one, such as 0.95"
-        if recipe.router is None or recipe.trajectory is None or recipe.backbone is None:
+        if self.expert not in (recipe.experts or {}) or recipe.trajectory is None or recipe.backbone is None:
             return
         try:
             trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
-            segment = recipe.router.build(trajectory).segment(self.expert)
+            router = recipe.router.build(trajectory) if recipe.router is not None else None
+            segment = segment_of(self.expert, router, trajectory)
         except ValueError:
             return  # reported elsewhere
         try:
             landing_points(trajectory.points_in(segment), _edges(self.phases))
         except ValueError as error:
             yield "phases", str(error)
-
-    def tiny(self) -> "ConsistencyConfig":
-        return self.replace(steps=min(self.steps, 3))
 
 
 def landing_points(starts: range, phases: int | list[int]) -> Tensor:

@@ -167,16 +167,16 @@ def _misfits(recipe: "Recipe", number: int, candidate: Candidate) -> Iterable[Fi
 
 def _exact_velocity(run: "Run", x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
     """(x - E[x0 | x]) / sigma, with the teacher's classifier-free guidance: v_c + (scale - 1)·(v_c - v_u)."""
-    dataset, student = run.dataset, run.mixture
+    dataset, mixture = run.dataset, run.mixture
     assert dataset is not None
     # All samples are at one sigma: the sampler's.
-    router = student.teacher_router
-    base = student.bases[0] if router is None else router.expert_at(float(sigma[0]))
+    router = mixture.teacher_router
+    base = mixture.bases[0] if router is None else router.expert_at(float(sigma[0]))
     scale = run.recipe.backbone.guidance.classifier_free_scale(base)
     mean = dataset.posterior_mean(x, sigma, cond)
     if scale != 1.0:
         # Velocities at one x differ as the means do.
-        null = dataset.posterior_mean(x, sigma, student.backbone.null_conditioning(cond))
+        null = dataset.posterior_mean(x, sigma, mixture.backbone.null_conditioning(cond))
         mean = guide(mean, null, scale)
     return velocity_of(x, mean, sigma)
 

@@ -52,11 +52,10 @@ class ExportConfig(StageConfig):
         if self.weights == "ema":
             stages = [stage for stage in recipe.stages if isinstance(stage, TrainingStageConfig)]
             averaged = {stage.expert for stage in stages if stage.ema_decay is not None}
-            for stage in stages:
-                expert = (recipe.experts or {}).get(stage.expert)
+            for name in (name for stage in stages for name in stage.trained_experts()):
+                expert = (recipe.experts or {}).get(name)
                 if expert is not None and not expert.copies_base and expert.parent in averaged:
-                    message = f"ema: {stage.expert!r} was trained on {expert.parent!r} as trained, not on its average"
-                    yield "weights", message
+                    yield "weights", f"ema: {name!r} was trained on {expert.parent!r} as trained, not on its average"
 
 
 class ExportStage(Stage):
@@ -111,7 +110,7 @@ def _provenance(run: Run, weights: str) -> dict[str, Any]:
         "smoke": run.smoke,
         "plugins": _plugins(run.recipe),
         "stages": {
-            stage.name: {"kind": stage.kind, "expert": stage.expert, "steps": stage.steps}
+            stage.name: {"kind": stage.kind, "experts": list(stage.trained_experts()), "steps": stage.steps}
             for stage in run.recipe.stages
             if isinstance(stage, TrainingStageConfig)
         },

@@ -47,9 +47,6 @@ class FinetuneConfig(TrainingStageConfig):
         if self.probe is not None:
             yield "probe", "finetune has no probe: it compares with data, not with the teacher; leave it out"
 
-    def tiny(self) -> "FinetuneConfig":
-        return self.replace(steps=min(self.steps, 3))
-
 
 class FinetuneStage(TrainingStage):
     """See `FinetuneConfig`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moedistill.data.loading import Batch
 from moedistill.errors import UserError
-from moedistill.flow.trajectory import Segment
+from moedistill.flow.routers import segment_of
 from moedistill.losses.base import AdversarialLoss, Loss, LossConfig, ProbeLayout, StepTensors
 from moedistill.losses.optim import OptimizerConfig
 from moedistill.losses.probe import Probe, probe
@@ -93,7 +93,7 @@ class Training:
         self.accelerator = run.accelerator
         self.device = run.accelerator.device
         self.guidance = run.recipe.backbone.guidance
-        self.segment = self._segment()
+        self.segment = segment_of(self.expert, self.mixture.router, self.trajectory)
         self.teacher_name = self._teacher_name()
         self.step = step
         self.trained: dict[str, Trainable] = {}
@@ -101,11 +101,11 @@ class Training:
         self.draw = Draws(run.recipe.seed, config.name, 0, [0])
         self.dataset = run.dataset
         self._recorded: dict[str, list[Tensor]] = {}
-
-    def _segment(self) -> Segment:
-        router = self.mixture.router
-        owned = [segment for segment in (router.segments if router else ()) if segment.expert == self.expert]
-        return owned[0] if owned else Segment(self.expert, self.trajectory.sigma(0), 1.0)
+        self._frame_axes: dict[str, int] = {}
+        layout = self.recipe.backbone.layout() if config.latent_frames is not None else None
+        for name, each in layout.conditioning.items() if layout is not None else ():
+            if each.frame_axis is not None:
+                self._frame_axes[name] = each.frame_axis + 1
 
     def _teacher_name(self) -> str:
         router = self.mixture.router
@@ -134,10 +134,18 @@ class Training:
             ema: keep an exponential moving average of an expert with this decay.
             updates: optimiser steps in the whole stage, over which its learning rate is scheduled; the stage's `steps`,
                 if not given.
+
+        Raises:
+            ValueError: the stage's config does not list the expert in `trained_experts`; the module has no parameter
+                that takes a gradient.
         """
         assert name not in self.trained, f"{name!r} is trained already"
         updates = self.steps if updates is None else updates
         if isinstance(what, str):
+            if what not in self.config.trained_experts():
+                # A checkpoint holds what is listed, and the next stage starts what is not listed anew.
+                config = type(self.config).__name__
+                raise ValueError(f"expert {what!r} is to be trained; {config}.trained_experts() must list it")
             expert = self.mixture.experts[what]
             # Wrapped while its own parameters alone take gradients: only those are exchanged between processes.
             self.mixture.train_only(what)
@@ -146,11 +154,21 @@ class Training:
         else:
             assert ema is None, "averages are of experts"
             what.to(self.device)
-            parameters = LiveParameters(what, [key for key, _ in what.named_parameters()])
+            parameters = LiveParameters(what, [key for key, each in what.named_parameters() if each.requires_grad])
+            if not parameters:
+                raise ValueError(f"{name!r}: no parameter of {type(what).__name__} takes a gradient")
             trainable = self._prepared(what, parameters, optimizer, updates)
             trainable.bare = what
         self.trained[name] = trainable
         self.mixture.train_only(*(each.expert for each in self.trained.values() if each.expert is not None))
+
+    def check_set_up(self) -> None:
+        """ValueError if `setup` left out what the stage says that it trains."""
+        there = {trainable.expert for trainable in self.trained.values()}
+        if missing := [name for name in self.config.trained_experts() if name not in there]:
+            raise ValueError(f"setup makes no {' and no '.join(map(repr, missing))} trainable; call training.trains")
+        if not self.trained:
+            raise ValueError("setup makes nothing trainable; call training.trains")
 
     def add_losses(self, configs: Sequence[LossConfig], layout: ProbeLayout | None) -> None:
         """Builds the stage's losses, and makes their critics trainable under the loss's name."""
@@ -293,12 +311,21 @@ class Training:
         if self.accelerator.sync_gradients:
             parameters = list(trainable.parameters.values())
             limit = trainable.max_grad_norm if trainable.max_grad_norm is not None else float("inf")
-            self.record(f"grad_norm/{name}", self.accelerator.clip_grad_norm_(parameters, limit))
+            self.record(f"grad_norm/{name}", self._clip(trainable, parameters, limit))
             trainable.optimizer.step()
             trainable.scheduler.step()
             trainable.optimizer.zero_grad()
             if trainable.average is not None:
                 trainable.average.update()
+
+    def _clip(self, trainable: Trainable, parameters: list[nn.Parameter], limit: float) -> Tensor:
+        norm: Tensor
+        if self.accelerator.scaler is None:
+            norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        else:  # accelerate would take the scale out of what others have accumulated, too
+            self.accelerator.unscale_gradients(trainable.optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, limit)
+        return norm
 
     def _backward(self, trainable: Trainable, loss: Tensor) -> None:
         if not trainable.sharded:
@@ -319,7 +346,7 @@ class Training:
 
     @property
     def learning_rate(self) -> float:
-        """Return the learning rate for the next step, of what the stage named first."""
+        """For the next step, of what the stage named first."""
         return float(next(iter(self.trained.values())).scheduler.get_last_lr()[0])
 
     # -- what the loop calls ------------------------------------------------------------------------------------------
@@ -338,15 +365,10 @@ class Training:
     def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
         """What the dataset gave, on the device, cut to the stage's `latent_frames` and prepared by the backbone."""
         latents, cond = latents.to(self.device), conditioning.to(cond, self.device)
-        limit, layout = self.config.latent_frames, self.recipe.backbone.layout()
-        if limit is not None and layout is not None:  # what is itself a video, such as image latents, is cut with it
-            axes = {name: each.frame_axis for name, each in layout.conditioning.items()}
-            cond = {
-                name: value
-                if (axis := axes.get(name)) is None
-                else value.narrow(axis + 1, 0, min(limit, value.shape[axis + 1]))
-                for name, value in cond.items()
-            }
+        limit = self.config.latent_frames
+        for name, axis in self._frame_axes.items():  # what is itself a video, such as image latents, is cut with it
+            if limit is not None and name in cond:
+                cond = {**cond, name: cond[name].narrow(axis, 0, min(limit, cond[name].shape[axis]))}
         latents, prepared = self.mixture.backbone.prepare(latents[:, :, :limit], cond)
         return latents, dict(prepared)
 
@@ -360,6 +382,8 @@ class Training:
         Raises:
             UserError: a number is not finite.
         """
+        if not self._recorded:
+            return {}
         names = sorted(self._recorded)
         means = torch.stack([torch.stack(self._recorded[name]).mean() for name in names])
         values: list[float] = self.accelerator.reduce(means, reduction="mean").tolist()
@@ -421,4 +445,5 @@ class Training:
     def release(self) -> None:
         """Lets go of what was wrapped and of the optimisers, so that the next stage starts from the bare mixture."""
         self.accelerator.free_memory()
+        self.trained.clear()
         self.mixture.train_only()

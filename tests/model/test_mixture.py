@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import digits_backbone, digits_inputs, digits_mixture, velocity_of
 
+from moedistill.errors import UserError
 from moedistill.model.backbone import TEACHER
 from moedistill.model.experts import FullConfig, LoRAConfig
 from moedistill.model.guidance import Guidance
@@ -200,3 +201,22 @@ def test_guided_is_one_batched_forward_equal_to_two(mixture, expert):
             assert torch.equal(mixture.guided(x, sigma, cond, guidance), v_cond)
             assert calls == [2]
     handle.remove()
+
+
+# --- What is loaded
+
+
+@pytest.mark.parametrize("part", ["experts", "averages"])
+def test_weights_that_do_not_fit_are_refused_with_their_source(part):
+    mixture = digits_mixture(lora=LoRAConfig(rank=2, alpha=4.0))
+    weights = {name: value.detach().clone() for name, value in mixture.experts["lora"].parameters.items()}
+    other = {name: torch.zeros(3) for name in weights}
+    kept = velocity_of(mixture, "lora", digits_inputs())
+    for wrong, message in (
+        ({"lora": other}, "the weights of expert 'lora' in there do not fit the recipe"),
+        ({"ghost": weights}, "there has weights of an expert 'ghost', which the recipe does not name"),
+    ):
+        experts, averages = (wrong, {}) if part == "experts" else ({"lora": weights}, wrong)
+        with pytest.raises(UserError, match=message):
+            mixture.load(experts, averages, "there")
+    assert torch.equal(velocity_of(mixture, "lora", digits_inputs()), kept)

@@ -21,6 +21,7 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runtime.checkpoint import load_tree, save_tree
 from moedistill.runtime.sharding import whole
+from moedistill.stages.consistency import ConsistencyConfig
 from moedistill.stages.export import ExportConfig
 from moedistill.stages.training import Training
 
@@ -162,8 +163,9 @@ def test_saved_and_reloaded_weights_equal_the_live_ones(tmp_path):
             assert not moved(wanted[name], load_file(tmp_path / config.name / f"{name}.safetensors"))
 
 
-def test_an_update_leaves_what_else_is_trained_and_its_gradients():
+def test_an_update_leaves_what_else_is_trained_and_its_gradients(monkeypatch):
     """Though the loss went through both experts and a sharded critic."""
+    monkeypatch.setattr(ConsistencyConfig, "trained_experts", lambda self: ["semantic", "detail"])
     run = begun(ON_TEACHER)
     run.mixture.initialise()
     training = Training(run, run.recipe.stages[0])
@@ -222,6 +224,21 @@ def test_an_average_is_lent_and_put_back():
     assert not torch.equal(averaged, trained)
     assert torch.equal(velocity_of(mixture, "semantic", inputs), trained)
     assert not moved(weights, copied(mixture.experts["semantic"].parameters))
+
+
+def test_an_average_that_was_loaded_before_is_cut_as_its_parameters_are():
+    run = begun(EXPERTS, sharded=False)
+    expert = run.mixture.experts["semantic"]
+    average = EMA(expert.parameters, decay=0.5)
+    before = copied(expert.parameters)
+    shard(run.mixture)
+    with torch.no_grad():
+        for parameter in expert.parameters.values():
+            parameter.add_(1.0)
+    average.update()
+    assert all(isinstance(value, DTensor) for value in average.average.values())
+    for name, value in copied(average.average).items():
+        torch.testing.assert_close(value, before[name] + 0.5, rtol=0, atol=1e-6)
 
 
 def test_merged_weights_are_those_of_the_plain_network():

@@ -254,6 +254,14 @@ def test_recipes_that_do_not_fit_two_networks(recipe, changes, message):
     assert message in " ".join(str(error.value).split())
 
 
+def test_whom_no_segment_owns_has_no_teacher_of_its_own(recipe):
+    """Each network serves some of the levels at which it would be trained."""
+    made = recipe(experts__free={**LORA, "base": "transformer"})
+    made["stages"][0]["expert"] = "free"
+    with pytest.raises(RecipeError, match="'free' has no segment, so transformer and transformer_2 would both"):
+        load_recipe(made)
+
+
 def test_one_scale_serves_both(recipe):
     load_recipe(recipe(backbone__guidance={"mode": "classifier_free", "scale": 4.0}))
 

@@ -101,8 +101,8 @@ def test_provenance(finished):
         "smoke": False,
         "plugins": {"backbone digits": "moedistill_digits"},
         "stages": {
-            "semantic": {"kind": "consistency", "expert": "semantic", "steps": 2},
-            "detail": {"kind": "consistency", "expert": "detail", "steps": 2},
+            "semantic": {"kind": "consistency", "experts": ["semantic"], "steps": 2},
+            "detail": {"kind": "consistency", "experts": ["detail"], "steps": 2},
         },
         "metrics": {"evaluate": finished.metrics["evaluate"]},
     }

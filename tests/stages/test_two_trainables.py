@@ -13,11 +13,14 @@ import torch
 from helpers import digits_batch, distil, equal, set_up, tiny_recipe, trees
 
 from moedistill.components.plugins import load_plugins
-from moedistill.errors import RecipeError
+from moedistill.errors import RecipeError, UserError
 from moedistill.losses.optim import OptimizerConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.loop import run
+from moedistill.runs.resume import changed_keys
 from moedistill.runs.sample import load_mixture
+from moedistill.runtime.checkpoint import load_tree
+from moedistill.stages.consistency import ConsistencyConfig, ConsistencyStage
 
 STEPS, UPDATES = 300, 2
 ADAPTER = {"kind": "lora", "rank": 8, "alpha": 8}
@@ -139,7 +142,13 @@ def test_an_expert_without_a_segment_needs_a_stage(plugins):
     assert {problem.path for problem in caught.value.problems} == {"stages.0.fake_score", "experts.score"}
 
 
-def test_an_update_reaches_what_it_names_and_nothing_else():
+@pytest.fixture
+def of_both(monkeypatch):
+    """Consistency stages say that they train the detail expert as well."""
+    monkeypatch.setattr(ConsistencyConfig, "trained_experts", lambda self: [self.expert, "detail"])
+
+
+def test_an_update_reaches_what_it_names_and_nothing_else(of_both):
     """Even where the loss went through what else is trained."""
     recipe = tiny_recipe([distil()], {"experts.detail.from": "teacher", "training.monitor": None})
     training, _ = set_up(recipe)
@@ -167,7 +176,80 @@ def test_an_update_reaches_what_it_names_and_nothing_else():
     assert not any(parameter.requires_grad for parameter in training.mixture.parameters())
 
 
-def test_the_second_experts_rate_is_its_own():
+def test_what_is_trained_must_be_listed(tmp_path, monkeypatch):
+    """Or it would be in no checkpoint, and start anew with the next stage."""
+    training, _ = set_up(tiny_recipe([distil()], {"experts.detail.from": "teacher"}))
+    with pytest.raises(
+        ValueError, match=r"'detail' is to be trained; ConsistencyConfig.trained_experts\(\) must list it"
+    ):
+        training.trains("other", "detail", OptimizerConfig())
+    assert set(training.trained) == {"student"}
+    monkeypatch.setattr(ConsistencyStage, "setup", lambda self, training: None)
+    with pytest.raises(UserError, match="stage semantic: setup makes no 'semantic' trainable"):
+        run(tiny_recipe([distil()]), output=tmp_path / "a", device="cpu")
+    monkeypatch.setattr(ConsistencyConfig, "trained_experts", lambda self: [])
+    with pytest.raises(UserError, match="stage semantic: setup makes nothing trainable"):
+        run(tiny_recipe([distil()]), output=tmp_path / "b", device="cpu")
+
+
+def test_a_module_is_trained_where_it_takes_gradients():
+    """A critic on features that stay as they are."""
+    training, _ = set_up(tiny_recipe([distil()]))
+    critic = torch.nn.Sequential(torch.nn.Linear(3, 2).requires_grad_(False), torch.nn.Linear(2, 1))
+    training.trains("critic", critic, OptimizerConfig(lr=0.1))
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    training.update("critic", training.trained["critic"].module(torch.ones(2, 3)).sum())
+    moved = {name for name, value in critic.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"1.weight", "1.bias"}
+    assert set(training.state()["critics"]["critic"]) == set(before)
+    with pytest.raises(ValueError, match="'fixed': no parameter of Linear takes a gradient"):
+        training.trains("fixed", torch.nn.Linear(1, 1).requires_grad_(False), OptimizerConfig())
+
+
+def test_a_gradient_scale_is_taken_out_of_each_alone():
+    """What another has accumulated keeps the scale until that one's own update."""
+    training, _ = set_up(tiny_recipe([distil()], {"training.gradient_accumulation_steps": 2}))
+    accelerator = training.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    try:
+        for name in "ab":
+            training.trains(name, torch.nn.Linear(2, 1, bias=False), OptimizerConfig(lr=1e-3, max_grad_norm=None))
+        for _ in range(2):
+            with training.micro_batch():
+                for name in "ab":
+                    weight = training.trained[name].bare.weight
+                    training.update(name, (weight * torch.tensor([3.0, 4.0])).sum())
+        norms = training.take_metrics()
+    finally:
+        accelerator.state._mixed_precision = "no"
+    assert norms == pytest.approx({"grad_norm/a": 5.0, "grad_norm/b": 5.0})
+
+
+def test_a_miniature_takes_three_steps_of_any_stage(plugins):
+    [stage] = load_recipe(recipe(), plugins=plugins).stages
+    assert (stage.steps, stage.tiny().steps, stage.tiny().tiny().steps) == (STEPS, 3, 3)
+
+
+def test_phases_of_an_expert_without_a_segment_are_checked():
+    """It is trained on the whole trajectory."""
+    stages, changes = [distil("free", phases=9)], {"experts.free": {"kind": "full"}}
+    with pytest.raises(RecipeError, match="9 for a segment of 8 points; at most 8 are possible"):
+        load_recipe(tiny_recipe(stages, changes))
+    load_recipe(tiny_recipe([distil("free", phases=8)], changes))
+
+
+def test_what_a_stage_runs_by_name_is_settled_with_it(monkeypatch, tmp_path):
+    """From its middle a run cannot go on with another one."""
+    monkeypatch.setattr(ConsistencyConfig, "used_experts", lambda self: [self.expert, "helper"])
+    helper = {"experts.helper": {"kind": "lora", "from": "teacher", "rank": 2}, "training.checkpoint_every": 1}
+    begun = run(tiny_recipe([distil()], helper), output=tmp_path, device="cpu").checkpoint
+    other = tiny_recipe([distil()], {**helper, "experts.helper.rank": 4, "experts.detail.rank": 4})
+    before, after = changed_keys(load_recipe(other), load_tree(begun, "state"))
+    assert (before, after) == (["experts.helper.rank"], ["experts.detail.rank"])
+
+
+def test_the_second_experts_rate_is_its_own(of_both):
     training, _ = set_up(tiny_recipe([distil(steps=4)], {"experts.detail.from": "teacher", "training.monitor": None}))
     config = OptimizerConfig(**{**asdict(OptimizerConfig()), "lr": 0.5, "schedule": "linear"})
     training.trains("other", "detail", config, updates=2)

@@ -3,20 +3,24 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moedistill.components.plugins import hookimpl
 from moedistill.runtime.checkpoint import write_text
+from moedistill.stages.run import METRICS
+
+if TYPE_CHECKING:
+    from moedistill.stages.training import Training
 
 
 class MetricsFile:
     """Appends to `metrics.jsonl` in the run's folder; a stage first drops what it and later ones will write again."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
 
     @hookimpl
-    def on_stage_start(self, training: Any) -> None:
+    def on_stage_start(self, training: "Training") -> None:
         if self._path.exists():
             stages = [stage.name for stage in training.recipe.stages]
             # A stage that begins anew writes its line before the first step again.
@@ -25,7 +29,7 @@ class MetricsFile:
             )
 
     @hookimpl
-    def on_step_end(self, training: Any, metrics: dict[str, float]) -> None:
+    def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
         line = {"stage": training.config.name, "step": training.step, "lr": training.learning_rate, **metrics}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console, RenderableType
@@ -13,6 +13,9 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from moedistill.components.plugins import hookimpl
+
+if TYPE_CHECKING:
+    from moedistill.stages.training import Training
 
 
 def memory() -> str:
@@ -46,7 +49,7 @@ class Progress:
         self._bar: _Bar | None = None
 
     @hookimpl
-    def on_stage_start(self, training: Any) -> None:
+    def on_stage_start(self, training: "Training") -> None:
         self._started, self._first = time.monotonic(), training.step
         title = f"{training.config.name} ({training.config.kind}, expert {training.expert}, {training.steps} steps)"
         self._say(title)
@@ -57,7 +60,7 @@ class Progress:
             self._bar.start()
 
     @hookimpl
-    def on_step_end(self, training: Any, metrics: dict[str, float]) -> None:
+    def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
         rate = (training.step - self._first) / max(1e-9, time.monotonic() - self._started)
         shown = {name: value for name, value in metrics.items() if not name.startswith(("monitor/", "monitor_"))}
         numbers = "  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in shown.items())
@@ -70,7 +73,7 @@ class Progress:
             self._say(f"  {training.step}/{training.steps}  {numbers}{left}")
 
     @hookimpl
-    def on_stage_end(self, training: Any) -> None:
+    def on_stage_end(self, training: "Training") -> None:
         self.stop()
 
     def stop(self) -> None:

@@ -1,12 +1,14 @@
 """Experiment trackers, by the names that accelerate knows."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moedistill.components.plugins import hookimpl
 from moedistill.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from moedistill.stages.training import Training
 
 
 class Trackers:
@@ -37,13 +39,13 @@ class Trackers:
             accelerator.init_trackers(project)
 
     @hookimpl
-    def on_stage_start(self, training: Any) -> None:
+    def on_stage_start(self, training: "Training") -> None:
         names = [stage.name for stage in training.recipe.stages]
         earlier = training.recipe.stages[: names.index(training.config.name)]
         self._offset = sum(getattr(stage, "steps", 0) for stage in earlier)
 
     @hookimpl
-    def on_step_end(self, training: Any, metrics: dict[str, float]) -> None:
+    def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
         if self._names:
             values = {f"{training.config.name}/{name}": value for name, value in metrics.items()}
             self._accelerator.log(values, step=self._offset + training.step)
