@@ -51,6 +51,14 @@ class StageConfig(Config, ABC):
         """Names of the experts that the stage trains or runs by name: these need no segment of the router's."""
         return self.trained_experts()
 
+    def settled(self, recipe: "Recipe") -> "StageConfig":
+        """The stage with what it takes over from a valid recipe written out; this is what is run and saved."""
+        return self
+
+    def notes(self, recipe: "Recipe") -> Iterable[str]:
+        """What people should know of the stage in a valid recipe, without being an error."""
+        return ()
+
     def look_ahead(self, recipe: "Recipe") -> None:
         """ValueError where a file that the stage will read is missing, or does not fit; called before any training."""
 
@@ -205,7 +213,8 @@ class Recipe:
         return dump_yaml(self.resolved())
 
     def notes(self) -> list[str]:
-        """How values near trajectory points were understood, for people to read."""
+        """How values near trajectory points were understood, and what stages have to say, for people to read."""
         trajectory = self.trajectory.build(self.backbone.native_sigmas())
         notes = list(self.router.build(trajectory).notes) if self.router else []
-        return notes + (self.sample.notes(trajectory) if self.sample else [])
+        notes += self.sample.notes(trajectory) if self.sample else []
+        return notes + [note for stage in self.stages for note in stage.notes(self)]

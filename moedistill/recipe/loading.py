@@ -92,6 +92,7 @@ def _checked(
     if found:
         raise RecipeError(sorted(found, key=_in_file_order), name)
     assert isinstance(recipe, Recipe)
+    recipe.stages = [stage.settled(recipe) for stage in recipe.stages]
     return recipe
 
 

@@ -6,6 +6,7 @@ DCM: Dual-Expert Consistency Model for Efficient and High-Quality Video Generati
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from moedistill.components.fields import NonNegativeInt, PositiveInt
 from moedistill.data.loading import Batch
+from moedistill.flow.chords import power_at, sampled_power
 from moedistill.flow.process import add_noise, displacement, jump
 from moedistill.flow.routers import segment_of
+from moedistill.flow.trajectory import Segment, Trajectory
 from moedistill.losses.base import ProbeLayout, StepTensors
 from moedistill.model.conditioning import Conditioning
 from moedistill.recipe.keys import Finding, TrainingStageConfig
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PhasePoints:
-    """Inner edges of the phases, as trajectory points."""
+    """Inner edges of the phases, as trajectory points; none for a single phase."""
 
     points: list[NonNegativeInt]
 
@@ -40,11 +43,12 @@ class ConsistencyConfig(TrainingStageConfig):
     Args:
         target: whose velocity makes the target: the `student` itself, or its `ema`.
         phases: cut the segment into this many phases of equal numbers of points, or at given points; a jump lands on
-            its phase's lower edge. 1 is LCM and DCM; n is PCM.
+            its phase's lower edge. 1 is LCM and DCM; n is PCM. `sampling` cuts it at the points of `sample`, so that
+            every step ends where a jump was trained to land; the recipe is resolved to these points.
     """
 
     target: Literal["student", "ema"] = "student"
-    phases: PositiveInt | PhasePoints = 1
+    phases: PositiveInt | Literal["sampling"] | PhasePoints = 1
 
     def build(self) -> "ConsistencyStage":
         return ConsistencyStage(self)
@@ -56,22 +60,68 @@ class ConsistencyConfig(TrainingStageConfig):
         if self.expert not in (recipe.experts or {}) or recipe.trajectory is None or recipe.backbone is None:
             return
         try:
-            trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
-            router = recipe.router.build(trajectory) if recipe.router is not None else None
-            segment = segment_of(self.expert, router, trajectory)
+            trajectory, segment = self._range(recipe)
+            sigmas = recipe.sample.resolve(trajectory).tolist() if recipe.sample is not None else []
         except ValueError:
             return  # reported elsewhere
+        if self.phases == "sampling" and not sigmas:
+            yield "phases", "sampling needs the recipe's sample, at whose points it cuts; give sample: {points: …}"
+            return
         try:
-            landing_points(trajectory.points_in(segment), _edges(self.phases))
+            inner = _stops_in(segment, sigmas, trajectory) if self.phases == "sampling" else _inner(self.phases)
+            phase_edges(trajectory.points_in(segment), inner)
         except ValueError as error:
             yield "phases", str(error)
 
+    def _range(self, recipe: "Recipe") -> tuple[Trajectory, Segment]:
+        """The recipe's trajectory, and the part of it on which the expert is trained."""
+        trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
+        router = recipe.router.build(trajectory) if recipe.router is not None else None
+        return trajectory, segment_of(self.expert, router, trajectory)
 
-def landing_points(starts: range, phases: int | list[int]) -> Tensor:
-    """Where the jump from each starting point lands, as a point, int64 `[len(starts)]`.
+    def settled(self, recipe: "Recipe") -> "ConsistencyConfig":
+        if self.phases != "sampling" or recipe.sample is None:
+            return self
+        trajectory, segment = self._range(recipe)
+        sigmas = recipe.sample.resolve(trajectory).tolist()
+        return self.replace(phases=PhasePoints(points=_stops_in(segment, sigmas, trajectory)))
+
+    def notes(self, recipe: "Recipe") -> Iterable[str]:
+        if recipe.sample is None or recipe.sample.eta > 0:
+            return
+        trajectory, segment = self._range(recipe)
+        edges = phase_edges(trajectory.points_in(segment), _inner(self.phases))
+        landings = [trajectory.sigma(edge) for edge in edges]
+        # The steps that start in the segment, and where the last of them ends.
+        sigmas = recipe.sample.resolve(trajectory).tolist()
+        steps = [(above, below) for above, below in pairwise(sigmas) if above in segment]
+        inside = [f"{below:.4g}" for _, below in steps if below in segment and below not in landings]
+        if inside:
+            walked = [steps[0][0], *(below for _, below in steps)]
+            powers = sampled_power(walked, lambda sigma: max(end for end in landings if end < sigma))
+            share = powers[-1] / power_at(walked[-1])
+            other = "" if recipe.backbone.has_pipeline else "; `sample.eta: 1` draws the noise of every stop anew"
+            yield (
+                f"stage {self.name}: sampling stops at sigma {', '.join(inside)} inside a phase, where no jump is "
+                f"trained to land; data of variance 1 would leave these steps with {share:.3g} times their variance. "
+                f"`phases: sampling` trains what is sampled{other}"
+            )
+
+
+def _stops_in(segment: Segment, sigmas: list[float], trajectory: Trajectory) -> list[int]:
+    """The inner points of a segment at which sampling stops, ascending; ValueError where a stop is no point."""
+    points = trajectory.points_in(segment)
+    stops = [sigma for sigma in sigmas if sigma in segment]
+    found = {sigma: point for point in points if (sigma := trajectory.sigma(point)) in stops}
+    if between := [sigma for sigma in stops if sigma not in found]:
+        raise ValueError(f"sampling: sample's sigma {between[0]:.6g} is no point of the trajectory; give sample points")
+    return sorted(point for point in found.values() if point != points[-1])
+
+
+def phase_edges(starts: range, phases: int | list[int]) -> list[int]:
+    """Lower edges of a segment's phases, as points, ascending; `starts` are the points where its jumps start.
 
     `phases` M cuts at starts[0] - 1 + floor(k·n/M), k = 0..M, n = len(starts); a list gives the inner edges themselves.
-    A starting point equal to an edge belongs to the phase below it.
 
     Raises:
         ValueError: more phases than starting points, or an edge outside the segment.
@@ -80,7 +130,7 @@ def landing_points(starts: range, phases: int | list[int]) -> Tensor:
     if isinstance(phases, int):
         if phases > n:
             raise ValueError(f"phases: {phases} for a segment of {n} points; at most {n} are possible")
-        edges = [lowest + k * n // phases for k in range(phases)]
+        return [lowest + k * n // phases for k in range(phases)]
     else:
         outside = [point for point in phases if point not in range(lowest + 1, starts[-1])]
         if outside:
@@ -88,7 +138,15 @@ def landing_points(starts: range, phases: int | list[int]) -> Tensor:
                 f"phases.points: {outside[0]} is not inside the segment, whose inner points are "
                 f"{lowest + 1} to {starts[-1] - 1}"
             )
-        edges = sorted({lowest, *phases})
+        return sorted({lowest, *phases})
+
+
+def landing_points(starts: range, phases: int | list[int]) -> Tensor:
+    """Where the jump from each starting point lands, as a point, int64 `[len(starts)]`; `phases` as in `phase_edges`.
+
+    A starting point equal to an edge belongs to the phase below it.
+    """
+    edges = phase_edges(starts, phases)
     return torch.tensor([max(edge for edge in edges if edge < start) for start in starts])
 
 
@@ -153,7 +211,9 @@ def jumps(
     return Jumps(prediction, landing, difference, sigma, end)
 
 
-def _edges(phases: int | PhasePoints) -> int | list[int]:
+def _inner(phases: int | str | PhasePoints) -> int | list[int]:
+    if isinstance(phases, str):
+        raise ValueError(f"phases: {phases} becomes points when a recipe is read; use load_recipe")
     return phases if isinstance(phases, int) else phases.points
 
 
@@ -166,7 +226,7 @@ class ConsistencyStage(TrainingStage):
     def setup(self, training: Training) -> None:
         config = self.config
         self._starts = training.trajectory.points_in(training.segment)
-        self._landings = landing_points(self._starts, _edges(config.phases))
+        self._landings = landing_points(self._starts, _inner(config.phases))
         training.trains(STUDENT, config.expert, config.optimizer, ema=config.ema_decay)
         layout = None
         if config.probe is not None:

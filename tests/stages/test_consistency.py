@@ -20,12 +20,13 @@ from helpers import (
 from moedistill import hookimpl
 from moedistill.components.plugins import load_plugins
 from moedistill.errors import RecipeError, UserError
+from moedistill.flow.chords import power_at, sampled_power
 from moedistill.model.backbone import TEACHER
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runs.loop import run as run_recipe
 from moedistill.runtime.checkpoint import load_tree
-from moedistill.stages.consistency import landing_points
+from moedistill.stages.consistency import ConsistencyConfig, landing_points
 
 # --- Where jumps land
 
@@ -64,6 +65,53 @@ def test_landings_by_hand():
 def test_phases_that_do_not_fit_are_refused(phases, message):
     with pytest.raises(ValueError, match=message):
         landing_points(range(21, 27), phases)
+
+
+SAMPLING = {"stages.0.phases": "sampling", "stages.1.phases": "sampling", "sample.points": [8, 6, 4, 1]}
+
+
+def test_phases_of_sampling_are_its_stops():
+    """Every step of sampling is a jump that is trained, and the recipe says which."""
+    recipe = load_recipe(tiny_recipe([distil(), distil("detail")], SAMPLING))
+    assert [stage["phases"] for stage in recipe.resolved()["stages"]] == [{"points": [6]}, {"points": [1]}]
+    assert load_recipe(recipe.resolved()).resolved() == recipe.resolved()
+    jumps = {}
+    for number in range(2):
+        training, stage = set_up(recipe.resolved(), number)
+        jumps |= dict(zip(stage._starts, stage._landings.tolist(), strict=True))
+    assert [(start, jumps[start]) for start in (8, 6, 4, 1)] == [(8, 6), (6, 4), (4, 1), (1, 0)]
+    by_sigma = {**SAMPLING, "sample": {"sigmas": [training.trajectory.sigma(point) for point in (8, 6, 4, 1)]}}
+    del by_sigma["sample.points"]
+    again = load_recipe(tiny_recipe([distil(), distil("detail")], by_sigma))
+    assert [stage.phases for stage in again.stages] == [stage.phases for stage in recipe.stages]
+
+
+def test_phases_of_sampling_need_its_points():
+    with pytest.raises(RecipeError, match=r"stages\.0\.phases: sampling needs the recipe's sample"):
+        load_recipe(tiny_recipe([distil(phases="sampling")], {"sample": None}))
+    with pytest.raises(RecipeError, match=r"stages\.0\.phases: sampling: sample's sigma 0\.955 is no point of the"):
+        load_recipe(tiny_recipe([distil(phases="sampling")], {"sample": {"sigmas": [1.0, 0.955, 0.8]}}))
+    with pytest.raises(ValueError, match="phases: sampling becomes points when a recipe is read"):
+        ConsistencyConfig(name="a", expert="semantic", steps=1, losses=[], phases="sampling").build().setup(
+            set_up(tiny_recipe([distil()]))[0]
+        )
+
+
+def test_a_recipe_that_samples_inside_a_phase_says_so():
+    stages = [distil(), distil("detail")]
+    notes = load_recipe(tiny_recipe(stages, {"sample.points": [8, 6, 4]})).notes()
+    trajectory = load_recipe(tiny_recipe(stages)).trajectory.build()
+    end, stop = trajectory.sigma(4), trajectory.sigma(6)
+    [note] = notes
+    assert note.startswith(f"stage semantic: sampling stops at sigma {stop:.4g} inside a phase")
+    share = sampled_power([1.0, stop, end], lambda sigma: end)[-1] / power_at(end)
+    assert f"with {share:.3g} times their variance" in note
+    assert share > 1.001
+    assert "sample.eta" in note
+    # The pipelines of large models draw no fresh noise.
+    assert not any("sample.eta" in note for note in load_recipe("dcm_hunyuan").notes())
+    for settled in ({"sample.points": [8, 4]}, {"sample.points": [8, 6, 4], "sample.eta": 1.0}, SAMPLING):
+        assert load_recipe(tiny_recipe(stages, settled)).notes() == []
 
 
 @pytest.mark.parametrize(("phases", "where"), [(5, ""), ({"points": [8]}, r"\.points")])
