@@ -1,6 +1,7 @@
-"""Draws the pictures of the documentation that no recipe makes: `python benchmarks/pictures.py` writes docs/idea.png.
+"""Draws the pictures of the documentation that no recipe makes: `python benchmarks/pictures.py` writes them to docs/.
 
-Its frames are of one path of the digits teacher: the sample on its way, and what the teacher makes of it there.
+idea.png: its frames are of one path of the digits teacher: the sample on its way, and what the teacher makes of it.
+chord.png: computed, not measured: a perfect student sampled inside its phases, and at their edges.
 """
 
 from itertools import pairwise
@@ -14,6 +15,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from torch import Tensor
 
 from moedistill import Draws, jump, load_recipe
+from moedistill.flow.chords import power_at, sampled_power
 from moedistill.runs.build import build_mixture
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -105,6 +107,40 @@ def draw_idea(path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
+def draw_chord(path: Path) -> None:
+    """The deviation of samples on their way, and what it is at each step, on the list of recipes/dcm_digits.yaml."""
+    recipe = load_recipe("dcm_digits")
+    trajectory = recipe.trajectory.build()
+    points, boundary = [50, 40, 30, 15, 0], 30
+    sigmas = [trajectory.sigma(point) if point else 0.0 for point in points]
+
+    def powers(edges: list[float]) -> list[float]:
+        return sampled_power(sigmas, lambda sigma: max(edge for edge in edges if edge < sigma))
+
+    inside, at_edges = powers([trajectory.sigma(boundary), 0.0]), powers(sigmas[1:])
+    figure = Figure(figsize=(8.3, 3.0), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    fine = torch.linspace(0, 1, 201).tolist()
+    left.plot(fine, [power_at(sigma) ** 0.5 for sigma in fine], color=GREY, linewidth=4, alpha=0.4, label="right")
+    for values, colour, name in ((inside, SEMANTIC, "stops inside phases"), (at_edges, DETAIL, "stops as edges")):
+        left.plot(sigmas, [value**0.5 for value in values], "o-", color=colour, linewidth=1.6, label=name)
+        shares = [value / power_at(sigma) for value, sigma in zip(values, sigmas, strict=True)]
+        right.plot(range(len(sigmas)), shares, "o-", color=colour, linewidth=1.6)
+    left.axvline(trajectory.sigma(boundary), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    left.invert_xaxis()
+    left.set_xlabel("σ")
+    left.set_ylabel("deviation of x")
+    left.legend(frameon=False, fontsize=9)
+    right.set_xticks(range(len(sigmas)), [f"{sigma:.2g}" for sigma in sigmas])
+    right.set_xlabel("σ after each step")
+    right.set_ylabel("variance / right variance")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Software": None})
+
+
 if __name__ == "__main__":
-    draw_idea(DOCS / "idea.png")
-    print(DOCS / "idea.png")
+    for name, draw in (("idea.png", draw_idea), ("chord.png", draw_chord)):
+        draw(DOCS / name)
+        print(DOCS / name)

@@ -220,9 +220,10 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert set(PAGES) - reached <= {ROOT / "CHANGELOG.md"}
 
 
-def test_the_picture_of_the_idea_can_be_drawn(tmp_path: Path) -> None:
-    runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"))["draw_idea"](tmp_path / "idea.png")
-    with Image.open(tmp_path / "idea.png") as drawn, Image.open(DOCS / "idea.png") as kept:
+@pytest.mark.parametrize("name", ["idea", "chord"])
+def test_the_pictures_can_be_drawn(tmp_path: Path, name: str) -> None:
+    runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"))[f"draw_{name}"](tmp_path / "drawn.png")
+    with Image.open(tmp_path / "drawn.png") as drawn, Image.open(DOCS / f"{name}.png") as kept:
         assert drawn.size == kept.size
 
 
