@@ -294,6 +294,8 @@ def sample(
         device=device, weights="ema" if ema else "trained", fps=fps, keep=False, plugins=_plugins(plugin_files),
         video={"height": height, "width": width, "num_frames": frames},
     )  # fmt: skip
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
     click.echo(str(result.output))
 
 

@@ -1,7 +1,7 @@
 """Samples from a finished run, one of its checkpoints, or an export."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,12 @@ class SampleResult:
     Attributes:
         output: the folder with the files.
         videos: `[N, C, T, H, W]` in [0, 1]; None if they were not to be kept.
+        notes: where the steps asked for are not those that the experts were trained for.
     """
 
     output: Path
     videos: Tensor | None
+    notes: list[str] = field(default_factory=list)
 
 
 def read_trained(
@@ -162,7 +164,10 @@ def sample_run(
     if not prompts:
         raise UserError("there is no prompt to sample; give at least one")
     recipe, mixture = load_mixture(source, device=device, weights=weights, plugins=plugins)
-    path, eta = sampling_steps(recipe, mixture, steps, sigmas), sampling_config(recipe, steps, sigmas, eta).eta
+    path, config = sampling_steps(recipe, mixture, steps, sigmas), sampling_config(recipe, steps, sigmas, eta)
+    asked_for = replace(recipe, sample=config)
+    other = steps is not None or sigmas is not None
+    notes = [note for stage in recipe.stages if other for note in stage.notes(asked_for)]
     asked = [prompt for prompt in prompts for _ in range(num)]
     folder = Path(output) if output is not None else _free(Path(source) / "samples")
     with cpu_threads(recipe.training.num_threads), user_errors("sample"):
@@ -170,9 +175,9 @@ def sample_run(
         make_folder(folder)
         videos = write_samples(
             folder, recipe, mixture, asked, path,
-            seed=seed, video=size, weights=weights, eta=eta, fps=fps, made_from=str(source), keep=keep,
+            seed=seed, video=size, weights=weights, eta=config.eta, fps=fps, made_from=str(source), keep=keep,
         )  # fmt: skip
-    return SampleResult(folder, torch.stack(videos) if keep else None)
+    return SampleResult(folder, torch.stack(videos) if keep else None, notes)
 
 
 def _free(folder: Path) -> Path:

@@ -87,25 +87,34 @@ class ConsistencyConfig(TrainingStageConfig):
         return self.replace(phases=PhasePoints(points=_stops_in(segment, sigmas, trajectory)))
 
     def notes(self, recipe: "Recipe") -> Iterable[str]:
-        if recipe.sample is None or recipe.sample.eta > 0:
+        """Where `sample` takes a step that no jump was trained for: short of its phase's end, or beyond it."""
+        last = [stage.name for stage in recipe.stages if self.expert in stage.trained_experts()][-1:]
+        if recipe.sample is None or recipe.sample.eta > 0 or last != [self.name]:
             return
         trajectory, segment = self._range(recipe)
         edges = phase_edges(trajectory.points_in(segment), _inner(self.phases))
         landings = [trajectory.sigma(edge) for edge in edges]
-        # The steps that start in the segment, and where the last of them ends.
-        sigmas = recipe.sample.resolve(trajectory).tolist()
-        steps = [(above, below) for above, below in pairwise(sigmas) if above in segment]
-        inside = [f"{below:.4g}" for _, below in steps if below in segment and below not in landings]
-        if inside:
+
+        def landing(sigma: float) -> float:
+            return max(end for end in landings if end < sigma)
+
+        steps = [step for step in pairwise(recipe.sample.resolve(trajectory).tolist()) if step[0] in segment]
+        if inside := [f"{below:.4g}" for above, below in steps if below > landing(above)]:
             walked = [steps[0][0], *(below for _, below in steps)]
-            powers = sampled_power(walked, lambda sigma: max(end for end in landings if end < sigma))
-            share = powers[-1] / power_at(walked[-1])
+            share = sampled_power(walked, landing)[-1] / power_at(walked[-1])
             other = "" if recipe.backbone.has_pipeline else "; `sample.eta: 1` draws the noise of every stop anew"
             yield (
                 f"stage {self.name}: sampling stops at sigma {', '.join(inside)} inside a phase, where no jump is "
                 f"trained to land; data of variance 1 would leave these steps with {share:.3g} times their variance. "
                 f"`phases: sampling` trains what is sampled{other}"
             )
+        # Beyond p_0 every list goes on to 0.
+        beyond = [step for step in steps if max(step[1], trajectory.sigma(0)) < landing(step[0])]
+        if beyond:
+            named = ", ".join(
+                f"from sigma {above:.4g} to {below:.4g} (ends at {landing(above):.4g})" for above, below in beyond
+            )
+            yield f"stage {self.name}: sampling goes beyond the end of a phase, where no jump is trained to go: {named}"
 
 
 def _stops_in(segment: Segment, sigmas: list[float], trajectory: Trajectory) -> list[int]:

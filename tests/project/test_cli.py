@@ -125,7 +125,8 @@ def test_a_bug_keeps_its_traceback(fake_train):
 def test_sample_passes_everything_on(call, monkeypatch, tmp_path):
     module = types.ModuleType("moedistill.runs.sample")
     calls: list[tuple[tuple, dict]] = []
-    module.sample_run = lambda *args, **kwargs: calls.append((args, kwargs)) or types.SimpleNamespace(output="there")
+    result = types.SimpleNamespace(output="there", notes=[])
+    module.sample_run = lambda *args, **kwargs: calls.append((args, kwargs)) or result
     monkeypatch.setitem(sys.modules, "moedistill.runs.sample", module)
     args = ("sample", tmp_path, "--prompt", "3 right", "--prompt", "7 up", "--num", 2, "--seed", 5, "--ema")
     (tmp_path / "more.txt").write_text("1 left\n")

@@ -9,6 +9,7 @@ import torch
 from helpers import distil, tiny_recipe
 from PIL import Image
 
+from moedistill.cli import main
 from moedistill.errors import UserError
 from moedistill.model import conditioning
 from moedistill.runs.loop import run
@@ -16,6 +17,7 @@ from moedistill.runs.sample import load_mixture, sample_run
 from moedistill.runtime.randomness import Draws
 
 LR = {"lr": 0.02}
+EXPERTS = ("semantic", "detail")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,20 @@ def test_a_sample_depends_on_its_prompt_and_place_alone(videos):
     assert torch.allclose(one, both[:2], atol=1e-5)
     assert not torch.allclose(both[:2], both[2:], atol=1e-2)
     assert torch.equal(videos(), videos(prompts=[""]))  # no prompt: the null condition
+
+
+def test_steps_that_were_not_trained_for_are_said(folder, tmp_path, capsys):
+    trained = sample_run(folder, output=tmp_path / "a")
+    other = sample_run(folder, output=tmp_path / "b", steps=4)
+    fewer = sample_run(folder / "export", output=tmp_path / "c", sigmas=[1.0, 0.5])
+    assert trained.notes == []
+    assert [note.split(" at ")[0] for note in other.notes] == [f"stage {name}: sampling stops" for name in EXPERTS]
+    assert [note.split(",")[0] for note in fewer.notes] == ["stage semantic: sampling goes beyond the end of a phase"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["sample", str(folder), "--steps", "4", "--output", str(tmp_path / "d")])
+    said = capsys.readouterr()
+    assert said.err.count("note: stage ") == 2
+    assert said.out.splitlines()[-1] == str(tmp_path / "d")
 
 
 def test_files(folder, tmp_path):

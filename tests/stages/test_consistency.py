@@ -110,8 +110,16 @@ def test_a_recipe_that_samples_inside_a_phase_says_so():
     assert "sample.eta" in note
     # The pipelines of large models draw no fresh noise.
     assert not any("sample.eta" in note for note in load_recipe("dcm_hunyuan").notes())
+    [note] = load_recipe(tiny_recipe(stages, {"sample.points": [8, 2]})).notes()
+    assert note == (
+        "stage semantic: sampling goes beyond the end of a phase, where no jump is trained to go: "
+        f"from sigma 1 to {trajectory.sigma(2):.4g} (ends at {end:.4g})"
+    )
     for settled in ({"sample.points": [8, 4]}, {"sample.points": [8, 6, 4], "sample.eta": 1.0}, SAMPLING):
         assert load_recipe(tiny_recipe(stages, settled)).notes() == []
+    # Of several stages that train an expert, the last one says what it can.
+    finer = [distil(name="coarse"), distil(phases={"points": [6]}), distil("detail")]
+    assert load_recipe(tiny_recipe(finer, {"sample.points": [8, 6, 4]})).notes() == []
 
 
 @pytest.mark.parametrize(("phases", "where"), [(5, ""), ({"points": [8]}, r"\.points")])
