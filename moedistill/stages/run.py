@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 
 
 METRICS = "metrics.jsonl"
-
+"""What training stages log, a line for each logged step."""
 
 RESULT = "result.json"
 """What the stages reported, by name; written anew after every stage that trains nothing."""
-
 
 COST = "cost.json"
 """What the training stages cost, by name: see `RunResult.cost`."""

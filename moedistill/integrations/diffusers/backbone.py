@@ -446,7 +446,10 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
 
     @torch.no_grad()
     def encode_new(self, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
-        """By a pipeline that has the text encoders alone, on the network's device."""
+        """Of their texts, by a pipeline that has the text encoders alone, on the network's device.
+
+        A model that takes images encodes them in a method of its own.
+        """
         cls: Any = self.config.pipeline_class()
         folder = self.config.locate()
         missing = [name for name in self.config.text_components if not (folder / name).is_dir()]
