@@ -9,11 +9,11 @@ from helpers import distil, tiny_recipe
 
 from moedistill import hookimpl
 from moedistill.components.plugins import load_plugins
+from moedistill.flow.phases import landing_points
 from moedistill.recipe.keys import TrainingStageConfig
 from moedistill.recipe.loading import load_recipe, shipped_recipes
 from moedistill.recipe.miniature import miniature
 from moedistill.runs.loop import run
-from moedistill.stages.consistency import landing_points
 from moedistill.stages.evaluate import fingerprint
 
 RECIPES = shipped_recipes()

@@ -21,12 +21,13 @@ from moedistill import hookimpl
 from moedistill.components.plugins import load_plugins
 from moedistill.errors import RecipeError, UserError
 from moedistill.flow.chords import power_at, sampled_power
+from moedistill.flow.phases import landing_points
 from moedistill.model.backbone import TEACHER
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runs.loop import run as run_recipe
 from moedistill.runtime.checkpoint import load_tree
-from moedistill.stages.consistency import ConsistencyConfig, landing_points
+from moedistill.stages.consistency import ConsistencyConfig
 
 # --- Where jumps land
 

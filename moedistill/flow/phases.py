@@ -1,0 +1,48 @@
+"""Phases of a segment: where its jumps land."""
+
+import torch
+from torch import Tensor
+
+from moedistill.flow.trajectory import Segment, Trajectory
+
+
+def stops_in(segment: Segment, sigmas: list[float], trajectory: Trajectory) -> list[int]:
+    """The inner points of a segment at which sampling stops, ascending; ValueError where a stop is no point."""
+    points = trajectory.points_in(segment)
+    stops = [sigma for sigma in sigmas if sigma in segment]
+    found = {sigma: point for point in points if (sigma := trajectory.sigma(point)) in stops}
+    if between := [sigma for sigma in stops if sigma not in found]:
+        raise ValueError(f"sampling: sample's sigma {between[0]:.6g} is no point of the trajectory; give sample points")
+    return sorted(point for point in found.values() if point != points[-1])
+
+
+def phase_edges(starts: range, phases: int | list[int]) -> list[int]:
+    """Lower edges of a segment's phases, as points, ascending; `starts` are the points where its jumps start.
+
+    `phases` M cuts at starts[0] - 1 + floor(k·n/M), k = 0..M, n = len(starts); a list gives the inner edges themselves.
+
+    Raises:
+        ValueError: more phases than starting points, or an edge outside the segment.
+    """
+    lowest, n = starts[0] - 1, len(starts)
+    if isinstance(phases, int):
+        if phases > n:
+            raise ValueError(f"phases: {phases} for a segment of {n} points; at most {n} are possible")
+        return [lowest + k * n // phases for k in range(phases)]
+    else:
+        outside = [point for point in phases if point not in range(lowest + 1, starts[-1])]
+        if outside:
+            raise ValueError(
+                f"phases.points: {outside[0]} is not inside the segment, whose inner points are "
+                f"{lowest + 1} to {starts[-1] - 1}"
+            )
+        return sorted({lowest, *phases})
+
+
+def landing_points(starts: range, phases: int | list[int]) -> Tensor:
+    """Where the jump from each starting point lands, as a point, int64 `[len(starts)]`; `phases` as in `phase_edges`.
+
+    A starting point equal to an edge belongs to the phase below it.
+    """
+    edges = phase_edges(starts, phases)
+    return torch.tensor([max(edge for edge in edges if edge < start) for start in starts])
