@@ -10,7 +10,7 @@ Rules. DCM and its baselines spend the same number of network forwards in traini
 out can be made up for in steps. Each method has its learning rate tuned on the same grid, by the Fréchet distance at 4
 steps, with a training seed and evaluation noise of their own; sampling along the ODE and sampling with fresh noise are
 tuned apart. A grid whose best rate lies at its edge is extended there. Then every method is trained once for each seed,
-and all are evaluated on the same noise; and once with a quarter and with half of its steps.
+and all are evaluated on the same noise.
 """
 
 import argparse
@@ -53,23 +53,37 @@ class Method:
 
 
 TEACHER = "baselines/digits_few_step_teacher"
+RE_NOISED, SOME = ", re-noised", ", eta 0.3"
+"""With all noise drawn anew after each step, and with some of it."""
 DCM = Method("DCM", "evidence_digits")
+ONE_PHASE = Method("DCM, one phase each", "baselines/digits_one_phase")
+LCM = Method("LCM", "baselines/digits_lcm")
+PCM_EDGES = Method("PCM, DCM's edges", "baselines/digits_pcm_edges")
 TWO_PHASE = Method("one student, two phases", "baselines/digits_two_phase")
+PROGRESSIVE = Method("progressive phases", "baselines/digits_progressive")
+
+
+def _with_noise(*methods: Method) -> list[Method]:
+    """Each, and the same with some noise and with all noise drawn anew after every step."""
+    noisy = [replace(m, title=m.title + sampling, sampling=sampling) for m in methods for sampling in (SOME, RE_NOISED)]
+    return [*methods, *noisy]
+
+
 METHODS = (
-    DCM,
-    Method("LCM", "baselines/digits_lcm"),
-    Method("LCM, re-noised", "baselines/digits_lcm", ", re-noised"),
+    *_with_noise(DCM, ONE_PHASE),
+    *_with_noise(LCM),
     Method("PCM", "baselines/digits_pcm"),
+    PCM_EDGES,
     TWO_PHASE,
-    Method("progressive phases", "baselines/digits_progressive"),
-    Method("progressive phases, re-noised", "baselines/digits_progressive", ", re-noised"),
+    PROGRESSIVE,
+    replace(PROGRESSIVE, title=PROGRESSIVE.title + RE_NOISED, sampling=RE_NOISED),
 )
 TEACHERS = (Method("teacher", TEACHER), Method("teacher, shift 5", TEACHER, ", shift 5"))
 """Untrained."""
 CONTROLS = (", semantic + teacher", ", semantic alone")
 """Samplings with the untouched teacher, or the semantic expert, in place of the other experts."""
 SEEDS = (0, 1, 2)
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (1e-4, 3e-4, 9.5e-4)
 QUICK: dict[str, Any] = {"scale": 0.2, "samples": 400}
 QUICK_RATES = (3e-4, 9.5e-4)
 """One or the other was the best of each method, found with all of the steps; too few to tune anew with."""
@@ -78,7 +92,7 @@ EXTENSIONS = 3
 TUNING_SEED = 1000
 """Of training and of the evaluation's noise, so that neither is part of the result."""
 TUNED_BY = ("4 steps", "frechet")
-STEPS = {"1 step": 1, "2 steps": 2, "4 steps": 4, "8 steps": 8}
+STEPS = {name: int(name.partition(" ")[0]) for name in ("1 step", *(f"{n} steps" for n in (2, 3, 4, 6, 8, 12)))}
 TITLES = {"frechet": "Fréchet distance to real videos", "paired_distance": "distance to the teacher's 50 steps"}
 RESAMPLES = 200
 """Of the evaluation's samples, for intervals."""
@@ -155,11 +169,8 @@ class Evidence:
     def __init__(self, folder: Path, jobs: int = 1, scale: float = 1.0, samples: int | None = None) -> None:
         self.folder, self.jobs, self.scale, self.samples = folder, jobs, scale, samples
 
-    def job(self, recipe: str, folder: Path, rate: float | None, seed: int, noise: int, scale: float = 1.0) -> Job:
-        """A run of `recipe` with `scale` of its steps.
-
-        `rate` is that of its first stage; the rates of its other stages keep their ratio to that.
-        """
+    def job(self, recipe: str, folder: Path, rate: float | None, seed: int, noise: int) -> Job:
+        """A run of `recipe`; `rate` is that of its first stage, and the others keep their ratio to it."""
         settings = [f"seed={seed}", f"stages.evaluate.seed={noise}", "stages.evaluate.pictures=0"]
         if self.samples is not None:
             settings.append(f"stages.evaluate.samples={self.samples}")
@@ -168,7 +179,7 @@ class Evidence:
         guided = loaded.backbone.guidance.classifier_free_scale(loaded.backbone.bases()[0]) != 1.0
         trained = [stage for stage in loaded.stages if isinstance(stage, TrainingStageConfig)]
         for stage in trained:
-            steps = max(1, round(stage.steps * self.scale * scale))
+            steps = max(1, round(stage.steps * self.scale))
             settings.append(f"stages.{stage.name}.steps={steps}")
             if rate is not None:
                 scaled = rate * stage.optimizer.lr / trained[0].optimizer.lr
@@ -194,13 +205,9 @@ class Evidence:
     def finals(self, method: Method, rate: float, seeds: Sequence[int]) -> list[Job]:
         return [self._trained("final", method, rate, seed, 0) for seed in seeds]
 
-    def smaller(self, method: Method, rate: float, seed: int, budget: float) -> Job:
-        """The run with this share of its steps."""
-        return self._trained(f"budgets/{budget:g}", method, rate, seed, 0, budget)
-
-    def _trained(self, kind: str, method: Method, rate: float, seed: int, noise: int, scale: float = 1.0) -> Job:
+    def _trained(self, kind: str, method: Method, rate: float, seed: int, noise: int) -> Job:
         folder = self.folder / kind / _short(method.recipe) / f"{rate:.1e}" / f"seed{seed}"
-        return self.job(method.recipe, folder, rate, seed, noise, scale)
+        return self.job(method.recipe, folder, rate, seed, noise)
 
     def execute(self, jobs: Sequence[Job]) -> None:
         """What is not done of `jobs`, several at a time."""
@@ -439,26 +446,11 @@ def plot_steps(results: Results, file: Path) -> None:
     _finish(figure, file, "sampling steps", STEPS.values())
 
 
-def plot_compute(curves: Mapping[Method, Mapping[int, float]], file: Path) -> None:
-    """Fréchet distance at 4 steps against network forwards spent in training."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for method, style in _styles(curves).items():
-        axes.plot(list(curves[method]), list(curves[method].values()), **style)
-    axes.set_ylabel("Fréchet distance, 4 steps")
-    _finish(figure, file, "network forwards in training", curves[DCM])
-
-
-def run_baselines(
-    evidence: Evidence, seeds: Sequence[int], rates: Sequence[float], extensions: int, budgets: Sequence[float]
-) -> None:
-    """Tunes, trains and tabulates DCM and its baselines; then the same with smaller budgets, one seed each."""
+def run_baselines(evidence: Evidence, seeds: Sequence[int], rates: Sequence[float], extensions: int) -> None:
+    """Tunes, trains and tabulates DCM and its baselines."""
     folder = evidence.folder
     plan = evidence.teachers() + [evidence.tuning(method, rate) for method in METHODS for rate in rates]
     plan += [job for method in METHODS for job in evidence.finals(method, rates[0], seeds)]
-    plan += [evidence.smaller(method, rates[0], seeds[0], budget) for method in METHODS for budget in budgets]
     evidence.state_cost(_distinct(plan), "in all, with what is done already, if no grid is extended")
     evidence.execute(evidence.teachers())
     tuned, grids = evidence.tune(METHODS, rates, extensions)
@@ -473,18 +465,6 @@ def run_baselines(
     results = Results(table, shown | _controls({DCM: one_each[DCM]}))
     write(folder, "evidence", table, [results.markdown(), "Tuning:", evidence.tuning_table(tuned, grids)])
     plot_steps(results, folder / "evidence.png")
-
-    if not budgets:
-        return
-    smaller = {method: [evidence.smaller(method, rate, seeds[0], b) for b in budgets] for method, rate in tuned.items()}
-    evidence.execute([job for jobs in smaller.values() for job in jobs])
-    curves = {
-        method: {job.forwards: _score(method, job) for job in [*jobs, one_each[method]]}
-        for method, jobs in smaller.items()
-    }
-    plot_compute(curves, folder / "compute.png")
-    shown_curves = {method.title: curve for method, curve in curves.items()}
-    (folder / "compute.json").write_text(json.dumps(shown_curves, indent=1))
 
 
 def tuned_rates(folder: Path) -> dict[str, float]:
@@ -534,8 +514,7 @@ def main() -> None:
     if args.ablations:
         run_ablations(evidence, seeds)
     else:
-        rates, extensions, budgets = (QUICK_RATES, 0, ()) if args.quick else (RATES, EXTENSIONS, (0.25, 0.5))
-        run_baselines(evidence, seeds, rates, extensions, budgets)
+        run_baselines(evidence, seeds, *((QUICK_RATES, 0) if args.quick else (RATES, EXTENSIONS)))
 
 
 if __name__ == "__main__":

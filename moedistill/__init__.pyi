@@ -62,8 +62,11 @@ from .losses.probe import Probe as Probe
 from .metrics.base import Metric as Metric
 from .metrics.base import MetricConfig as MetricConfig
 from .metrics.base import MetricInputs as MetricInputs
+from .metrics.manifold import Coverage as Coverage
+from .metrics.manifold import Density as Density
 from .metrics.statistics import edge_energy as edge_energy
 from .metrics.statistics import frechet_distance as frechet_distance
+from .metrics.statistics import in_balls as in_balls
 from .metrics.statistics import unrest as unrest
 from .model.backbone import TEACHER as TEACHER
 from .model.backbone import Backbone as Backbone

@@ -36,6 +36,7 @@ def write_recipe(
         RecipeError: the suggested values do not fit the recipe's other keys.
     """
     plain = recipe.resolved()
+    plain["stages"] = [_at_stops(stage) for stage in plain["stages"]]
     router = recipe.router.build(trajectory) if recipe.router else None
     same_number = router is not None and len(router.experts) == len(analysis.boundaries) + 1
     by_points = not plain["sample"] or plain["sample"]["points"] is not None
@@ -43,6 +44,9 @@ def write_recipe(
     changes = _changes(analysis, recipe, plain, trajectory, router, same_number)
     comments = _comments(analysis)
     if short:
+        moved = {stage["name"]: {"phases": SAMPLING} for stage in plain["stages"] if stage.get("phases") == SAMPLING}
+        changes |= {"stages": moved} if moved else {}
+        comments["stages"] = ["Jumps land where sampling stops."]
         extends = os.path.relpath(Path(str(source)), path.parent)
         body = {"extends": extends, "name": f"{recipe.name[:90]}_suggested", **changes}
     else:
@@ -70,6 +74,15 @@ def write_recipe(
         lines.append(dump_yaml({key: value}))
     path.write_text("".join(lines), encoding="utf-8")
     load_recipe(path, plugins=plugins)
+
+
+SAMPLING = "sampling"
+"""Phases that end where sampling stops."""
+
+
+def _at_stops(stage: dict[str, Any]) -> dict[str, Any]:
+    """The stage with phases at the suggestion's own points, if it has them at points."""
+    return {**stage, "phases": SAMPLING} if isinstance(stage.get("phases"), dict) else stage
 
 
 def _why_it_stays(analysis: "Analysis", config: RouterConfig, router: Router, trajectory: Trajectory) -> list[str]:

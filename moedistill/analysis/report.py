@@ -42,6 +42,8 @@ def write_report(
 def draw(analysis: "Analysis") -> list[str]:
     """One figure for each question; the names of the files."""
     plots = {"teacher.png": _draw_teacher, "sampling.png": _draw_sampling}
+    if analysis.undecided is not None:
+        plots["undecided.png"] = _draw_undecided
     if analysis.student:
         plots |= {"student.png": _draw_student, "conflicts.png": _draw_conflicts}
     if analysis.layers is not None:
@@ -67,6 +69,24 @@ def _draw_teacher(analysis: "Analysis") -> Any:
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     noise_axis(axes, teacher.sigma, analysis.boundaries)
+    return chart
+
+
+def _draw_undecided(analysis: "Analysis") -> Any:
+    """Which share of the variance is undecided, by band of spatial frequency: what is left for whom to decide."""
+    undecided, sigma = analysis.undecided, analysis.teacher.sigma
+    assert undecided is not None
+    chart, [axis] = figure(_title(analysis, "What is undecided where, by wavelength in latent cells"), 1, height=4.2)
+    for number, (name, power) in enumerate(zip(undecided.bands, undecided.power, strict=True)):
+        label = f"{name} ({power:.0%} of the variance)"
+        axis.plot(undecided.points, undecided.teacher[number], marker=".", color=f"C{number}", label=label)
+        if undecided.exact is not None:
+            axis.plot(undecided.points, undecided.exact[number], color=f"C{number}", linestyle=":")
+    if undecided.exact is not None:
+        axis.plot([], [], color="black", linestyle=":", label="exact, of the data")
+    axis.set_ylabel("share of the variance\nthat is undecided")
+    axis.set_ylim(0, 1.05 * max(1.0, *(max(shares) for shares in undecided.teacher)))
+    noise_axis([axis], sigma, analysis.own_boundaries or analysis.boundaries)
     return chart
 
 
@@ -187,6 +207,14 @@ def show(analysis: "Analysis") -> None:
     Console(width=None if Console().is_terminal else 140).print(grid)
     for name, points in analysis.sampling.items():
         click.echo(f"  {name:9} points {points.points}: teacher's error {points.end_error:.4g}")
+    if analysis.undecided is not None:
+        undecided = analysis.undecided
+        for point in analysis.own_boundaries or analysis.boundaries:
+            place = undecided.points.index(point)
+            shares = zip(undecided.bands, undecided.exact or undecided.teacher, strict=True)
+            left = ", ".join(f"{band} {share[place]:.0%}" for band, share in shares)
+            whose = "by the data" if undecided.exact else "by the teacher's estimates"
+            click.echo(f"  boundary {point}: undecided of wavelengths in latent cells, {whose}: {left}")
     if analysis.student:
         curves = analysis.student[-1]
         for point, cosine in zip(curves.boundaries, curves.across, strict=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 from moedistill.analysis.layers import LayerDifferences
 from moedistill.analysis.suggest import Decision, ExpertNeeds
 from moedistill.analysis.training import StudentCurves
+from moedistill.analysis.undecided import Undecided
 
 
 @dataclass
@@ -60,6 +61,8 @@ class Analysis:
         boundaries: suggested points, descending, where the experts part: the teacher's own, or half-way through what it
             decides. Students' gradients have no say in it; `student[-1].across` has their cosine at each boundary.
         boundary_sigmas: their sigmas.
+        own_boundaries: where the recipe's own experts part, as points.
+        undecided: which share of the variance is undecided where; None for a single sample.
         sampling: `suggested`, `even`, and the recipe's `own` points if it has as many.
         error_by_steps: by number of steps: the model's error of the best points, and of even ones. Like `sampling`, the
             best of one half of the samples and the error of the other; with one sample, both of that one.
@@ -80,6 +83,8 @@ class Analysis:
     student: list[StudentCurves] = field(default_factory=list)
     layers: LayerDifferences | None = None
     needs: ExpertNeeds | None = None
+    own_boundaries: list[int] = field(default_factory=list)
+    undecided: Undecided | None = None
     output: Path = Path()
 
     def remaining_share(self, point: int) -> float:

@@ -30,6 +30,7 @@ from moedistill.analysis.suggest import (
 )
 from moedistill.analysis.teacher import TeacherPath, draw_inputs, end_error, follow_teacher, joined
 from moedistill.analysis.training import measure_students, train, with_students
+from moedistill.analysis.undecided import measure_undecided
 from moedistill.components.plugins import Plugins, load_plugins
 from moedistill.errors import UserError
 from moedistill.flow.trajectory import Trajectory
@@ -38,6 +39,7 @@ from moedistill.model.backbone import Backbone
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
+from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runs.build import build_run, make_accelerator
 from moedistill.runtime.devices import cpu_threads, make_folder
 from moedistill.stages.consistency import ConsistencyConfig
@@ -149,7 +151,7 @@ def _points_of(recipe: Recipe, trajectory: Trajectory) -> list[int]:
     if recipe.sample is None:
         return []
     points = trajectory.points.tolist()
-    sigmas = recipe.sample.resolve(trajectory).tolist()[:-1]
+    sigmas = sampling_sigmas(recipe).tolist()[:-1]
     return [points.index(sigma) for sigma in sigmas] if set(sigmas) <= set(points) else []
 
 
@@ -201,6 +203,10 @@ def _teacher(work: _Work, plan: _Plan, samples: int, batch_size: int) -> Analysi
         )
         for name, points in lists.items()
     }
+    undecided = None
+    if samples > 1:
+        run.say(f"what is undecided where: {samples} samples, noised anew")
+        undecided = measure_undecided(run, path.ends, cond, batch_size, [*boundaries, *plan.own])
     numbers = range(1, min(8, top) + 1)
     return Analysis(
         recipe=work.recipe.name,
@@ -216,6 +222,8 @@ def _teacher(work: _Work, plan: _Plan, samples: int, batch_size: int) -> Analysi
             n: (path_error(fresh, suggest_points(errors, n, [])), path_error(fresh, even_points(top, n)))
             for n in numbers
         },
+        own_boundaries=plan.own,
+        undecided=undecided,
     )
 
 

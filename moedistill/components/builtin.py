@@ -51,6 +51,24 @@ def register_components(components: Components) -> None:
     )
     add(
         "metric",
+        "median_distance",
+        "moedistill.metrics.relative:MedianDistanceConfig",
+        "median distance to the reference's samples",
+    )
+    add(
+        "metric",
+        "flips",
+        "moedistill.metrics.relative:FlipsConfig",
+        "share of samples far from the reference's",
+    )
+    add(
+        "metric",
+        "diversity",
+        "moedistill.metrics.relative:DiversityConfig",
+        "distance of samples of equal condition, relative to the reference",
+    )
+    add(
+        "metric",
         "relative_sharpness",
         "moedistill.metrics.relative:RelativeSharpnessConfig",
         "edges relative to the reference",

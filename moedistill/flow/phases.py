@@ -1,5 +1,8 @@
 """Phases of a segment: where its jumps land."""
 
+from collections.abc import Collection
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -37,6 +40,32 @@ def phase_edges(starts: range, phases: int | list[int]) -> list[int]:
                 f"{lowest + 1} to {starts[-1] - 1}"
             )
         return sorted({lowest, *phases})
+
+
+def spread(edges: Collection[int], top: int, steps: int) -> list[int]:
+    """Points at which `steps` steps from `top` to the end start, descending, over the phases with these lower edges.
+
+    All phases have as many steps, as far as their points allow; what is left over goes to those that span the most
+    points, the noisiest first. Within its phase from p to q step k of s starts at p - floor(k·(p - q)/s). Fewer steps
+    than phases, n of m, start where every (m/n)-th phase does.
+
+    Raises:
+        ValueError: more steps than points.
+    """
+    if steps > top:
+        raise ValueError(f"steps {steps} is more than the trajectory's {top}")
+    starts = sorted({top, *edges} - {0}, reverse=True)
+    if steps < len(starts):
+        return [starts[k * len(starts) // steps] for k in range(steps)]
+    spans = [start - end for start, end in pairwise([*starts, 0])]
+    longest_first = sorted(range(len(spans)), key=lambda phase: -spans[phase])
+    parts = [0] * len(spans)
+    while (left := steps - sum(parts)) > 0:
+        for phase in [phase for phase in longest_first if parts[phase] < spans[phase]][:left]:
+            parts[phase] += 1
+    return [
+        start - k * span // part for start, span, part in zip(starts, spans, parts, strict=True) for k in range(part)
+    ]
 
 
 def landing_points(starts: range, phases: int | list[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """The steps of few-step sampling, as a recipe names them."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,8 @@ class SampleConfig:
         points: trajectory points, descending.
         sigmas: noise levels, descending.
         timesteps: the model's native times, descending.
-        steps: n points spaced evenly over the trajectory: p_{N - floor(k·N/n)}, k = 0 … n - 1.
+        steps: n points spaced evenly over the trajectory, p_{N - floor(k·N/n)}, k = 0 … n - 1; a student's over the
+            phases that its experts are trained on (see `moedistill.flow.phases.spread`).
         eta: how much of each level's noise is drawn anew (see `moedistill.sample`): 0 for none, 1 for all.
     """
 
@@ -39,24 +41,25 @@ class SampleConfig:
                 f"give exactly one of points, sigmas, timesteps and steps, not {' and '.join(given) or 'none'}"
             )
 
-    def resolve(self, trajectory: "Trajectory") -> "Tensor":
+    def resolve(self, trajectory: "Trajectory", edges: Collection[int] = ()) -> "Tensor":
         """The sigmas for `sampling.sample`, float32 `[n + 1]`, strictly descending, the last one 0.
 
-        A sigma or native time close to a trajectory point (`Trajectory.nearest`) means that point.
+        A sigma or native time close to a trajectory point (`Trajectory.nearest`) means that point. `steps` are spread
+        over the phases with these lower edges, as points; over one, if there are none.
 
         Raises:
             ValueError: a value outside the trajectory, or values that don't descend.
         """
         import torch
 
-        return torch.tensor([*(sigma for sigma, _ in self._resolved(trajectory)), 0.0], dtype=torch.float32)
+        return torch.tensor([*(sigma for sigma, _ in self._resolved(trajectory, edges)), 0.0], dtype=torch.float32)
 
     def notes(self, trajectory: "Trajectory") -> list[str]:
         """How values were understood that were not given as points."""
         return [note for _, note in self._resolved(trajectory) if note]
 
-    def _resolved(self, trajectory: "Trajectory") -> list[tuple[float, str]]:
-        values = self._values(trajectory)
+    def _resolved(self, trajectory: "Trajectory", edges: Collection[int] = ()) -> list[tuple[float, str]]:
+        values = self._values(trajectory, edges)
         sigmas = [sigma for sigma, _ in values]
         for above, below in pairwise(sigmas):
             if not above > below:
@@ -65,12 +68,11 @@ class SampleConfig:
             raise ValueError("no step can start at sigma 0; it follows the last value of itself")
         return values
 
-    def _values(self, trajectory: "Trajectory") -> list[tuple[float, str]]:
+    def _values(self, trajectory: "Trajectory", edges: Collection[int]) -> list[tuple[float, str]]:
         if self.steps is not None:
-            total = trajectory.num_steps
-            if self.steps > total:
-                raise ValueError(f"steps {self.steps} is more than the trajectory's {total}")
-            return [(trajectory.sigma(total - k * total // self.steps), "") for k in range(self.steps)]
+            from moedistill.flow.phases import spread
+
+            return [(trajectory.sigma(point), "") for point in spread(edges, trajectory.num_steps, self.steps)]
         if self.points is not None:
             return [(trajectory.sigma(point), "") for point in self.points]
         if self.timesteps is not None:

@@ -1,6 +1,9 @@
 from .base import Metric as Metric
 from .base import MetricConfig as MetricConfig
 from .base import MetricInputs as MetricInputs
+from .manifold import Coverage as Coverage
+from .manifold import Density as Density
 from .statistics import edge_energy as edge_energy
 from .statistics import frechet_distance as frechet_distance
+from .statistics import in_balls as in_balls
 from .statistics import unrest as unrest

@@ -1,7 +1,7 @@
 """The contract of a metric: a function of samples, their reference, real data.
 
 A metric is one row of numbers per sample, and a function of such rows. So a report can resample the rows, for
-intervals and paired differences, without sampling a video again.
+intervals and paired differences, without sampling a video again. A metric of pairs names the other sample in its rows.
 """
 
 from abc import ABC, abstractmethod

@@ -1,10 +1,13 @@
 """Metrics of any backbone: samples against the reference's from the same noise."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moedistill.components.fields import PositiveFloat
 from moedistill.metrics.base import Metric, MetricConfig, MetricInputs
 from moedistill.metrics.statistics import edge_energy, unrest
 
@@ -23,6 +26,96 @@ class PairedDistanceConfig(MetricConfig):
 
     def build(self) -> PairedDistance:
         return PairedDistance()
+
+
+class MedianDistance(PairedDistance):
+    """The median of what `PairedDistance` takes the mean of: samples that landed in another mode do not rule it."""
+
+    def value(self, rows: Tensor) -> float:
+        return float(rows.quantile(0.5))
+
+
+@dataclass(kw_only=True)
+class MedianDistanceConfig(MetricConfig):
+    """Median distance to the reference's samples from the same noise."""
+
+    def build(self) -> MedianDistance:
+        return MedianDistance()
+
+
+class Flips(PairedDistance):
+    """Share of samples whose mean squared difference to the reference's is above `beyond`: they are of another mode."""
+
+    def __init__(self, beyond: float) -> None:
+        self.beyond = beyond
+
+    def rows(self, inputs: MetricInputs) -> Tensor:
+        return (super().rows(inputs) > 1000.0 * self.beyond).double()
+
+
+@dataclass(kw_only=True)
+class FlipsConfig(MetricConfig):
+    """Share of samples that are far from the reference's from the same noise.
+
+    Args:
+        beyond: how far is far, as a mean square of latents; of two independent samples it is twice their variance.
+    """
+
+    beyond: PositiveFloat = 0.5
+
+    def build(self) -> Flips:
+        return Flips(self.beyond)
+
+
+class Diversity(Metric):
+    """Mean distance (root mean square of latents) of two samples of equal condition, over that of the reference's.
+
+    Below 1 samples are more alike than the reference's. NaN where no two samples have a condition in common.
+
+    Rows: which condition, which of its samples, then the distances to each of these, and the same of the reference's.
+    """
+
+    def rows(self, inputs: MetricInputs) -> Tensor:
+        groups: dict[bytes, list[int]] = {}
+        for number in range(len(inputs.latents)):
+            groups.setdefault(_condition(inputs.conditioning, number), []).append(number)
+        size = max(map(len, groups.values()))
+        rows = torch.zeros(len(inputs.latents), 2 + 2 * size, dtype=torch.float64)
+        for number, members in enumerate(groups.values()):
+            rows[members, 0] = number
+            rows[members, 1] = torch.arange(len(members), dtype=torch.float64)
+            for start, latents in ((2, inputs.latents), (2 + size, inputs.reference_latents)):
+                flat = latents[members].flatten(1).double()
+                rows[members, start : start + len(members)] = torch.cdist(flat, flat) / flat.shape[1] ** 0.5
+        return rows
+
+    def value(self, rows: Tensor) -> float:
+        size = rows.shape[1] // 2 - 1
+        group, place = rows[:, 0].long(), rows[:, 1].long()
+        # How often each sample was drawn; a pair of one sample with itself is none.
+        drawn = torch.zeros(int(group.max()) + 1, size, dtype=torch.float64)
+        drawn.index_put_((group, place), torch.ones(len(rows), dtype=torch.float64), accumulate=True)
+        distances = torch.zeros(2, *drawn.shape, size, dtype=torch.float64)
+        distances[:, group, place] = rows[:, 2:].unflatten(1, (2, size)).transpose(0, 1)
+        samples, reference = torch.einsum("gi,agij,gj->a", drawn, distances, drawn)
+        return float(samples / reference)
+
+
+def _condition(conditioning: Mapping[str, Tensor], number: int) -> bytes:
+    """What stands for one sample's conditioning; equal where that is."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(conditioning):
+        digest.update(name.encode())
+        digest.update(conditioning[name][number].contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+@dataclass(kw_only=True)
+class DiversityConfig(MetricConfig):
+    """Mean distance of samples of equal condition, relative to the reference's."""
+
+    def build(self) -> Diversity:
+        return Diversity()
 
 
 class Relative(Metric):

@@ -33,6 +33,22 @@ def _moments(samples: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.T @ centred / (len(samples) - 1)
 
 
+def in_balls(samples: Tensor, real: Tensor, neighbours: int = 5) -> Tensor:
+    """Which samples `[N, D]` lie in the balls around real ones `[M, D]`, up to their k-th neighbours: bool `[N, M]`.
+
+    Density is the mean number of balls per sample over k, coverage the share of balls with a sample in them (Naeem et
+    al., arXiv 2002.09797).
+
+    Raises:
+        ValueError: not more real samples than neighbours.
+    """
+    if not 1 <= neighbours < len(real):
+        raise ValueError(f"neighbours {neighbours}: there must be more than that of real samples, not {len(real)}")
+    real = real.double()
+    radii = torch.cdist(real, real).kthvalue(neighbours + 1, dim=1).values  # the nearest is each itself
+    return torch.cdist(samples.double(), real) < radii
+
+
 # These two go video by video: in float64 a batch of large ones would not fit.
 
 

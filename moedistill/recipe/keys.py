@@ -1,7 +1,7 @@
 """What a recipe may say: its keys, as the annotations of dataclasses; components bring those of their own configs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -50,6 +50,10 @@ class StageConfig(Config, ABC):
     def used_experts(self) -> Sequence[str]:
         """Names of the experts that the stage trains or runs by name: these need no segment of the router's."""
         return self.trained_experts()
+
+    def landings(self, recipe: "Recipe") -> Collection[int]:
+        """Points of the trajectory at which the jumps end that the stage trains."""
+        return ()
 
     def settled(self, recipe: "Recipe") -> "StageConfig":
         """The stage with what it takes over from a valid recipe written out; this is what is run and saved."""

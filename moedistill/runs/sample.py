@@ -18,6 +18,7 @@ from moedistill.model.ema import WhichWeights
 from moedistill.model.mixture import Mixture, Weights
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words, load_model, load_recipe
+from moedistill.recipe.sampling import notes_on, sampling_sigmas
 from moedistill.runs.build import build_mixture
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree
 from moedistill.runtime.devices import cpu_threads, find_device, make_folder
@@ -165,9 +166,7 @@ def sample_run(
         raise UserError("there is no prompt to sample; give at least one")
     recipe, mixture = load_mixture(source, device=device, weights=weights, plugins=plugins)
     path, config = sampling_steps(recipe, mixture, steps, sigmas), sampling_config(recipe, steps, sigmas, eta)
-    asked_for = replace(recipe, sample=config)
-    other = steps is not None or sigmas is not None
-    notes = [note for stage in recipe.stages if other for note in stage.notes(asked_for)]
+    notes = notes_on(recipe, config) if steps is not None or sigmas is not None else []
     asked = [prompt for prompt in prompts for _ in range(num)]
     folder = Path(output) if output is not None else _free(Path(source) / "samples")
     with cpu_threads(recipe.training.num_threads), user_errors("sample"):
@@ -219,7 +218,7 @@ def sampling_steps(
     """
     config = sampling_config(recipe, steps, sigmas)
     with user_errors("--steps" if steps is not None else "--sigmas" if sigmas is not None else "sample"):
-        return config.resolve(mixture.trajectory)
+        return sampling_sigmas(recipe, config)
 
 
 def _video_size(mixture: Mixture, changes: Mapping[str, int]) -> VideoSize | None:

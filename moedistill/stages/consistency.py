@@ -22,6 +22,7 @@ from moedistill.flow.trajectory import Segment, Trajectory
 from moedistill.losses.base import ProbeLayout, StepTensors
 from moedistill.model.conditioning import Conditioning
 from moedistill.recipe.keys import Finding, TrainingStageConfig
+from moedistill.recipe.sampling import sampling_sigmas, trajectory_of
 from moedistill.stages.base import TrainingStage
 from moedistill.stages.monitor import Monitor
 from moedistill.stages.training import STUDENT, Training
@@ -60,14 +61,14 @@ class ConsistencyConfig(TrainingStageConfig):
             yield "target", "target: ema needs ema_decay; give one, such as 0.95"
         if self.expert not in (recipe.experts or {}) or recipe.trajectory is None or recipe.backbone is None:
             return
-        try:
-            trajectory, segment = self._range(recipe)
-            sigmas = recipe.sample.resolve(trajectory).tolist() if recipe.sample is not None else []
-        except ValueError:
-            return  # reported elsewhere
-        if self.phases == "sampling" and not sigmas:
+        if self.phases == "sampling" and recipe.sample is None:
             yield "phases", "sampling needs the recipe's sample, at whose points it cuts; give sample: {points: …}"
             return
+        try:
+            trajectory, segment = self._range(recipe)
+            sigmas = sampling_sigmas(recipe).tolist() if self.phases == "sampling" else []
+        except ValueError:
+            return  # reported elsewhere
         try:
             inner = stops_in(segment, sigmas, trajectory) if self.phases == "sampling" else _inner(self.phases)
             phase_edges(trajectory.points_in(segment), inner)
@@ -76,16 +77,20 @@ class ConsistencyConfig(TrainingStageConfig):
 
     def _range(self, recipe: "Recipe") -> tuple[Trajectory, Segment]:
         """The recipe's trajectory, and the part of it on which the expert is trained."""
-        trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
+        trajectory = trajectory_of(recipe)
         router = recipe.router.build(trajectory) if recipe.router is not None else None
         return trajectory, segment_of(self.expert, router, trajectory)
 
+    def landings(self, recipe: "Recipe") -> list[int]:
+        """Lower edges of the phases; of the segment alone while `sampling` is to be resolved."""
+        trajectory, segment = self._range(recipe)
+        return phase_edges(trajectory.points_in(segment), 1 if self.phases == "sampling" else _inner(self.phases))
+
     def settled(self, recipe: "Recipe") -> "ConsistencyConfig":
-        if self.phases != "sampling" or recipe.sample is None:
+        if self.phases != "sampling":
             return self
         trajectory, segment = self._range(recipe)
-        sigmas = recipe.sample.resolve(trajectory).tolist()
-        return self.replace(phases=PhasePoints(points=stops_in(segment, sigmas, trajectory)))
+        return self.replace(phases=PhasePoints(points=stops_in(segment, sampling_sigmas(recipe).tolist(), trajectory)))
 
     def notes(self, recipe: "Recipe") -> Iterable[str]:
         """Where `sample` takes a step that no jump was trained for: short of its phase's end, or beyond it."""
@@ -93,13 +98,12 @@ class ConsistencyConfig(TrainingStageConfig):
         if recipe.sample is None or recipe.sample.eta > 0 or last != [self.name]:
             return
         trajectory, segment = self._range(recipe)
-        edges = phase_edges(trajectory.points_in(segment), _inner(self.phases))
-        landings = [trajectory.sigma(edge) for edge in edges]
+        landings = [trajectory.sigma(edge) for edge in self.landings(recipe)]
 
         def landing(sigma: float) -> float:
             return max(end for end in landings if end < sigma)
 
-        steps = [step for step in pairwise(recipe.sample.resolve(trajectory).tolist()) if step[0] in segment]
+        steps = [step for step in pairwise(sampling_sigmas(recipe).tolist()) if step[0] in segment]
         if inside := [f"{below:.4g}" for above, below in steps if below > landing(above)]:
             walked = [steps[0][0], *(below for _, below in steps)]
             share = sampled_power(walked, landing)[-1] / power_at(walked[-1])

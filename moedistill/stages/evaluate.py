@@ -26,6 +26,7 @@ from moedistill.model.conditioning import Conditioning
 from moedistill.model.ema import WhichWeights
 from moedistill.model.sample_in_batches import sample_in_batches
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
+from moedistill.recipe.sampling import notes_on, sampling_sigmas, trajectory_of
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.randomness import Draws, generator
 from moedistill.stages.base import Stage
@@ -50,7 +51,7 @@ class Candidate:
         name: in the table.
         model: the `student` (experts by the router), the `teacher` (guided, everywhere), or the `exact` velocity of the
             data, where the dataset offers their posterior mean, guided as the teacher: how far that is from the truth.
-        steps: spread evenly over the trajectory; short for sample: {steps: n}.
+        steps: so many; short for sample: {steps: n}.
         sample: its own steps, as in the recipe's `sample`, which it takes if it has neither.
         stand_ins: experts to run in place of others, such as {detail: teacher}.
     """
@@ -68,6 +69,19 @@ class Candidate:
     def own_sample(self) -> SampleConfig | None:
         """Its own steps; None where it takes the recipe's."""
         return self.sample if self.steps is None else SampleConfig(steps=self.steps)
+
+    def chosen(self, recipe: "Recipe") -> SampleConfig:
+        """Its own steps, or the recipe's."""
+        chosen = self.own_sample() or recipe.sample
+        assert chosen is not None, "refused by check"
+        return chosen
+
+    def path(self, recipe: "Recipe") -> tuple[Tensor, float]:
+        """Its sigmas `[n + 1]` down to 0, and its eta; a number of steps is spread over a student's phases."""
+        chosen = self.chosen(recipe)
+        of_student = self.own_sample() is None or self.model == "student"
+        sigmas = sampling_sigmas(recipe, chosen) if of_student else chosen.resolve(trajectory_of(recipe))
+        return sigmas, chosen.eta
 
 
 @dataclass(kw_only=True)
@@ -155,7 +169,7 @@ def _misfits(recipe: "Recipe", number: int, candidate: Candidate) -> Iterable[Fi
     """What in a candidate's own steps does not fit the trajectory; nothing where that is broken itself."""
     sample = candidate.own_sample()
     try:
-        trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
+        trajectory = trajectory_of(recipe)
     except (AttributeError, ValueError):
         return
     try:
@@ -211,6 +225,9 @@ class EvaluateStage(Stage):
                 latents[candidate.name] = stored.to(noise.device)
                 continue
             run.say(f"  sampling {config.samples} × {candidate.name}")
+            if candidate.model == "student" and not candidate.stand_ins:
+                for note in notes_on(run.recipe, candidate.chosen(run.recipe)):
+                    run.say(f"    note: {note}")
             latents[candidate.name] = self._sample(run, candidate, noise, cond)
         videos = {name: backbone.decode(samples).cpu() for name, samples in latents.items()}
         latents = {name: samples.cpu() for name, samples in latents.items()}
@@ -255,15 +272,13 @@ class EvaluateStage(Stage):
         stand_ins = dict(candidate.stand_ins)
         if candidate.model == "teacher" and mixture.router is not None:
             stand_ins = {segment.expert: TEACHER for segment in mixture.router.segments}
-        steps = candidate.own_sample() or recipe.sample
-        assert steps is not None
-        sigmas = steps.resolve(mixture.trajectory)
+        sigmas, eta = candidate.path(recipe)
 
         def fresh_noise(step: int, rows: range) -> Tensor:
             draw = Draws(self.config.seed, "evaluate", step, rows, run.accelerator.device)
             return draw.normal("fresh_noise", noise.shape[1:])
 
-        drawn: Any = {"eta": steps.eta, "fresh_noise": fresh_noise, "batch_size": self.config.batch_size}
+        drawn: Any = {"eta": eta, "fresh_noise": fresh_noise, "batch_size": self.config.batch_size}
         if candidate.model == "exact":
             return sample_in_batches(partial(_exact_velocity, run), noise, cond, sigmas, **drawn)
         return mixture.generate(
@@ -307,14 +322,12 @@ def fingerprint(config: EvaluateConfig, recipe: "Recipe", name: str) -> str:
     student of the whole recipe. Weights are known by their settings only: other ones in the same file go unnoticed.
     """
     [candidate] = [one for one in config.candidates if one.name == name]
-    steps = candidate.own_sample() or recipe.sample
-    assert steps is not None
-    sigmas = steps.resolve(recipe.trajectory.build(recipe.backbone.native_sigmas()))
+    sigmas, eta = candidate.path(recipe)
     resolved = recipe.resolved()
     whole = [key for key in resolved if key not in ("name", "description", "stages", "sample")]
     kept = {"teacher": ["backbone"], "exact": ["backbone", "data"], "student": whole}
     settings: dict[str, Any] = {key: resolved[key] for key in kept[candidate.model]}
-    settings |= {"model": candidate.model, "sigmas": [round(value, 6) for value in sigmas.tolist()], "eta": steps.eta}
+    settings |= {"model": candidate.model, "sigmas": [round(value, 6) for value in sigmas.tolist()], "eta": eta}
     if candidate.model == "student":
         stages = zip(recipe.stages, resolved["stages"], strict=True)
         trained = [plain for stage, plain in stages if isinstance(stage, TrainingStageConfig)]

@@ -16,6 +16,7 @@ from moedistill.components.plugins import BUILTIN, plugin_of
 from moedistill.errors import UserError
 from moedistill.model.ema import WhichWeights
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
+from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.sharding import whole
 from moedistill.stages.base import Stage
@@ -89,7 +90,7 @@ class ExportStage(Stage):
             "experts": experts,
             "router": mixture.router.to_dict() if mixture.router else None,
             "trajectory": mixture.trajectory.points.tolist(),
-            "sigmas": recipe.sample.resolve(mixture.trajectory).tolist() if recipe.sample else None,
+            "sigmas": sampling_sigmas(recipe).tolist() if recipe.sample else None,
             "eta": recipe.sample.eta if recipe.sample else 0.0,
             "provenance": _provenance(run, self.config.weights),
             "recipe": recipe.resolved(),

@@ -16,6 +16,7 @@ from moedistill.model.backbone import TEACHER
 from moedistill.model.ema import WhichWeights
 from moedistill.model.generate import generate
 from moedistill.recipe.keys import StageConfig
+from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.stages.base import Stage
 
 SHOWN = 8
@@ -81,7 +82,7 @@ class SampleStage(Stage):
         prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
         asked = [prompt for prompt in (prompts[:1] if run.smoke else prompts) for _ in range(config.num)]
         write_samples(
-            folder, recipe, run.mixture, asked, recipe.sample.resolve(run.mixture.trajectory),
+            folder, recipe, run.mixture, asked, sampling_sigmas(recipe),
             seed=config.seed, weights=config.weights, eta=recipe.sample.eta, made_from=str(run.output),
         )  # fmt: skip
         run.metrics[config.name] = {"folder": str(folder)}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moedistill import Metric, MetricConfig, MetricInputs, edge_energy, frechet_distance, unrest
+from moedistill import Coverage, Density, Metric, MetricConfig, MetricInputs, edge_energy, frechet_distance, unrest
 from moedistill_digits.classifier import APPEARANCE, DigitsClassifier
 from moedistill_digits.data import CANVAS, DIRECTIONS, FRAMES, NULL_DIGIT, NULL_DIRECTION, STARTS, load_styles, render
 
@@ -201,6 +201,22 @@ class SharpnessConfig(MetricConfig):
 
     def build(self) -> Metric:
         return Relative(edge_energy)
+
+
+@dataclass(kw_only=True)
+class CoverageConfig(MetricConfig):
+    """Share of the real, held-out videos with a sample near by, by the classifier's features."""
+
+    def build(self) -> Metric:
+        return Coverage(_features_of, real_features)
+
+
+@dataclass(kw_only=True)
+class DensityConfig(MetricConfig):
+    """How densely the samples lie around real, held-out videos, by the classifier's features; 1 as those among them."""
+
+    def build(self) -> Metric:
+        return Density(_features_of, real_features)
 
 
 @dataclass(kw_only=True)

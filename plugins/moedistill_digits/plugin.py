@@ -17,6 +17,8 @@ def register_components(components: Any) -> None:
         ("frechet", "FrechetConfig", "Fréchet distance to real, held-out digit videos"),
         ("frechet_appearance", "FrechetAppearanceConfig", "the part of frechet that sees what is in the frames"),
         ("frechet_motion", "FrechetMotionConfig", "the part of frechet that sees how it moves"),
+        ("coverage", "CoverageConfig", "share of the real, held-out videos with a sample near by"),
+        ("density", "DensityConfig", "how densely the samples lie around real, held-out videos"),
         ("digit_accuracy", "DigitAccuracyConfig", "share of videos that show the digit asked for"),
         ("direction_accuracy", "DirectionAccuracyConfig", "share of videos that move in the direction asked for"),
         ("sharpness", "SharpnessConfig", "strength of spatial edges, relative to real videos"),

@@ -35,6 +35,7 @@ from moedistill.analysis.training import (
     train,
     with_students,
 )
+from moedistill.analysis.undecided import band_masks, band_powers, measure_undecided, undecided_shares
 from moedistill.components.plugins import load_plugins
 from moedistill.errors import UserError
 from moedistill.losses.base import StepTensors
@@ -133,6 +134,74 @@ def test_a_straight_path_has_no_error(plugins, tmp_path):
 
 
 # -- suggestions where the answer is known ----------------------------------------------------------------------------
+
+
+# -- what is undecided where -------------------------------------------------------------------------------------------
+
+
+def test_bands_are_octaves_and_hold_all():
+    masks = band_masks(24, 40)
+    assert list(masks) == ["2–4", "4–8", "8–16", "16 and longer"]
+    assert torch.stack(list(masks.values())).sum(0).eq(1).all()
+    assert list(band_masks(4, 4)) == ["2–4", "4 and longer"]
+    assert list(band_masks(1, 2)) == ["all"]
+    x = torch.randn(2, 3, 5, 24, 40)
+    assert band_powers(x, list(masks.values())).sum().item() == pytest.approx(x.square().mean().item(), rel=1e-6)
+    # Waves along both axes and both, each in one band.
+    for period, along, band in ((3, 0, "2–4"), (4, 1, "4–8"), (6, 0, "4–8"), (10, 1, "8–16"), (24, 0, "16 and longer")):
+        size = (24, 40)[along]
+        wave = torch.cos(2 * torch.pi * torch.arange(size) / period)
+        wave = (wave[:, None] if along == 0 else wave[None, :]).expand(24, 40)
+        if size % period == 0:
+            powers = dict(zip(masks, band_powers(wave[None, None, None], list(masks.values())).tolist(), strict=True))
+            assert powers[band] == pytest.approx(0.5, rel=1e-5)
+            assert sum(powers.values()) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_what_is_undecided_of_known_bands():
+    """Independent coarse and fine Gaussians: Wiener's posterior mean leaves σ²/((1 - σ)²·P + σ²) of each."""
+    masks = list(band_masks(16, 16).values())
+    deviations = [0.2, 0.7, 1.5, 3.0][: len(masks)]
+
+    def shaped(x, factors):
+        gain = sum(factor * mask for factor, mask in zip(factors, masks, strict=True))
+        return torch.fft.ifft2(torch.fft.fft2(x, norm="ortho") * gain, norm="ortho").real
+
+    def wiener(x, sigma, cond):
+        s = sigma[0].item()
+        return shaped(x, [(1 - s) * d**2 / ((1 - s) ** 2 * d**2 + s**2) for d in deviations])
+
+    generator = torch.Generator().manual_seed(0)
+    drawn, noise = (torch.randn(200, 2, 3, 16, 16, generator=generator) for _ in range(2))
+    x0, sigmas = shaped(drawn, deviations), [0.9, 0.6, 0.3]
+    shares, power = undecided_shares(x0, noise, {}, wiener, sigmas, batch_size=64)
+    expected = [[s**2 / ((1 - s) ** 2 * d**2 + s**2) for s in sigmas] for d in deviations]
+    torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float64), rtol=0.03, atol=0)
+    assert power.sum().item() == pytest.approx(1)
+    weights = torch.tensor([d**2 * mask.sum() for d, mask in zip(deviations, masks, strict=True)], dtype=torch.float64)
+    torch.testing.assert_close(power, weights / weights.sum(), rtol=0.03, atol=0)
+    # What never differs has nothing undecided.
+    still, _ = undecided_shares(torch.ones(3, 1, 1, 8, 8), torch.zeros(3, 1, 1, 8, 8), {}, lambda x, *_: x, [0.5], 2)
+    assert still.eq(0).all()
+
+
+def test_the_teacher_is_undecided_as_its_data_are(plugins, tmp_path):
+    """One Gaussian, whose velocity is exact; and digits, whose posterior mean is known."""
+    run = job_of(mixture_recipe(pairs=(), tau=0.8), plugins, tmp_path)
+    _, cond = draw_inputs(run, 512, seed=0)
+    data = 0.8 * torch.randn(512, *mixture.SHAPE, generator=torch.Generator().manual_seed(0))
+    found = measure_undecided(run, data, cond, 48, [10, 40])
+    assert {10, 40} < set(found.points)
+    assert (found.bands, found.power, found.exact) == (["all"], [1.0], None)
+    at = [run.mixture.trajectory.sigma(point) for point in found.points]
+    wanted = [s**2 / ((1 - s) ** 2 * 0.8**2 + s**2) for s in at]
+    assert found.teacher[0] == pytest.approx(wanted, rel=0.02)
+    run = _Work(load_recipe("dcm_digits"), tmp_path, smoke=False, device="cpu").run(load_recipe("digits_teacher"))
+    _, cond = draw_inputs(run, 24, seed=0)
+    found = measure_undecided(run, run.dataset.latents.flatten(0, 2)[::50], cond, 24, [])
+    for shares in found.exact:
+        assert all(above >= below - 0.01 for below, above in pairwise(shares))
+        assert shares[0] < 1e-3 < 0.5 < shares[-1]
 
 
 @pytest.mark.parametrize(
@@ -439,6 +508,7 @@ def test_the_command_on_a_mixture(plugins, tmp_path):
         "analysis.json",
         "suggestion.yaml",
         "teacher.png",
+        "undecided.png",
         "student.png",
         "conflicts.png",
         "layers.png",
@@ -451,6 +521,9 @@ def test_the_command_on_a_mixture(plugins, tmp_path):
     assert [curves["steps"] for curves in numbers["student"]] == [0, 2]
     assert len(numbers["teacher"]["sigma"]) == 50
     assert numbers["samples"] == 16
+    assert numbers["undecided"]["points"] == sorted(numbers["undecided"]["points"])
+    assert {25, *numbers["boundaries"]} <= set(numbers["undecided"]["points"])
+    assert "boundary 25: undecided of wavelengths in latent cells, by the teacher's estimates: all " in result.output
     suggested = load_recipe(output / "suggestion.yaml", plugins=plugins)
     text = (output / "suggestion.yaml").read_text()
     assert "extends: '../../mine.yaml'" in text

@@ -78,9 +78,9 @@ def test_stops_inside_a_phase_have_too_much_and_fresh_noise_brings_it_back():
 @pytest.mark.parametrize(
     ("name", "to_zero", "as_trained"),
     [
-        ("dcm_hunyuan", 1.15, 1.11),
+        ("dcm_hunyuan_published", 1.15, 1.11),
         ("dcm_ltx", 1.27, 1.25),
-        ("dcm_wan_1_3b", 1.34, 1.30),
+        ("dcm_wan_1_3b_published", 1.34, 1.30),
         ("dcm_digits", 1.55, 1.54),
     ],
 )

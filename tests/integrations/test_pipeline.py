@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import socket
+import warnings
 import weakref
 
 import pytest
@@ -399,6 +400,16 @@ def test_applying_twice(trained, loaded):
         assert state(pipeline) == inside
     with apply(pipeline, trained("wan")):
         assert state(pipeline) != inside
+
+
+def test_applying_other_steps_says_which_were_not_trained_for(trained, loaded):
+    pipeline = loaded("wan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert apply(pipeline, trained("wan")).notes == []
+    with pytest.warns(UserWarning, match="sampling goes beyond the end of a phase") as said:
+        applied = apply(loaded("wan"), trained("wan"), sigmas=[1.0])
+    assert [str(warning.message) for warning in said] == applied.notes
 
 
 def test_an_offloaded_pipeline(trained, loaded):

@@ -1,5 +1,6 @@
 """Metrics: one row per sample and a function of rows, those of any backbone, and those that need something brought."""
 
+import math
 import shutil
 import stat
 import sys
@@ -15,13 +16,15 @@ from moedistill.media import write_mp4
 from moedistill.metrics import fvd
 from moedistill.metrics.base import MetricInputs
 from moedistill.metrics.fvd import FVDConfig
-from moedistill.metrics.statistics import edge_energy, frechet_distance, unrest
+from moedistill.metrics.manifold import Coverage, Density
+from moedistill.metrics.statistics import edge_energy, frechet_distance, in_balls, unrest
 from moedistill.metrics.vbench import VBenchConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.loop import run
 
 BRING = {"fvd", "vbench"}
 """Metrics that cannot be built without files or programs of the user's."""
+PAIRS = {"diversity"}
 METRICS = [entry.name for entry in load_plugins().components.entries("metric") if entry.name not in BRING]
 
 
@@ -43,7 +46,7 @@ def inputs_of(videos, reference=None, **changes):
 
 @pytest.mark.parametrize("kind", METRICS)
 def test_a_metric_is_rows_and_a_function_of_them(kind):
-    """Every row depends on its sample alone, so any subset or resampling of rows is that of the samples."""
+    """Any subset or resampling of rows is that of the samples; every row depends on its sample alone, but for pairs."""
     videos, reference = random(9, 1, 8, 24, 24), random(9, 1, 8, 24, 24, seed=1)
     cond = {"digit": torch.arange(9), "direction": torch.arange(9) % 4}
     metric = build(kind)
@@ -52,10 +55,11 @@ def test_a_metric_is_rows_and_a_function_of_them(kind):
     for chosen in ([8, 0, 3, 3, 1], list(range(9))):
         asked = {name: value[chosen] for name, value in cond.items()}
         some = MetricInputs(*(tensor[chosen] for tensor in (videos, videos, reference, reference)), asked)
-        torch.testing.assert_close(metric.rows(some), rows[chosen], rtol=1e-5, atol=1e-5)
+        if kind not in PAIRS:
+            torch.testing.assert_close(metric.rows(some), rows[chosen], rtol=1e-5, atol=1e-5)
         value = metric.value(rows[chosen])
         assert isinstance(value, float)
-        assert metric(some) == pytest.approx(value, rel=1e-4, abs=1e-6)
+        assert metric(some) == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 def test_rows_are_written_and_give_the_table(tmp_path):
@@ -70,7 +74,9 @@ def test_rows_are_written_and_give_the_table(tmp_path):
     for key, row in rows.items():
         kind, _, name = key.partition("/")
         assert (row.dtype, len(row)) == (torch.float64, 6)
-        assert build(kind).value(row) == result.metrics["evaluate"][name][kind]
+        assert build(kind).value(row) == pytest.approx(
+            result.metrics["evaluate"][name][kind], rel=0, abs=0, nan_ok=True
+        )
     assert rows["frechet/b"].shape == (6, 64)
 
 
@@ -112,6 +118,65 @@ def test_paired_distance():
     assert rows.flatten().tolist() == pytest.approx([0.0, 10.0, 40.0], rel=1e-4)
     assert metric(inputs) == metric.value(rows) == pytest.approx(50 / 3, rel=1e-4)
     assert metric.value(rows[[1, 2]]) == pytest.approx(25, rel=1e-4)
+
+
+def test_median_and_flips_see_what_the_mean_does_not():
+    """One sample of five in another mode: it makes nearly all of the mean, and nothing of the median."""
+    latents, step = torch.zeros(5, 12, 2, 4, 4), torch.tensor([0.1, 0.2, 0.1, 1.4, 0.3]).view(5, 1, 1, 1, 1)
+    inputs = MetricInputs(latents, latents + step, latents, latents, {})
+    assert build("paired_distance")(inputs) == pytest.approx(1000 * (0.01 + 0.04 + 0.01 + 1.96 + 0.09) / 5, rel=1e-5)
+    assert build("median_distance")(inputs) == pytest.approx(40, rel=1e-5)
+    assert build("flips")(inputs) == 0.2
+    assert build("flips", beyond=0.03)(inputs) == pytest.approx(3 / 5)
+
+
+def test_diversity_is_the_mean_distance_of_pairs_of_equal_condition():
+    samples, reference = random(7, 3, 2, 4, 4), random(7, 3, 2, 4, 4, seed=1)
+    asked = {"digit": torch.tensor([4, 1, 4, 1, 2, 4, 1]), "text": torch.zeros(7, 2, 3, dtype=torch.bfloat16)}
+    pairs = [(0, 2), (0, 5), (2, 5), (1, 3), (1, 6), (3, 6)]
+
+    def mean(x, chosen=pairs):
+        return sum(float((x[i] - x[j]).double().square().mean().sqrt()) for i, j in chosen) / len(chosen)
+
+    metric = build("diversity")
+    rows = metric.rows(MetricInputs(samples, samples, reference, reference, asked))
+    assert metric.value(rows) == pytest.approx(mean(samples) / mean(reference), rel=1e-6)
+    # A sample that is drawn twice is no pair with itself, and counts twice with others.
+    twice = [(0, 2), (0, 2), (1, 3)]
+    assert metric.value(rows[[0, 0, 2, 1, 3, 4]]) == pytest.approx(
+        mean(samples, twice) / mean(reference, twice), rel=1e-6
+    )
+    # Half as far apart; all the same; no two of one condition.
+    assert metric(MetricInputs(samples / 2, samples / 2, samples, samples, asked)) == pytest.approx(0.5)
+    same = samples[:1].expand_as(samples)
+    assert metric(MetricInputs(same, same, samples, samples, asked)) == pytest.approx(0, abs=1e-6)
+    alone = {"digit": torch.arange(7)}
+    assert math.isnan(metric(MetricInputs(samples, samples, reference, reference, alone)))
+
+
+def test_coverage_and_density_by_brute_force():
+    """Naeem et al., equations 4 and 5; and in 1-D by hand."""
+    real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])  # with one neighbour the balls reach 1, 1, 2 and 4 far
+    samples = torch.tensor([[0.5], [3.5], [20.0]])
+    inside = in_balls(samples, real, 1)
+    assert inside.tolist() == [[True, True, False, False], [False, False, True, True], [False] * 4]
+    with pytest.raises(ValueError, match="neighbours 4: there must be more than that of real samples, not 4"):
+        in_balls(samples, real, 4)
+
+    real, samples = torch.randn(160, 5), torch.randn(70, 5) * 0.5
+    inputs = inputs_of(random(70, 1, 2, 4, 4))
+    radii = [sorted(float((a - b).norm()) for b in real)[5] for a in real]
+    near = [[float((s - r).norm()) < radius for r, radius in zip(real, radii, strict=True)] for s in samples]
+    for cls, expected in (
+        (Density, sum(map(sum, near)) / 5 / 70),
+        (Coverage, sum(any(column) for column in zip(*near, strict=True)) / 160),
+    ):
+        metric = cls(lambda _: samples, lambda: real)
+        assert metric(inputs) == pytest.approx(expected)
+    rows = metric.rows(inputs)
+    assert metric.value(rows[[3, 3, 9]]) == pytest.approx(
+        sum(a or b for a, b in zip(near[3], near[9], strict=True)) / 160
+    )
 
 
 def test_edge_energy_and_unrest_by_hand():

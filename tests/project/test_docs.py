@@ -115,7 +115,7 @@ def test_every_part_of_dcm_has_code_and_keys_of_its_recipe_and_tests() -> None:
 def test_the_released_numbers_are_those_of_the_recipes() -> None:
     [rows] = [rows for head, rows in tables(DOCS / "methods" / "dcm.md") if head[0] == "recipe key"]
     for key, hunyuan, wan, _ in rows:
-        for name, value in (("dcm_hunyuan", hunyuan), ("dcm_wan_1_3b", wan)):
+        for name, value in (("dcm_hunyuan_published", hunyuan), ("dcm_wan_1_3b_published", wan)):
             assert value_of(recipe(name), key.strip("`")) == json.loads(value), f"{name}: {key}"
 
 

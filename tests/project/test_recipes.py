@@ -13,13 +13,14 @@ from moedistill.flow.phases import landing_points
 from moedistill.recipe.keys import TrainingStageConfig
 from moedistill.recipe.loading import load_recipe, shipped_recipes
 from moedistill.recipe.miniature import miniature
+from moedistill.recipe.sampling import landings
 from moedistill.runs.loop import run
 from moedistill.stages.evaluate import fingerprint
 
 RECIPES = shipped_recipes()
 BASELINES = sorted(name for name in RECIPES if name.startswith("baselines/"))
 ABLATIONS = sorted(name for name in RECIPES if name.startswith("ablations/"))
-STUDENTS = ("lcm", "pcm", "two_phase", "progressive")
+STUDENTS = ("lcm", "pcm", "pcm_edges", "progressive")
 PARENTS = {"digits": "evidence_digits", **{m: f"dcm_{m}" for m in ("hunyuan", "wan_1_3b", "cogvideox_5b", "ltx")}}
 """Models, and the recipe of DCM on each."""
 
@@ -40,14 +41,16 @@ def training(recipe):
 
 def test_all_are_there():
     students = {f"baselines/{model}_{student}" for model in PARENTS for student in STUDENTS}
-    assert set(BASELINES) == students | {"baselines/digits_few_step_teacher"}
-    assert set(ABLATIONS) == {f"ablations/digits_{name}" for name in CHANGES}
+    assert set(BASELINES) == students | {
+        f"baselines/digits_{n}" for n in ("few_step_teacher", "two_phase", "one_phase")
+    }
+    assert set(ABLATIONS) == {f"ablations/digits_{name}" for name in CHANGES} | {"ablations/base"}
 
 
 @pytest.mark.parametrize("name", [*BASELINES, *ABLATIONS])
 def test_recipes_are_short_and_say_where_they_come_from(name):
     lines = RECIPES[name].read_text().splitlines()
-    assert len(lines) <= (30 if "digits" in name else 12)
+    assert len(lines) <= (30 if "digits" in name or name == "ablations/base" else 12)
     assert lines[0].startswith("# ")
     assert any("arXiv" in line for line in lines[:2]) or name == "baselines/digits_few_step_teacher"
     assert sum(line.startswith("extends: ") for line in lines) == 1
@@ -84,7 +87,7 @@ def forwards(tmp_path_factory):
     return total
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", [*STUDENTS, "two_phase", "one_phase"])
 def test_students_of_digits_have_dcm_s_forwards(forwards, student):
     assert forwards("evidence_digits") == 300 * 4 + 300 * 6
     assert forwards(f"baselines/digits_{student}") == pytest.approx(forwards("evidence_digits"), rel=0.01)
@@ -155,14 +158,41 @@ def test_phases(model):
     assert phases("lcm") == [1]
     assert phases("progressive") == [8, 4, 2, 1]
     [number] = phases("pcm")
-    landings = sorted(set(landing_points(range(1, trajectory.num_steps + 1), number).tolist()), reverse=True)
-    assert points("pcm") == [trajectory.num_steps, *landings[:-1]]
-    [two] = phases("two_phase")
-    assert two.points == [boundary.point for boundary in parent.router.boundaries]
-    assert points("two_phase") == parent.sample.points
+    ends = sorted(set(landing_points(range(1, trajectory.num_steps + 1), number).tolist()), reverse=True)
+    assert points("pcm") == [trajectory.num_steps, *ends[:-1]]
+    assert points("pcm_edges") == parent.sample.points
+    [edges] = phases("pcm_edges")
+    assert [trajectory.num_steps, *reversed(edges.points)] == parent.sample.points
+    assert landings(recipe(f"baselines/{model}_pcm_edges"), trajectory) == landings(parent, trajectory)
+    if model == "digits":
+        [two] = phases("two_phase")
+        assert two.points == [boundary.point for boundary in parent.router.boundaries]
+        assert points("two_phase") == points("one_phase") == parent.sample.points
+        assert phases("one_phase") == [1, 1]
     for student in ("lcm", "progressive"):
         even = replace(parent.sample, points=None, steps=len(parent.sample.points))
         assert torch.equal(recipe(f"baselines/{model}_{student}").sample.resolve(trajectory), even.resolve(trajectory))
+
+
+INSIDE = {"dcm_hunyuan_published", "dcm_wan_1_3b_published", "baselines/digits_one_phase", "baselines/digits_two_phase"}
+INSIDE |= {f"baselines/{model}_{student}" for model in PARENTS for student in ("lcm", "progressive")}
+"""Recipes of methods whose sampling stops inside phases, or goes beyond them, as they are published."""
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipes_sample_where_they_are_trained_to_land_or_say_why_not(name):
+    notes = [note for note in recipe(name).notes() if note.startswith("stage ")]
+    assert bool(notes) == (name in INSIDE)
+    comment = " ".join(line.strip("# ") for line in RECIPES[name].read_text().splitlines() if line.startswith("#"))
+    assert ("inside" in comment and "as `validate` notes" in comment) == (name in INSIDE)
+
+
+@pytest.mark.parametrize("name", ["dcm_hunyuan", "dcm_wan_1_3b"])
+def test_the_published_form_differs_by_phases_and_steps_alone(name):
+    own, published = (labelled(recipe(n).resolved()) for n in (name, f"{name}_published"))
+    found = {key: value for key, value in changes(own, published) if key not in ("name", "description")}
+    phases = {"stages.semantic.phases": 1, "stages.detail.phases": 1}
+    assert found == phases | ({"sample.points": [50, 44, 38, 26, 18, 10]} if "wan" in name else {})
 
 
 def test_stages_of_one_expert_continue_each_other(tmp_path):
@@ -215,11 +245,11 @@ def test_evaluations_can_be_compared(name):
     assert {"teacher, 50 steps", "1 step", "2 steps", "4 steps", "8 steps"} <= set(candidates)
     for candidate in stage.candidates:
         count = int(next(word for word in candidate.name.split() if word.isdigit()))
-        assert len(candidate.own_sample().resolve(trajectory)) - 1 == count
+        assert len(candidate.path(one)[0]) - 1 == count
         eta = 1.0 if "re-noised" in candidate.name else float((candidate.name.split("eta ")[1:] or [0])[0])
         assert candidate.own_sample().eta == eta
     if one.sample is not None:
-        assert candidates["4 steps"].own_sample().resolve(trajectory).equal(one.sample.resolve(trajectory))
+        assert candidates["4 steps"].path(one)[0].equal(one.sample.resolve(trajectory))
 
 
 # -- ablations --------------------------------------------------------------------------------------------------------
@@ -232,18 +262,17 @@ LORA |= {"copies": "time_dependent"}
 FULL = {"kind": "full", "from": "teacher", "base": None}
 
 
-def steps(**points):
-    """The changed steps of candidates, and of those with a stand-in below the boundary."""
-    names = {"eight": ["8 steps"]}
-    for key, count in (("two", "2 steps"), ("four", "4 steps")):
-        names[key] = [count, f"{count}, semantic + teacher", f"{count}, semantic alone"]
-    changed = {f"stages.evaluate.candidates.{name}.sample.points": points[key] for key in points for name in names[key]}
-    return changed | {"sample.points": points["four"]}
+def stops(*points):
+    """Other points of sampling, and phases of both experts that end there."""
+    _, inside_first, _, inside_second = points
+    phases = {"semantic": [inside_first], "detail": [inside_second]}
+    changed = {f"stages.{name}.phases.points": inner for name, inner in phases.items()}
+    return changed | {"sample.points": list(points)}
 
 
-def boundary(point, four, eight):
+def boundary(point, *points):
     value = [{"point": point, "sigma": None, "timestep": None, "ratio": None, "snr": None}]
-    return {"router.boundaries": value, **steps(two=[50, point], four=four, eight=eight)}
+    return {"router.boundaries": value, **stops(*points)}
 
 
 LONGER = {"stages.semantic.steps": 375, "stages.detail.steps": 375}
@@ -277,20 +306,18 @@ CHANGES = {
         "stages.semantic.steps": 225,
         "stages.middle": {"expert": "middle", "steps": 225, "lr": 1e-4},
         "stages.detail.steps": 200,
-        "stages.evaluate.candidates.4 steps.sample.points": [50, 35, 20, 10],
+        "stages.semantic.phases.points": [],
+        "stages.detail.phases.points": [10],
         "stages.evaluate.candidates.2 steps, semantic + teacher.stand_ins.middle": "teacher",
         "stages.evaluate.candidates.4 steps, semantic + teacher.stand_ins.middle": "teacher",
-        "stages.evaluate.candidates.4 steps, semantic + teacher.sample.points": [50, 35, 20, 10],
         "stages.evaluate.candidates.2 steps, semantic alone.stand_ins.middle": "semantic",
         "stages.evaluate.candidates.4 steps, semantic alone.stand_ins.middle": "semantic",
-        "stages.evaluate.candidates.4 steps, semantic alone.sample.points": [50, 35, 20, 10],
-        "stages.evaluate.candidates.8 steps.sample.points": [50, 45, 40, 35, 28, 20, 14, 7],
         "sample.points": [50, 35, 20, 10],
     },
-    "boundary_15": boundary(15, [50, 33, 15, 8], [50, 41, 33, 24, 15, 11, 8, 4]),
-    "boundary_20": boundary(20, [50, 35, 20, 10], [50, 43, 35, 28, 20, 15, 10, 5]),
-    "boundary_25": boundary(25, [50, 38, 25, 13], [50, 44, 38, 31, 25, 19, 13, 6]),
-    "boundary_35": boundary(35, [50, 43, 35, 18], [50, 46, 43, 39, 35, 26, 18, 9]),
+    "boundary_15": boundary(15, 50, 33, 15, 8),
+    "boundary_20": boundary(20, 50, 35, 20, 10),
+    "boundary_25": boundary(25, 50, 38, 25, 13),
+    "boundary_35": boundary(35, 50, 43, 35, 18),
     "rank_4": {"experts.detail.rank": 4, "experts.detail.alpha": 8.0},
     "rank_64": {"experts.detail.rank": 64, "experts.detail.alpha": 128.0},
     "without_copies": {"experts.detail.copies": "none"},
@@ -338,7 +365,7 @@ def changes(parent, child, path=""):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_ablation_changes_what_its_name_says(name):
-    parent, child = (labelled(recipe(n).resolved()) for n in ("evidence_digits", f"ablations/digits_{name}"))
+    parent, child = (labelled(recipe(n).resolved()) for n in ("ablations/base", f"ablations/digits_{name}"))
     found = {key: value for key, value in changes(parent, child) if key not in ("name", "description")}
     if name == "three_experts":
         middle = found["stages.middle"]

@@ -12,6 +12,7 @@ from PIL import Image
 from moedistill.cli import main
 from moedistill.errors import UserError
 from moedistill.model import conditioning
+from moedistill.recipe.loading import load_recipe
 from moedistill.runs.loop import run
 from moedistill.runs.sample import load_mixture, sample_run
 from moedistill.runtime.randomness import Draws
@@ -83,6 +84,30 @@ def test_steps_that_were_not_trained_for_are_said(folder, tmp_path, capsys):
     said = capsys.readouterr()
     assert said.err.count("note: stage ") == 2
     assert said.out.splitlines()[-1] == str(tmp_path / "d")
+
+
+def test_other_steps_take_the_edges_that_are_trained(tmp_path):
+    """More steps than phases are spread over them; fewer say which jumps were never trained."""
+    stages = [distil(phases="sampling"), distil("detail", phases="sampling")]
+    source = run(tiny_recipe(stages, {"sample.points": [8, 6, 4, 1]}), output=tmp_path / "run", device="cpu").output
+
+    def sampled(steps):
+        result = sample_run(source, output=tmp_path / str(steps), steps=steps)
+        return json.loads((result.output / "samples.json").read_text())["sigmas"], result.notes
+
+    trajectory = load_recipe(source / "recipe.yaml").trajectory.build()
+    at = trajectory.sigma
+    assert sampled(4) == (pytest.approx([1.0, at(6), at(4), at(1), 0.0]), [])
+    assert sampled(5)[0] == pytest.approx([1.0, at(6), at(4), at(3), at(1), 0.0])
+    sigmas, notes = sampled(2)
+    assert sigmas == pytest.approx([1.0, at(4), 0.0])
+    assert notes == [
+        f"stage {name}: sampling goes beyond the end of a phase, where no jump is trained to go: {jump}"
+        for name, jump in (
+            ("semantic", f"from sigma 1 to {at(4):.4g} (ends at {at(6):.4g})"),
+            ("detail", f"from sigma {at(4):.4g} to 0 (ends at {at(1):.4g})"),
+        )
+    ]
 
 
 def test_files(folder, tmp_path):

@@ -22,8 +22,10 @@ from moedistill.components.plugins import load_plugins
 from moedistill.errors import RecipeError, UserError
 from moedistill.flow.chords import power_at, sampled_power
 from moedistill.flow.phases import landing_points
+from moedistill.flow.sampling_points import SampleConfig
 from moedistill.model.backbone import TEACHER
 from moedistill.recipe.loading import load_recipe
+from moedistill.recipe.sampling import landings, sampling_sigmas, trajectory_of
 from moedistill.runs.build import build_mixture
 from moedistill.runs.loop import run as run_recipe
 from moedistill.runtime.checkpoint import load_tree
@@ -87,6 +89,34 @@ def test_phases_of_sampling_are_its_stops():
     assert [stage.phases for stage in again.stages] == [stage.phases for stage in recipe.stages]
 
 
+def test_steps_are_spread_over_the_phases():
+    """A number of steps takes the edges that there are; phases of sampling are then its points."""
+    phases = {"stages.0.phases": 2, "stages.1.phases": {"points": [1]}}
+    stages = [distil(), distil("detail")]
+
+    def points(changes, sample=None):
+        recipe = load_recipe(tiny_recipe(stages, changes))
+        trajectory = trajectory_of(recipe)
+        assert landings(recipe, trajectory) == landings(load_recipe(recipe.resolved()), trajectory)
+        return [trajectory.points.tolist().index(s) for s in sampling_sigmas(recipe, sample).tolist()[:-1]]
+
+    assert points(phases, SampleConfig(steps=4)) == [8, 6, 4, 1]
+    assert points(phases, SampleConfig(steps=5)) == [8, 6, 4, 3, 1]
+    assert points(phases, SampleConfig(points=[7, 3])) == [7, 3]
+    # The boundary is an edge without any phases, or any training.
+    assert points({}, SampleConfig(steps=3)) == [8, 6, 4]
+    assert points({"stages": [distil("detail")]}, SampleConfig(steps=3)) == [8, 6, 4]
+    alone = {"experts": {"semantic": {"kind": "full"}}, "router.experts": ["semantic"], "router.boundaries": []}
+    single = {**alone, "stages": [distil()]}
+    assert points(single, SampleConfig(steps=3)) == [8, 6, 3]
+    # Of several stages that train an expert, the last one.
+    assert points({**phases, "stages": [distil(name="a", phases=4), *stages]}, SampleConfig(steps=2)) == [8, 4]
+    own = {**SAMPLING, "sample": {"steps": 5}}
+    del own["sample.points"]
+    assert points(own) == [8, 7, 6, 4, 2]
+    assert [s.phases.points for s in load_recipe(tiny_recipe(stages, own)).stages] == [[6, 7], [2]]
+
+
 def test_phases_of_sampling_need_its_points():
     with pytest.raises(RecipeError, match=r"stages\.0\.phases: sampling needs the recipe's sample"):
         load_recipe(tiny_recipe([distil(phases="sampling")], {"sample": None}))
@@ -110,7 +140,7 @@ def test_a_recipe_that_samples_inside_a_phase_says_so():
     assert share > 1.001
     assert "sample.eta" in note
     # The pipelines of large models draw no fresh noise.
-    assert not any("sample.eta" in note for note in load_recipe("dcm_hunyuan").notes())
+    assert not any("sample.eta" in note for note in load_recipe("dcm_hunyuan_published").notes())
     [note] = load_recipe(tiny_recipe(stages, {"sample.points": [8, 2]})).notes()
     assert note == (
         "stage semantic: sampling goes beyond the end of a phase, where no jump is trained to go: "

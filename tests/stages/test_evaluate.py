@@ -73,10 +73,14 @@ def bare_samples(latents, points, velocity, trajectory):
 # -- what is sampled --------------------------------------------------------------------------------------------------
 
 
+TWO = ["3 right", "7 up"]
+"""Prompts that several samples share, so that there are pairs."""
+
+
 def test_the_same_seed_gives_the_same_table(trained):
     metrics = [{"kind": kind} for kind in METRICS]
     first, second, other = (
-        trained.evaluate(candidates=[STUDENT, TEACHER], metrics=metrics, seed=seed) for seed in (0, 0, 1)
+        trained.evaluate(candidates=[STUDENT, TEACHER], metrics=metrics, seed=seed, prompts=TWO) for seed in (0, 0, 1)
     )
     assert first.table == second.table
     assert all(torch.equal(first.latents[name], second.latents[name]) for name in first.latents)
@@ -150,13 +154,38 @@ def test_the_student_is_routed_and_stand_ins_replace_experts(trained):
     for name, points, high, low in (
         ("student", [8, 4], semantic, detail),
         ("swapped", [8, 4], detail, semantic),
-        ("3 steps", [8, 6, 3], semantic, detail),
+        ("3 steps", [8, 6, 4], semantic, detail),
     ):
 
         def velocity(x, sigma, cond, high=high, low=low):
             return (high if sigma[0] > trajectory.sigma(4) else low)(x, sigma, cond)
 
         assert torch.allclose(latents[name], bare_samples(latents, points, velocity, trajectory), atol=1e-5), name
+
+
+def test_candidates_that_step_where_nothing_is_trained_say_so(tmp_path, capsys):
+    candidates = [
+        {"name": "own"},
+        {"name": "more", "steps": 4},
+        {"name": "re-noised", "sample": {"steps": 4, "eta": 1.0}},
+        {"name": "one", "steps": 1},
+        {"name": "swapped", "steps": 4, "stand_ins": {"detail": "semantic"}},
+        {"name": "teacher", "model": "teacher", "steps": 1},
+    ]
+    stages = [distil(), distil("detail"), evaluate(candidates=candidates, reference="own")]
+    run(tiny_recipe(stages), output=tmp_path, device="cpu")
+    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "note:" in line or "sampling 4" in line]
+    assert [line.split(" at ")[0].split(", where")[0] for line in said] == [
+        "sampling 4 × own",
+        "sampling 4 × more",
+        "note: stage semantic: sampling stops",
+        "note: stage detail: sampling stops",
+        "sampling 4 × re-noised",
+        "sampling 4 × one",
+        "note: stage semantic: sampling goes beyond the end of a phase",
+        "sampling 4 × swapped",
+        "sampling 4 × teacher",
+    ]
 
 
 def test_averaged_weights_are_used_and_put_back(trained):
@@ -189,7 +218,7 @@ def test_an_expert_that_is_not_trained_yet_is_its_parent(tmp_path):
 def test_the_table_holds_what_the_metrics_say(trained):
     candidates = [STUDENT, TEACHER]
     metrics = [{"kind": kind} for kind in METRICS]
-    result = trained.evaluate(candidates=candidates, reference="teacher", metrics=metrics, samples=6)
+    result = trained.evaluate(candidates=candidates, reference="teacher", metrics=metrics, samples=6, prompts=TWO)
     decode, components = trained.mixture.backbone.decode, load_plugins().components
     for name in ("student", "teacher"):
         one, other = result.latents[name], result.latents["teacher"]

@@ -1,5 +1,6 @@
 """`apply`: the experts of a run or export in a pipeline that is already there."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,6 +15,7 @@ from moedistill.integrations.diffusers.backbone import DiffusersBackboneConfig
 from moedistill.integrations.diffusers.loading import transformers_of
 from moedistill.integrations.diffusers.pipeline import Applied, RoutedTransformer, attach, refuse_eta
 from moedistill.model.ema import WhichWeights
+from moedistill.recipe.sampling import notes_on
 from moedistill.runs.build import build_mixture
 from moedistill.runs.sample import read_trained, sampling_config, sampling_steps
 
@@ -36,11 +38,11 @@ def apply(
     Args:
         pipeline: of the class that the experts were distilled from, with the same weights, which is not checked.
         source: a run's folder, a checkpoint, or an export's folder.
-        steps, sigmas: instead of the recipe's own sampling steps.
+        steps, sigmas: instead of the recipe's own sampling steps. A warning says which of them no jump was trained for.
         weights: the experts' `trained` weights or their `ema`.
 
     Returns:
-        A handle; its `undo()` gives the pipeline back as it was.
+        A handle; its `undo()` gives the pipeline back as it was, its `notes` are what was warned of.
 
     Raises:
         UserError: the source is incomplete, or made for another model. The pipeline is as it was.
@@ -50,9 +52,9 @@ def apply(
         moedistill.apply(pipeline, "runs/dcm_wan_1_3b/20260101-120000")
     """
     recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
-    config = recipe.backbone
+    config, steps_config = recipe.backbone, sampling_config(recipe, steps, sigmas)
     with user_errors(str(source)):
-        refuse_eta(sampling_config(recipe, steps, sigmas).eta)
+        refuse_eta(steps_config.eta)
     if not isinstance(config, DiffusersBackboneConfig):
         raise UserError(f"{source} was made for backbone {config.kind!r}, which has no diffusers pipeline")
     networks = _networks_of(pipeline, config, source)
@@ -68,6 +70,10 @@ def apply(
         mixture.load(experts, averages, str(source))
         applied = attach(pipeline, mixture, sampling_steps(recipe, mixture, steps, sigmas), weights=weights)
         applied._undo.callback(undo.pop_all().close)
+    if steps is not None or sigmas is not None:
+        applied.notes = notes_on(recipe, steps_config)
+        for note in applied.notes:
+            warnings.warn(note, stacklevel=2)
     return applied
 
 

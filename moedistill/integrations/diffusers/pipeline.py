@@ -109,9 +109,14 @@ def _second_half(arguments: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 class Applied:
-    """Experts inside a pipeline. `undo` gives the pipeline back as it was; so does leaving a `with` block."""
+    """Experts inside a pipeline. `undo` gives the pipeline back as it was; so does leaving a `with` block.
+
+    Attributes:
+        notes: what should be known of the sampling steps, one line each.
+    """
 
     def __init__(self, pipeline: Any, names: Sequence[str]) -> None:
+        self.notes: list[str] = []
         self._undo = ExitStack()
         for name in names:
             self._undo.callback(setattr, pipeline, name, getattr(pipeline, name))
