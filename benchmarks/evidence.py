@@ -22,22 +22,23 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import charts
 import torch
 
-from moedistill import load_recipe, plotting
+from moedistill import MetricInputs, load_recipe, plotting
+from moedistill.data.loading import collate
 from moedistill.recipe.keys import Recipe, TrainingStageConfig
 from moedistill.recipe.loading import shipped_recipes
 from moedistill.runs.resume import changed_keys, comparable
-from moedistill.runs.tables import Line, Table, read_records, tabulate
+from moedistill.runs.tables import Estimate, Line, Table, methods, read_records, tabulate
 from moedistill.runtime.checkpoint import Checkpoints, load_tree
+from moedistill.stages.evaluate import EvaluateConfig
 from moedistill.stages.run import COST
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ METHODS = (
 )
 TEACHERS = (Method("teacher", TEACHER), Method("teacher, shift 5", TEACHER, ", shift 5"))
 """Untrained."""
+PLOTTED = (
+    DCM,
+    ONE_PHASE,
+    PCM_EDGES,
+    replace(PROGRESSIVE, title="progressive phases, re-noised", sampling=RE_NOISED),
+    TEACHERS[1],
+)
+"""DCM, and those it is compared with first of all."""
 CONTROLS = (", semantic + teacher", ", semantic alone")
 """Samplings with the untouched teacher, or the semantic expert, in place of the other experts."""
 SEEDS = (0, 1, 2)
@@ -93,7 +102,17 @@ TUNING_SEED = 1000
 """Of training and of the evaluation's noise, so that neither is part of the result."""
 TUNED_BY = ("4 steps", "frechet")
 STEPS = {name: int(name.partition(" ")[0]) for name in ("1 step", *(f"{n} steps" for n in (2, 3, 4, 6, 8, 12)))}
-TITLES = {"frechet": "Fréchet distance to real videos", "paired_distance": "distance to the teacher's 50 steps"}
+TITLES = {"frechet": "Fréchet distance to real videos", "paired_distance": "Distance to the teacher's 50 steps"}
+MORE = {
+    "median_distance": "Median distance to the teacher's 50 steps",
+    "flips": "Share of samples that land elsewhere than the teacher's",
+    "diversity": "Diversity, relative to the teacher's",
+    "coverage": "Coverage of held-out videos",
+    "density": "Density around held-out videos",
+}
+PAIRED = ("paired_distance", "median_distance", "flips", "diversity")
+"""Kinds that compare with the reference, which has nothing to be compared with itself."""
+REFERENCE = "teacher, 50 steps"
 RESAMPLES = 200
 """Of the evaluation's samples, for intervals."""
 SECONDS_PER_FORWARD = 1.7e-3
@@ -321,6 +340,7 @@ class Results:
 
     def __init__(self, table: Table, jobs: Mapping[Method, Job]) -> None:
         self.methods = list(jobs)
+        self._table = table
         ran = {run["folder"]: run["method"] for run in table.runs}
         lines = {(line.method, line.candidate): line for line in table.lines}
         self._lines = {
@@ -329,6 +349,16 @@ class Results:
             for steps in STEPS
             if (key := (ran[str(job.folder)], method.candidate(steps))) in lines
         }
+
+    @cached_property
+    def reference(self) -> Mapping[str, Estimate]:
+        """The teacher in all its steps."""
+        return next(line.values for line in self._table.lines if line.candidate == REFERENCE)
+
+    @cached_property
+    def real(self) -> Mapping[str, float]:
+        """Real videos in place of samples."""
+        return real_videos(evaluation(DCM.recipe).samples)
 
     def __call__(self, method: Method, steps: str) -> Line | None:
         return self._lines.get((method, steps))
@@ -352,14 +382,11 @@ class Results:
 
     def markdown(self) -> str:
         parts = []
-        for kind, title in TITLES.items():
-            parts += [f"{title}:", self.by_steps(kind)]
+        for kind, title in {**TITLES, **MORE}.items():
+            own = f"{self.reference[kind]} for the teacher at 50 steps, {self.real[kind]:.3g} for the training videos."
+            parts += [f"## {title}", *([own] if kind not in PAIRED else []), self.by_steps(kind)]
             parts += [f"Difference to {DCM.title} with as many steps:", self.by_steps(kind, differences=True)]
-        parts += [
-            "All metrics, 4 steps:",
-            self.by_metric("4 steps"),
-            "A guided teacher's step costs two of a student's.",
-        ]
+        parts += ["## All metrics, 4 steps", self.by_metric("4 steps")]
         return "\n\n".join(parts)
 
 
@@ -388,62 +415,76 @@ def every_run(table: Table, folder: Path) -> str:
 
 def write(folder: Path, name: str, table: Table, parts: Sequence[str]) -> None:
     """`parts` and all of `table` as Markdown, and the table as JSON."""
-    parts = [*parts, "Every run:", every_run(table, folder), "Everything:", table.markdown()]
+    parts = [*parts, "## Every run", every_run(table, folder)]
     (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n")
     (folder / f"{name}.json").write_text(json.dumps(table.plain(), indent=1))
     print(f"{folder / name}.md")
 
 
-def _styles(methods: Iterable[Method]) -> dict[Method, dict[str, Any]]:
-    """How each is drawn: a colour for each recipe, DCM thick."""
-    styles: dict[Method, dict[str, Any]] = {}
-    colors: dict[str, str] = {TEACHER: "C0"}
-    for method in methods:
-        color = colors.setdefault(method.recipe, f"C{len(colors)}")
-        line = ("-", ":", "--")[sum(other.recipe == method.recipe for other in styles)]
-        styles[method] = {
-            "label": method.title,
-            "color": color,
-            "linestyle": line,
-            "linewidth": 3 if method == DCM else 1.5,
-            "marker": "o",
-        }
-    return styles
-
-
-def _finish(figure: "Figure", file: Path, xlabel: str, ticks: Collection[int]) -> None:
-    """Logarithmic scales that can be read, and one legend."""
-    from matplotlib.ticker import LogLocator
-
-    for axes in figure.axes:
-        axes.set(xlabel=xlabel, xscale="log", yscale="log")
-        axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
-        axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, handlelength=4)
-    figure.savefig(file, dpi=120)
-
-
 def plot_steps(results: Results, file: Path) -> None:
-    """Quality against sampling steps."""
-    from matplotlib.figure import Figure
+    """Fréchet distance against network evaluations: DCM and those it is compared with first of all."""
+    lines: dict[str, dict[int, Estimate]] = {}
+    for method in PLOTTED:
+        cost = 2 if method in TEACHERS else 1  # the guided teacher evaluates its network twice
+        shown = {cost * STEPS[steps]: line.values["frechet"] for steps in STEPS if (line := results(method, steps))}
+        lines |= {method.title: shown} if shown else {}
+    references = {"real videos": results.real["frechet"], "teacher, 50 steps": results.reference["frechet"].mean}
+    charts.curves(file, lines, references, "Fréchet distance to real videos")
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    styles = _styles(results.methods)
-    for axes, (kind, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
-        for number, (method, style) in enumerate(styles.items()):
-            shown = {steps: line.values[kind] for steps in STEPS if (line := results(method, steps))}
-            axes.errorbar(
-                # Side by side, so that intervals can be told apart.
-                [STEPS[steps] * 1.012 ** (number - len(styles) / 2) for steps in shown],
-                [value.mean for value in shown.values()],
-                [[v.mean - v.low for v in shown.values()], [v.high - v.mean for v in shown.values()]],
-                capsize=2, **style,
-            )  # fmt: skip
-        axes.set_ylabel(title)
-    _finish(figure, file, "sampling steps", STEPS.values())
+
+def evaluation(recipe: str) -> EvaluateConfig:
+    """A recipe's evaluation."""
+    [config] = [stage for stage in load_recipe(recipe).stages if isinstance(stage, EvaluateConfig)]
+    return config
+
+
+def real_videos(samples: int) -> dict[str, float]:
+    """What so many of the task's own videos score, through the codec, as samples and reference at once."""
+    loaded = load_recipe(DCM.recipe)
+    backbone, data = loaded.backbone.build(), loaded.data
+    assert data is not None
+    dataset = data.build(backbone)
+    latents, cond = collate([dataset[number * len(dataset) // samples] for number in range(samples)])
+    videos = backbone.decode(latents)
+    inputs = MetricInputs(videos, latents, videos, latents, cond, backbone.fps)
+    return {metric.kind: metric.build()(inputs) for metric in evaluation(DCM.recipe).metrics}
+
+
+def by_more_steps(jobs: Mapping[Method, Sequence[Job]]) -> str:
+    """What more steps change in what the same runs sample in fewer."""
+    rows = []
+    for method, runs in jobs.items():
+        records = read_records([job.folder for job in runs])
+        taken = [steps for steps in STEPS if method.candidate(steps) in records[0].rows]
+        fewer = {method.candidate(more): method.candidate(less) for less, more in pairwise(taken)}
+        [against] = methods(records)
+        table = tabulate(
+            records, against=against, metrics=list(TITLES), resamples=RESAMPLES, counterpart=partial(_looked_up, fewer)
+        )
+        changes = {line.candidate: line.differences for line in table.lines}
+        for less, more in pairwise(taken):
+            change = changes[method.candidate(more)]
+            rows.append([method.title, f"{STEPS[less]} → {STEPS[more]}", *(str(change[kind]) for kind in TITLES)])
+    return markdown(["method", "steps", *TITLES.values()], rows)
+
+
+def _looked_up(names: Mapping[str, str], name: str) -> str:
+    return names.get(name, name)
+
+
+def plot_differences(results: Results, file: Path) -> None:
+    """What each ablation changes at 4 steps, as a forest plot."""
+    charts.forest(
+        file,
+        {
+            title: {
+                method.title: line.differences[kind]
+                for method in results.methods
+                if (line := results(method, "4 steps")) and kind in line.differences
+            }
+            for kind, title in TITLES.items()
+        },
+    )
 
 
 def run_baselines(evidence: Evidence, seeds: Sequence[int], rates: Sequence[float], extensions: int) -> None:
@@ -462,8 +503,10 @@ def run_baselines(evidence: Evidence, seeds: Sequence[int], rates: Sequence[floa
     table = tabulated([teacher, *finals])
     one_each = {method: evidence.finals(method, rate, seeds)[0] for method, rate in tuned.items()}
     shown = dict.fromkeys(TEACHERS, teacher) | one_each
-    results = Results(table, shown | _controls({DCM: one_each[DCM]}))
-    write(folder, "evidence", table, [results.markdown(), "Tuning:", evidence.tuning_table(tuned, grids)])
+    results = Results(table, shown | _controls({m: one_each[m] for m in (DCM, ONE_PHASE) if m in one_each}))
+    more = by_more_steps({method: evidence.finals(method, rate, seeds) for method, rate in tuned.items()})
+    parts = [results.markdown(), "## What more steps change, of the same runs", more]
+    write(folder, "evidence", table, [*parts, "## Tuning", evidence.tuning_table(tuned, grids)])
     plot_steps(results, folder / "evidence.png")
 
 
@@ -494,7 +537,9 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
     evidence.execute(list(jobs.values()))
     table = tabulated([*finals, *jobs.values()])
     one_each = {DCM: finals[0]} | {method: jobs[method, seeds[0]] for method in ablations()}
-    write(folder, "ablations", table, [Results(table, one_each | _controls(one_each)).markdown()])
+    results = Results(table, one_each | _controls(one_each))
+    write(folder, "ablations", table, [results.markdown()])
+    plot_differences(results, folder / "ablations.png")
 
 
 def main() -> None:

@@ -198,10 +198,10 @@ def test_the_teacher_is_undecided_as_its_data_are(plugins, tmp_path):
     assert found.teacher[0] == pytest.approx(wanted, rel=0.02)
     run = _Work(load_recipe("dcm_digits"), tmp_path, smoke=False, device="cpu").run(load_recipe("digits_teacher"))
     _, cond = draw_inputs(run, 24, seed=0)
-    found = measure_undecided(run, run.dataset.latents.flatten(0, 2)[::50], cond, 24, [])
+    found = measure_undecided(run, run.dataset.latents.flatten(0, 2)[::200], cond, 24, [])
     for shares in found.exact:
-        assert all(above >= below - 0.01 for below, above in pairwise(shares))
-        assert shares[0] < 1e-3 < 0.5 < shares[-1]
+        assert all(above >= below - 0.05 for below, above in pairwise(shares)), shares
+        assert shares[0] < 1e-3 < 0.5 < shares[-1], shares
 
 
 @pytest.mark.parametrize(

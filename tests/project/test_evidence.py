@@ -1,32 +1,22 @@
 """The study of benchmarks/ in miniature: what it runs, how it tunes, and that it goes on where it was."""
 
-import importlib.util
 import json
+import math
 import sys
 from dataclasses import replace
-from pathlib import Path
+from itertools import pairwise
 from types import SimpleNamespace
 
+import charts
+import evidence
+import halves
 import pytest
+from PIL import Image
 
 from moedistill.recipe.loading import load_recipe, shipped_recipes
 from moedistill.recipe.miniature import miniature
 from moedistill.runs import tables as report
 from moedistill.runs.loop import run
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def imported(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-evidence = imported("evidence")
-halves = imported("halves")
 
 
 @pytest.fixture
@@ -290,3 +280,33 @@ def test_the_rates_of_stages_keep_their_ratio(tmp_path):
     recipe.write_text(f"extends: {shipped_recipes()['evidence_digits']}\nname: mine\nstages: {{{rates}}}\n")
     [job] = evidence.Evidence(tmp_path).finals(evidence.Method("mine", str(recipe)), 1e-4, [0])
     assert {"stages.semantic.optimizer.lr=1.00e-04", "stages.detail.optimizer.lr=5.00e-05"} < set(job.settings)
+
+
+def estimate(mean, reach=1.0):
+    return report.Estimate(mean, mean - reach, mean + reach, [mean])
+
+
+def test_names_beside_curves_keep_apart_and_in_order():
+    places = charts._apart([100, 101, 102, 300], 50, 1000)
+    assert places == sorted(places)
+    gaps = [math.log(above / below) / math.log(1000 / 50) for below, above in pairwise(places)]
+    assert min(gaps) > 0.05
+    assert charts._apart([60, 900], 50, 1000) == pytest.approx([60, 900])
+
+
+def test_charts_are_drawn(tmp_path):
+    lines = {"mine": {1: estimate(90.0), 4: estimate(20.0)}, "far": {2: estimate(1e6)}, "other": {2: estimate(30.0)}}
+    charts.curves(tmp_path / "curves.png", lines, {"real": 15.0}, "distance")
+    groups = {"one": {"a": estimate(3.0), "b": estimate(-900.0, 5.0)}, "two": {"b": estimate(0.0)}}
+    charts.forest(tmp_path / "forest.png", groups)
+    for name in ("curves", "forest"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 100
+
+
+def test_real_videos_score_well_among_themselves():
+    scores = evidence.real_videos(80)
+    assert scores["paired_distance"] == scores["flips"] == 0
+    assert scores["diversity"] == 1
+    assert scores["digit_accuracy"] > 0.9
+    assert scores["coverage"] > 0.2

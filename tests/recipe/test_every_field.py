@@ -37,6 +37,7 @@ from moedistill.losses.optim import OptimizerConfig
 from moedistill.metrics import vbench
 from moedistill.metrics.base import MetricInputs
 from moedistill.metrics.fvd import FVDConfig
+from moedistill.metrics.relative import FlipsConfig
 from moedistill.model.backbone import VideoSize
 from moedistill.model.guidance import Guidance
 from moedistill.model.mixture import Mixture
@@ -1200,6 +1201,14 @@ def test_fvd(tmp_path):
     for key in ("detector", "real"):
         with pytest.raises(ValueError, match=f"{key} nowhere does not exist"):
             FVDConfig(**{**usual, key: "nowhere"}).look_ahead()
+
+
+@observes("metric.flips.beyond")
+def test_flips():
+    latents, step = torch.zeros(4, 1, 1, 2, 2), torch.tensor([0.1, 0.4, 0.6, 0.9]).sqrt().view(4, 1, 1, 1, 1)
+    inputs = MetricInputs(latents, latents + step, latents, latents, {})
+    for beyond, share in ((0.5, 0.5), (0.2, 0.75)):
+        assert FlipsConfig(beyond=beyond).build()(inputs) == share
 
 
 @observes("metric.vbench.dimensions", "metric.vbench.command")
