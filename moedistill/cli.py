@@ -376,7 +376,7 @@ def analyze(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ..
     writes the numbers (analysis.json), plots, and a recipe that follows from them (suggestion.yaml).
 
     The suggestion is a hypothesis to test by training, not a result. On digits its boundary lost: a Fréchet distance of
-    166 against 129 with the recipe's own, at 4 steps, one seed (docs/results.md).
+    166 against 129 with the recipe's own, at 4 steps, one seed (docs/results/2026-11-22.md).
 
     \b
     Example:

@@ -56,7 +56,7 @@ def write_recipe(
     head = [
         f"Suggested by `moedistill analyze` for {recipe.name}: {analysis.samples} samples, seed {analysis.seed}.",
         "A hypothesis to test by training, not a result: on digits the suggested boundary lost to the recipe's own, by",
-        "a Fréchet distance of 166 against 129 at 4 steps (one seed; docs/results.md, Where the boundary should be).",
+        "a Fréchet distance of 166 against 129 at 4 steps (one seed; docs/results/2026-11-22.md).",
     ]
     if analysis.smoke:
         head.append("Measured on a random miniature: the form is right, the values mean nothing.")

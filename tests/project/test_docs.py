@@ -186,7 +186,7 @@ def test_what_analyze_suggests_is_called_a_hypothesis_wherever_it_is_offered() -
     for place in [*pages, cli.commands["analyze"].help]:
         assert "hypothesis to test" in " ".join(place.split())
         assert "166 against 129" in " ".join(place.split())
-    page = text_of(DOCS / "results.md")
+    page = text_of(DOCS / "results" / "2026-11-22.md")
     assert re.search(r"^\| boundary at point 38.* \| 166 ", page, flags=re.MULTILINE)
     assert re.search(r"^\| detail rate 9.5e-4 \| .* \| 129 ", page, flags=re.MULTILINE)
 
@@ -228,7 +228,7 @@ def test_the_pictures_can_be_drawn(tmp_path: Path, name: str) -> None:
 
 
 def test_pictures_are_small() -> None:
-    for picture in DOCS.glob("*.png"):
+    for picture in [*DOCS.rglob("*.png"), *DOCS.rglob("*.webp")]:
         assert picture.stat().st_size < 150_000, picture.name
     assert (DOCS / "idea.png").stat().st_size < 100_000
 
