@@ -4,7 +4,7 @@
 
 Each model but the detail expert takes samples from noise to the boundary; each takes all of these on to the end. A row
 of the tables shares what was lost above, a column what was lost below. Nothing is trained: the students are those of
-`evidence.py`, which must have finished with the same --output. About half an hour of one core.
+`evidence.py`, which must have finished with the same --output. About a quarter of an hour of one core.
 """
 
 import argparse
@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from evidence import DCM, SEEDS, TITLES, TWO_PHASE, Evidence, Job, markdown, tuned_rates
+from evidence import DCM, PCM_EDGES, SEEDS, TITLES, Evidence, Job, markdown, tuned_rates
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from moedistill.runtime.randomness import Draws
 from moedistill.stages.evaluate import EvaluateConfig, stored_samples
 
 BOUNDARY = 30
-FEW = {"4 steps": (50, 40, 30, 15), "8 steps": (50, 45, 40, 35, 30, 23, 15, 8)}
+FEW = (50, 40, 30, 15)
 """The points at which DCM's steps begin."""
 MANY = tuple(range(50, 0, -1))
 SEMANTIC, DETAIL = "semantic expert", "detail expert"
@@ -75,23 +74,22 @@ def once(kept: Kept, models: Sequence[Model], make: Callable[[], Tensor]) -> Ten
     return kept[key]
 
 
-def cross(dcm: Job, single: Job, reference: Path, points: tuple[int, ...], kept: Kept) -> Record:
+def cross(dcm: Job, single: Job, reference: Path, kept: Kept) -> Record:
     """Every pair of models for one training seed, as candidates "above + below".
 
     Args:
-        dcm, single: finished runs of DCM, and of one student with its two phases.
+        dcm, single: finished runs of DCM, and of one student with its phases.
         reference: the stored samples of the teacher's evaluation, on the noise of both.
-        points: at which the few steps begin.
         kept: of other seeds; added to.
     """
     recipe, mixture = load_mixture(dcm.folder)
     _, student = load_mixture(single.folder)
     models = {
         "teacher, all steps": Model(mixture, TEACHER, MANY),
-        "teacher, few steps": Model(mixture, TEACHER, points),
-        SEMANTIC: Model(mixture, "semantic", points),
-        DETAIL: Model(mixture, "detail", points),
-        TWO_PHASE.title: Model(student, "student", points),
+        "teacher, few steps": Model(mixture, TEACHER, FEW),
+        SEMANTIC: Model(mixture, "semantic", FEW),
+        DETAIL: Model(mixture, "detail", FEW),
+        PCM_EDGES.title: Model(student, "student", FEW),
     }
     [config] = [stage for stage in recipe.stages if isinstance(stage, EvaluateConfig)]
     config = config.replace(reference_samples=str(reference))
@@ -127,7 +125,7 @@ def tables(records: Sequence[Record]) -> tuple[str, Table]:
     from_begin = {line.candidate: line.differences for line in to_begin.lines}
     parts = []
     for kind, title in TITLES.items():
-        parts += [f"{title[0].upper()}{title[1:]}:", _grid(values, kind)]
+        parts += [f"{title}:", _grid(values, kind)]
         parts += [f"Difference to the same beginning ended by the {DETAIL}:", _grid(from_end, kind)]
         parts += [f"Difference to the same end begun by the {SEMANTIC}:", _grid(from_begin, kind)]
     return "\n\n".join(parts), to_end
@@ -147,22 +145,17 @@ def main() -> None:
     torch.set_num_threads(1)
     evidence = Evidence(folder)
     rates = tuned_rates(folder)
-    jobs = {method: evidence.finals(method, rates[method.title], SEEDS) for method in (DCM, TWO_PHASE)}
+    jobs = {method: evidence.finals(method, rates[method.title], SEEDS) for method in (DCM, PCM_EDGES)}
     missing = [job.folder for each in jobs.values() for job in each if job.metrics is None]
     if missing:
         raise SystemExit(f"{missing[0]} is not finished: run evidence.py first")
     reference = evidence.teacher(noise=0) / "evaluate/latents.safetensors"
-    parts: list[str] = []
-    whole: dict[str, Any] = {}
     kept: Kept = {}
+    records = [cross(*pair, reference, kept) for pair in zip(jobs[DCM], jobs[PCM_EDGES], strict=True)]
+    shown, table = tables(records)
     file = folder / "halves.md"
-    for steps, points in FEW.items():
-        records = [cross(*pair, reference, points, kept) for pair in zip(jobs[DCM], jobs[TWO_PHASE], strict=True)]
-        shown, table = tables(records)
-        parts += [f"Few steps are {steps}:", shown]
-        whole[steps] = table.plain()
-        file.write_text("\n\n".join(parts) + "\n")
-        file.with_suffix(".json").write_text(json.dumps(whole, indent=1))
+    file.write_text(f"{shown}\n")
+    file.with_suffix(".json").write_text(json.dumps(table.plain(), indent=1))
     print(file)
 
 

@@ -65,8 +65,11 @@ def band_masks(height: int, width: int) -> dict[str, Tensor]:
 
 def band_powers(latents: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """Mean square of latents `[B, C, T, H, W]`, of which each band has its part: float64 `[bands]` on the CPU."""
-    transformed = torch.fft.fft2(latents.double().cpu(), norm="ortho").abs().square().flatten(0, 2).mean(0)
-    return torch.stack([transformed[mask].sum() for mask in masks]) / transformed.numel()
+    height, width = latents.shape[-2:]
+    power = torch.zeros(height, width, dtype=torch.float64)
+    for video in latents:  # one by one: in complex128 a batch of large ones would not fit
+        power += torch.fft.fft2(video.double().cpu(), norm="ortho").abs().square().flatten(0, 1).mean(0) / len(latents)
+    return torch.stack([power[mask].sum() for mask in masks]) / power.numel()
 
 
 def undecided_shares(

@@ -109,14 +109,14 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
 def test_halves_put_together_are_the_whole(tmp_path, in_process, monkeypatch):
     study = evidence.Evidence(tmp_path)
     teacher, _ = study.teachers()
-    [dcm], [single] = (study.finals(method, 1e-3, [0]) for method in (evidence.DCM, evidence.TWO_PHASE))
+    [dcm], [single] = (study.finals(method, 1e-3, [0]) for method in (evidence.DCM, evidence.PCM_EDGES))
     for job in (teacher, dcm, single):
         job.execute()
     kept = {}
-    record = halves.cross(dcm, single, teacher.folder / "evaluate/latents.safetensors", halves.FEW["4 steps"], kept)
+    record = halves.cross(dcm, single, teacher.folder / "evaluate/latents.safetensors", kept)
     # Two beginnings of teachers alone, each ended by both; to be taken from there for other seeds.
     assert len(kept) == 2 + 2 * 2
-    few = halves.FEW["4 steps"]
+    few = halves.FEW
     assert halves.once(kept, [halves.Model(None, "teacher", few)], None) is kept[few,]
     distance = {pair: float(rows["paired_distance"].mean()) for pair, rows in record.rows.items()}
     assert len(distance) == 4 * 5
@@ -124,20 +124,19 @@ def test_halves_put_together_are_the_whole(tmp_path, in_process, monkeypatch):
         ("semantic expert + detail expert", dcm, "4 steps"),
         ("semantic expert + teacher, few steps", dcm, "4 steps, semantic + teacher"),
         ("semantic expert + semantic expert", dcm, "4 steps, semantic alone"),
-        ("one student, two phases + one student, two phases", single, "4 steps"),
+        ("PCM, DCM's edges + PCM, DCM's edges", single, "4 steps"),
         ("teacher, few steps + teacher, few steps", teacher, "4 steps, DCM's points"),
         ("teacher, all steps + teacher, all steps", teacher, "teacher, 50 steps"),
     ]:
         assert distance[pair] == pytest.approx(job.metrics[candidate]["paired_distance"], rel=1e-5, abs=1e-6), pair
     monkeypatch.setattr(halves, "SEEDS", (0,))
-    monkeypatch.setattr(halves, "FEW", {"4 steps": few})
     monkeypatch.setattr(sys, "argv", ["halves.py", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"rates\.json is missing"):
         halves.main()
-    titles = (evidence.DCM.title, evidence.TWO_PHASE.title)
+    titles = (evidence.DCM.title, evidence.PCM_EDGES.title)
     (tmp_path / "rates.json").write_text(json.dumps(dict.fromkeys(titles, 1e-3)))
     halves.main()
-    assert len(json.loads((tmp_path / "halves.json").read_text())["4 steps"]["lines"]) == 4 * 5
+    assert len(json.loads((tmp_path / "halves.json").read_text())["lines"]) == 4 * 5
     shown = (tmp_path / "halves.md").read_text()
     _, values, to_end, to_begin = shown.split("\n\nDistance")[1].split(":\n\n")
     base = distance["semantic expert + detail expert"]
