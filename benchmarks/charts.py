@@ -44,7 +44,15 @@ def curves(
         spans = [[v.mean - v.low for v in values], [v.high - v.mean for v in values]]
         width = 2.8 if number == 0 else 1.4
         axes.errorbar(
-            at, [v.mean for v in values], spans, color=colour, linewidth=width, marker="o", markersize=4, capsize=2
+            at,
+            [v.mean for v in values],
+            spans,
+            color=colour,
+            linewidth=width,
+            elinewidth=1.2,
+            marker="o",
+            markersize=4,
+            capsize=2,
         )
         names.append((values[-1].mean, name, colour))
     for name, value in references.items():

@@ -333,12 +333,13 @@ def ablations() -> list[Method]:
     return [Method(name.replace("_", " "), f"ablations/digits_{name}") for name in ABLATIONS]
 
 
-def tabulated(jobs: Sequence[Job]) -> Table:
-    """Means, intervals and differences to DCM with as many steps, however the steps are taken."""
+def tabulated(jobs: Sequence[Job], base: Job) -> Table:
+    """Means, intervals and differences to the method of `base` with as many steps, however the steps are taken."""
     records = read_records([job.folder for job in _distinct(jobs)])
-    return tabulate(
-        records, against=_short(DCM.recipe), resamples=RESAMPLES, counterpart=lambda name: name.partition(",")[0]
-    )
+    grouped = methods(records)
+    # By its folder: a recipe that was trained at several rates is several methods.
+    [against] = [name for name, alike in grouped.items() if base.folder in [record.folder for record in alike]]
+    return tabulate(records, against=against, resamples=RESAMPLES, counterpart=lambda name: name.partition(",")[0])
 
 
 class Results:
@@ -511,8 +512,8 @@ def run_baselines(evidence: Evidence, seeds: Sequence[int], rates: Sequence[floa
     finals = [job for seed in seeds for method, rate in tuned.items() for job in evidence.finals(method, rate, [seed])]
     evidence.execute(finals)
     [teacher, _] = evidence.teachers()
-    table = tabulated([teacher, *finals])
     one_each = {method: evidence.finals(method, rate, seeds)[0] for method, rate in tuned.items()}
+    table = tabulated([teacher, *finals], one_each[DCM])
     shown = dict.fromkeys(TEACHERS, teacher) | one_each
     results = Results(table, shown | _controls({m: one_each[m] for m in (DCM, ONE_PHASE) if m in one_each}))
     more = by_more_steps({method: evidence.finals(method, rate, seeds) for method, rate in tuned.items()})
@@ -546,7 +547,7 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
         for method in ablations()
     }
     evidence.execute(list(jobs.values()))
-    table = tabulated([*finals, *jobs.values()])
+    table = tabulated([*finals, *jobs.values()], finals[0])
     one_each = {DCM: finals[0]} | {method: jobs[method, seeds[0]] for method in ablations()}
     results = Results(table, one_each | _controls(one_each))
     write(folder, "ablations", table, [results.markdown()])

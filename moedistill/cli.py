@@ -236,7 +236,7 @@ class _Sigmas(click.ParamType):
 @click.option("--prompts", "prompt_files", multiple=True, metavar="FILE", help="A file with a prompt per line.")
 @click.option("--num", type=click.IntRange(min=1), default=1, metavar="N", help="Videos of each prompt.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of the initial noise.")
-@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Evenly spaced steps, instead of the recipe's.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="So many steps, over the trained phases.")
 @click.option(
     "--sigmas", type=_Sigmas(), metavar="LIST", help='Noise levels, not the recipe\'s, e.g. "1,0.9,0.77,0.4".'
 )

@@ -186,7 +186,7 @@ def path_error(errors: Tensor, points: list[int]) -> float:
 
 
 def even_points(top: int, num_steps: int) -> list[int]:
-    """Evenly spaced points, as `sample: {steps: n}` takes them."""
+    """Evenly spaced points, as `sample: {steps: n}` takes them for a teacher."""
     return [top - k * top // num_steps for k in range(num_steps)]
 
 

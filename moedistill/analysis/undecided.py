@@ -89,7 +89,8 @@ def undecided_shares(
             clean, at = x0[rows], torch.full((len(x0[rows]),), sigma, device=x0.device)
             guess = estimate(add_noise(clean, noise[rows], at), at, conditioning.select(cond, rows))
             missed[:, level] += len(clean) / len(x0) * band_powers(clean - guess, masks)
-    shares = torch.where(variance[:, None] > 0, missed / variance[:, None], 0.0)
+    differs = variance > 1e-10 * band_powers(x0, masks).sum()  # more than by rounding
+    shares = torch.where(differs[:, None], missed / variance[:, None], 0.0)
     return shares, variance / variance.sum()
 
 

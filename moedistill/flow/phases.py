@@ -42,30 +42,47 @@ def phase_edges(starts: range, phases: int | list[int]) -> list[int]:
         return sorted({lowest, *phases})
 
 
-def spread(edges: Collection[int], top: int, steps: int) -> list[int]:
+def spread(edges: Collection[int], top: int, steps: int, boundaries: Collection[int] = ()) -> list[int]:
     """Points at which `steps` steps from `top` to the end start, descending, over the phases with these lower edges.
 
     All phases have as many steps, as far as their points allow; what is left over goes to those that span the most
-    points, the noisiest first. Within its phase from p to q step k of s starts at p - floor(k·(p - q)/s). Fewer steps
-    than phases, n of m, start where every (m/n)-th phase does.
+    points, the noisiest first. Within its phase from p to q step k of s starts at p - floor(k·(p - q)/s). With fewer
+    steps than phases, those of each expert, from one of `boundaries` to the next, share them alike: n of its m phases
+    start steps, every (m/n)-th. With fewer steps than experts the same goes for experts.
 
     Raises:
         ValueError: more steps than points.
     """
     if steps > top:
         raise ValueError(f"steps {steps} is more than the trajectory's {top}")
-    starts = sorted({top, *edges} - {0}, reverse=True)
+    starts = sorted({top, *edges, *boundaries} - {0}, reverse=True)
     if steps < len(starts):
-        return [starts[k * len(starts) // steps] for k in range(steps)]
+        firsts = sorted({top, *boundaries} - {0}, reverse=True)
+        if steps < len(firsts):
+            return _every(firsts, steps)
+        experts = [[s for s in starts if above >= s > below] for above, below in pairwise([*firsts, 0])]
+        shares = _shared(steps, [len(own) for own in experts])
+        return [start for own, share in zip(experts, shares, strict=True) for start in _every(own, share)]
     spans = [start - end for start, end in pairwise([*starts, 0])]
-    longest_first = sorted(range(len(spans)), key=lambda phase: -spans[phase])
-    parts = [0] * len(spans)
-    while (left := steps - sum(parts)) > 0:
-        for phase in [phase for phase in longest_first if parts[phase] < spans[phase]][:left]:
-            parts[phase] += 1
+    parts = _shared(steps, spans)
     return [
         start - k * span // part for start, span, part in zip(starts, spans, parts, strict=True) for k in range(part)
     ]
+
+
+def _every(starts: list[int], steps: int) -> list[int]:
+    """So many of them, evenly."""
+    return [starts[k * len(starts) // steps] for k in range(steps)]
+
+
+def _shared(steps: int, most: list[int]) -> list[int]:
+    """As many for each, as far as its most allows; what is left over for those that allow the most, the first first."""
+    parts = [0] * len(most)
+    largest_first = sorted(range(len(most)), key=lambda one: -most[one])
+    while (left := steps - sum(parts)) > 0:
+        for one in [one for one in largest_first if parts[one] < most[one]][:left]:
+            parts[one] += 1
+    return parts
 
 
 def landing_points(starts: range, phases: int | list[int]) -> Tensor:

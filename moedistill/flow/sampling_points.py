@@ -41,25 +41,30 @@ class SampleConfig:
                 f"give exactly one of points, sigmas, timesteps and steps, not {' and '.join(given) or 'none'}"
             )
 
-    def resolve(self, trajectory: "Trajectory", edges: Collection[int] = ()) -> "Tensor":
+    def resolve(
+        self, trajectory: "Trajectory", edges: Collection[int] = (), boundaries: Collection[int] = ()
+    ) -> "Tensor":
         """The sigmas for `sampling.sample`, float32 `[n + 1]`, strictly descending, the last one 0.
 
         A sigma or native time close to a trajectory point (`Trajectory.nearest`) means that point. `steps` are spread
-        over the phases with these lower edges, as points; over one, if there are none.
+        over the phases with these lower edges, as points, and the experts that meet at these boundaries.
 
         Raises:
             ValueError: a value outside the trajectory, or values that don't descend.
         """
         import torch
 
-        return torch.tensor([*(sigma for sigma, _ in self._resolved(trajectory, edges)), 0.0], dtype=torch.float32)
+        sigmas = [sigma for sigma, _ in self._resolved(trajectory, edges, boundaries)]
+        return torch.tensor([*sigmas, 0.0], dtype=torch.float32)
 
     def notes(self, trajectory: "Trajectory") -> list[str]:
         """How values were understood that were not given as points."""
         return [note for _, note in self._resolved(trajectory) if note]
 
-    def _resolved(self, trajectory: "Trajectory", edges: Collection[int] = ()) -> list[tuple[float, str]]:
-        values = self._values(trajectory, edges)
+    def _resolved(
+        self, trajectory: "Trajectory", edges: Collection[int] = (), boundaries: Collection[int] = ()
+    ) -> list[tuple[float, str]]:
+        values = self._values(trajectory, edges, boundaries)
         sigmas = [sigma for sigma, _ in values]
         for above, below in pairwise(sigmas):
             if not above > below:
@@ -68,11 +73,14 @@ class SampleConfig:
             raise ValueError("no step can start at sigma 0; it follows the last value of itself")
         return values
 
-    def _values(self, trajectory: "Trajectory", edges: Collection[int]) -> list[tuple[float, str]]:
+    def _values(
+        self, trajectory: "Trajectory", edges: Collection[int], boundaries: Collection[int]
+    ) -> list[tuple[float, str]]:
         if self.steps is not None:
             from moedistill.flow.phases import spread
 
-            return [(trajectory.sigma(point), "") for point in spread(edges, trajectory.num_steps, self.steps)]
+            points = spread(edges, trajectory.num_steps, self.steps, boundaries)
+            return [(trajectory.sigma(point), "") for point in points]
         if self.points is not None:
             return [(trajectory.sigma(point), "") for point in self.points]
         if self.timesteps is not None:

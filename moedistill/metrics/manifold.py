@@ -31,7 +31,7 @@ class Density(Metric):
         self.features, self.real, self.neighbours = features, real, neighbours
 
     def _inside(self, inputs: MetricInputs) -> Tensor:
-        return in_balls(self.features(inputs), self.real(), self.neighbours)
+        return in_balls(self.features(inputs).cpu(), self.real().cpu(), self.neighbours)
 
     def rows(self, inputs: MetricInputs) -> Tensor:
         return self._inside(inputs).double().sum(1, keepdim=True) / self.neighbours

@@ -67,12 +67,17 @@ class FlipsConfig(MetricConfig):
         return Flips(self.beyond)
 
 
+PART = 2**16
+"""Elements of a sample at a time."""
+
+
 class Diversity(Metric):
     """Mean distance (root mean square of latents) of two samples of equal condition, over that of the reference's.
 
     Below 1 samples are more alike than the reference's. NaN where no two samples have a condition in common.
 
     Rows: which condition, which of its samples, then the distances to each of these, and the same of the reference's.
+    Intervals need several samples of each condition.
     """
 
     def rows(self, inputs: MetricInputs) -> Tensor:
@@ -85,8 +90,7 @@ class Diversity(Metric):
             rows[members, 0] = number
             rows[members, 1] = torch.arange(len(members), dtype=torch.float64)
             for start, latents in ((2, inputs.latents), (2 + size, inputs.reference_latents)):
-                flat = latents[members].flatten(1).double()
-                rows[members, start : start + len(members)] = torch.cdist(flat, flat) / flat.shape[1] ** 0.5
+                rows[members, start : start + len(members)] = _distances(latents.flatten(1), members)
         return rows
 
     def value(self, rows: Tensor) -> float:
@@ -99,6 +103,15 @@ class Diversity(Metric):
         distances[:, group, place] = rows[:, 2:].unflatten(1, (2, size)).transpose(0, 1)
         samples, reference = torch.einsum("gi,agij,gj->a", drawn, distances, drawn)
         return float(samples / reference)
+
+
+def _distances(flat: Tensor, members: list[int]) -> Tensor:
+    """Root mean square of the difference of each two of these rows, float64; by parts, as all of them may be large."""
+    squares = torch.zeros(len(members), len(members), dtype=torch.float64)
+    for part in flat.split(PART, dim=1):
+        values = part[members].double().cpu()
+        squares += torch.cdist(values, values).square()
+    return (squares / flat.shape[1]).sqrt()
 
 
 def _condition(conditioning: Mapping[str, Tensor], number: int) -> bytes:

@@ -59,6 +59,11 @@ class StageConfig(Config, ABC):
         """The stage with what it takes over from a valid recipe written out; this is what is run and saved."""
         return self
 
+    @classmethod
+    def kept_for_sampling(cls, saved: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Of a saved stage, as keys of this config, what says where its jumps land; None for a stage of none."""
+        return None
+
     def notes(self, recipe: "Recipe") -> Iterable[str]:
         """What people should know of the stage in a valid recipe, without being an error."""
         return ()

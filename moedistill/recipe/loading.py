@@ -6,13 +6,14 @@ Nothing is built here but config objects: a recipe is data, never code.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moedistill.components.plugins import Plugins, load_plugins
 from moedistill.errors import Problem, RecipeError, nearest, shorten
 from moedistill.recipe.building import FAILED, Builder
-from moedistill.recipe.keys import Recipe, TrainingConfig
+from moedistill.recipe.keys import Recipe, StageConfig, TrainingConfig
 from moedistill.recipe.rules import Rules, Violation
+from moedistill.recipe.sampling import settle
 from moedistill.recipe.yaml_tree import Node, apply_override, dotted, from_data, merge, read_file
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def load_recipe(
 def load_model(
     saved: Mapping[str, Any], plugins: Plugins, *, router: "RouterConfig | None" = None, name: str = "recipe"
 ) -> Recipe:
-    """What sampling needs of a resolved recipe: its model, without data and stages, whose plugins may be missing.
+    """What sampling needs of a resolved recipe: its model, and of its stages what they were trained to jump to.
+
+    Data, losses and metrics are left out, so that their plugins may be missing.
 
     Args:
         router: takes the place of the recipe's own.
@@ -57,9 +60,25 @@ def load_model(
     """
     problems: list[Problem] = []
     kept = {key: saved[key] for key in MODEL if key in saved and not (router is not None and key == "router")}
-    root = read_recipe({**kept, "stages": [STAND_IN]}, (), problems)
+    stages = [stage for saved_stage in saved.get("stages", ()) if (stage := _kept(saved_stage, plugins))]
+    root = read_recipe({**kept, "stages": stages or [STAND_IN]}, (), problems)
     recipe = _checked(root, problems, plugins, name, Rules.model, router)
-    return replace(recipe, stages=[])
+    return recipe if stages else replace(recipe, stages=[])
+
+
+def _kept(saved: Mapping[str, Any], plugins: Plugins) -> dict[str, Any] | None:
+    """What sampling needs of a saved stage; None where that is nothing.
+
+    A stage of a plugin that is missing counts as one of consistency, if it says what that needs to.
+    """
+    kind = saved["kind"]
+    if kind not in plugins.components.names("stage"):
+        if not {"expert", "phases"} <= saved.keys():
+            return None
+        kind = "consistency"
+    config = cast("type[StageConfig]", plugins.components.get("stage", kind))
+    kept = config.kept_for_sampling(saved)
+    return {**kept, "kind": kind} if kept is not None else None
 
 
 MODEL = ("name", "description", "seed", "backbone", "trajectory", "router", "experts", "training", "sample")
@@ -92,7 +111,7 @@ def _checked(
     if found:
         raise RecipeError(sorted(found, key=_in_file_order), name)
     assert isinstance(recipe, Recipe)
-    recipe.stages = [stage.settled(recipe) for stage in recipe.stages]
+    settle(recipe)
     return recipe
 
 

@@ -17,19 +17,27 @@ def trajectory_of(recipe: "Recipe") -> "Trajectory":
     return recipe.trajectory.build(recipe.backbone.native_sigmas())
 
 
-def landings(recipe: "Recipe", trajectory: "Trajectory") -> list[int]:
-    """Lower edges of all phases, as points, ascending: where trained jumps land, and where one expert follows another.
+def boundaries(recipe: "Recipe", trajectory: "Trajectory") -> list[int]:
+    """Where one expert follows another, as points that the upper one lands on, ascending."""
+    if recipe.router is None:
+        return []
+    starts = [trajectory.points_in(segment) for segment in recipe.router.build(trajectory).segments]
+    return sorted(points[0] - 1 for points in starts if points and points[0] > 1)
 
-    Of several stages that train an expert the last one counts.
+
+def landings(recipe: "Recipe", trajectory: "Trajectory") -> list[int]:
+    """Lower edges of all phases, as points, ascending: where the jumps of experts that sample are trained to land.
+
+    Of several stages that train an expert the last one counts; with a router, an expert that it does not name does not.
     """
-    found: set[int] = set()
-    if recipe.router is not None:
-        starts = [trajectory.points_in(segment) for segment in recipe.router.build(trajectory).segments]
-        found |= {points[0] - 1 for points in starts if points}
-    last = {expert: stage for stage in recipe.stages for expert in stage.trained_experts()}
-    for stage in last.values():
-        found |= set(stage.landings(recipe))
-    return sorted(found)
+    trained = {expert: stage for stage in recipe.stages if stage is not None for expert in stage.trained_experts()}
+    last = {id(stage): stage for expert, stage in trained.items() if samples(expert, recipe, trajectory)}
+    return sorted({point for stage in last.values() for point in stage.landings(recipe)})
+
+
+def samples(expert: str, recipe: "Recipe", trajectory: "Trajectory") -> bool:
+    """Whether the student runs this expert: all do where there is no router."""
+    return recipe.router is None or expert in recipe.router.build(trajectory).experts
 
 
 def sampling_sigmas(recipe: "Recipe", sample: SampleConfig | None = None) -> "Tensor":
@@ -42,7 +50,21 @@ def sampling_sigmas(recipe: "Recipe", sample: SampleConfig | None = None) -> "Te
     if chosen is None:
         raise ValueError("the recipe has no sample list")
     trajectory = trajectory_of(recipe)
-    return chosen.resolve(trajectory, landings(recipe, trajectory))
+    return chosen.resolve(trajectory, landings(recipe, trajectory), boundaries(recipe, trajectory))
+
+
+def settle(recipe: "Recipe") -> None:
+    """Writes out what stages take over from the rest of a valid recipe, and the points of `sample` if they are meant.
+
+    A number of steps depends on the phases, and phases of sampling on its points: both are then settled at once.
+    """
+    stages = [stage.settled(recipe) for stage in recipe.stages]
+    sample = recipe.sample
+    if stages != recipe.stages and sample is not None and sample.steps is not None:
+        points = trajectory_of(recipe).points.tolist()
+        chosen = [points.index(sigma) for sigma in sampling_sigmas(recipe).tolist()[:-1]]
+        recipe.sample = SampleConfig(points=chosen, eta=sample.eta)
+    recipe.stages = stages
 
 
 def notes_on(recipe: "Recipe", sample: SampleConfig) -> list[str]:

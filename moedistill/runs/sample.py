@@ -165,7 +165,7 @@ def sample_run(
     if not prompts:
         raise UserError("there is no prompt to sample; give at least one")
     recipe, mixture = load_mixture(source, device=device, weights=weights, plugins=plugins)
-    path, config = sampling_steps(recipe, mixture, steps, sigmas), sampling_config(recipe, steps, sigmas, eta)
+    path, config = sampling_steps(recipe, steps, sigmas), sampling_config(recipe, steps, sigmas, eta)
     notes = notes_on(recipe, config) if steps is not None or sigmas is not None else []
     asked = [prompt for prompt in prompts for _ in range(num)]
     folder = Path(output) if output is not None else _free(Path(source) / "samples")
@@ -208,9 +208,7 @@ def sampling_config(
     return config if eta is None else replace(config, eta=eta)
 
 
-def sampling_steps(
-    recipe: Recipe, mixture: Mixture, steps: int | None = None, sigmas: Sequence[float] | None = None
-) -> Tensor:
+def sampling_steps(recipe: Recipe, steps: int | None = None, sigmas: Sequence[float] | None = None) -> Tensor:
     """Sigmas `[n + 1]` down to 0: of so many steps, or those given, or the recipe's own list.
 
     Raises:

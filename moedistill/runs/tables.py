@@ -313,8 +313,13 @@ def _difference(values: Values, base: Values, paired: bool) -> Estimate:
 
 
 def _sampling_error(values: Values) -> float:
-    """Standard deviation over draws of samples, of the mean over seeds; a draw's own bias does not count in it."""
-    return float(values[:, 1:].mean(0).std())
+    """Standard deviation over draws of samples, of the mean over seeds; a draw's own bias does not count in it.
+
+    Draws in which there was nothing to measure do not count, unless they are the most.
+    """
+    means = values[:, 1:].mean(0)
+    measured = means[means.isfinite()]
+    return float(measured.std()) if 2 * len(measured) > len(means) else math.nan
 
 
 def _standard_error(each: Tensor) -> float:

@@ -3,11 +3,11 @@
 DCM: Dual-Expert Consistency Model for Efficient and High-Quality Video Generation, arXiv 2506.03123.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from moedistill.flow.trajectory import Segment, Trajectory
 from moedistill.losses.base import ProbeLayout, StepTensors
 from moedistill.model.conditioning import Conditioning
 from moedistill.recipe.keys import Finding, TrainingStageConfig
-from moedistill.recipe.sampling import sampling_sigmas, trajectory_of
+from moedistill.recipe.sampling import samples, sampling_sigmas, trajectory_of
 from moedistill.stages.base import TrainingStage
 from moedistill.stages.monitor import Monitor
 from moedistill.stages.training import STUDENT, Training
@@ -92,18 +92,27 @@ class ConsistencyConfig(TrainingStageConfig):
         trajectory, segment = self._range(recipe)
         return self.replace(phases=PhasePoints(points=stops_in(segment, sampling_sigmas(recipe).tolist(), trajectory)))
 
+    @classmethod
+    def kept_for_sampling(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: saved[key] for key in ("name", "expert", "steps", "phases") if key in saved}
+        return {**kept, "losses": [{"kind": "huber"}]}
+
     def notes(self, recipe: "Recipe") -> Iterable[str]:
         """Where `sample` takes a step that no jump was trained for: short of its phase's end, or beyond it."""
         last = [stage.name for stage in recipe.stages if self.expert in stage.trained_experts()][-1:]
         if recipe.sample is None or recipe.sample.eta > 0 or last != [self.name]:
             return
         trajectory, segment = self._range(recipe)
+        if not samples(self.expert, recipe, trajectory):
+            return
         landings = [trajectory.sigma(edge) for edge in self.landings(recipe)]
 
         def landing(sigma: float) -> float:
             return max(end for end in landings if end < sigma)
 
-        steps = [step for step in pairwise(sampling_sigmas(recipe).tolist()) if step[0] in segment]
+        # From p_0 and below no jump starts.
+        path = [step for step in pairwise(sampling_sigmas(recipe).tolist()) if step[0] > trajectory.sigma(0)]
+        steps = [step for step in path if step[0] in segment]
         if inside := [f"{below:.4g}" for above, below in steps if below > landing(above)]:
             walked = [steps[0][0], *(below for _, below in steps)]
             share = sampled_power(walked, landing)[-1] / power_at(walked[-1])

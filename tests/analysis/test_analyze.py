@@ -181,8 +181,10 @@ def test_what_is_undecided_of_known_bands():
     weights = torch.tensor([d**2 * mask.sum() for d, mask in zip(deviations, masks, strict=True)], dtype=torch.float64)
     torch.testing.assert_close(power, weights / weights.sum(), rtol=0.03, atol=0)
     # What never differs has nothing undecided.
-    still, _ = undecided_shares(torch.ones(3, 1, 1, 8, 8), torch.zeros(3, 1, 1, 8, 8), {}, lambda x, *_: x, [0.5], 2)
-    assert still.eq(0).all()
+    for alike in (torch.ones(1, 1, 1, 8, 8), torch.randn(1, 1, 1, 8, 8)):
+        same, nothing = alike.expand(6, -1, -1, -1, -1), torch.zeros(6, 1, 1, 8, 8)
+        still, _ = undecided_shares(same, nothing, {}, lambda x, *_: x, [0.5], 2)
+        assert still.eq(0).all()
 
 
 def test_the_teacher_is_undecided_as_its_data_are(plugins, tmp_path):

@@ -40,3 +40,25 @@ def test_no_step_goes_past_an_edge_where_there_are_enough(steps):
     assert all(above > below > 0 for above, below in pairwise(points))
     assert (edges - {0} <= set(points)) == (steps >= 4)
     assert spread(set(), 50, steps) == [50 - k * 50 // steps for k in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("edges", "boundaries", "steps", "points"),
+    [
+        # Two phases above, one below, and the other way round: both experts have a step.
+        ((40, 30, 0), (30,), 2, [50, 30]),
+        ((30, 15, 0), (30,), 2, [50, 30]),
+        ((45, 40, 35, 24, 12, 0), (35,), 2, [50, 35]),
+        ((45, 40, 35, 24, 12, 0), (35,), 3, [50, 45, 35]),
+        ((45, 40, 35, 24, 12, 0), (35,), 4, [50, 45, 35, 24]),
+        ((45, 40, 35, 24, 12, 0), (35,), 6, [50, 45, 40, 35, 24, 12]),
+        # An expert of one phase has one step, however few the other's are of its own.
+        ((45, 40, 35, 30, 0), (30,), 3, [50, 40, 30]),
+        ((40, 35, 20, 10, 0), (35, 20), 3, [50, 35, 20]),
+        ((40, 35, 20, 10, 0), (35, 20), 2, [50, 35]),
+        ((40, 35, 20, 10, 0), (35, 20), 1, [50]),
+    ],
+    ids=str,
+)
+def test_fewer_steps_than_phases_leave_no_expert_out(edges, boundaries, steps, points):
+    assert spread(edges, 50, steps, boundaries) == points

@@ -134,7 +134,7 @@ def test_samples_are_what_our_own_sampler_gives(family, trained, sampled):
     noise = torch.randn((1, t, c, h, w) if cogvideox else (1, c, t, h, w), generator=torch.Generator().manual_seed(3))
     noise, cond = noise.transpose(1, 2) if cogvideox else noise, backbone.encode([PROMPT])
     for options in ({}, {"sigmas": [0.9, 0.3]}):
-        path = sampling_steps(recipe, mixture, **options)
+        path = sampling_steps(recipe, **options)
         ours = backbone.decode(mixture.generate(noise, cond, path, guidance=mixture.guidance))
         assert (ours - sampled(trained(family), **options)).abs().max() < 1e-4, options
 
@@ -407,6 +407,12 @@ def test_applying_other_steps_says_which_were_not_trained_for(trained, loaded):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert apply(pipeline, trained("wan")).notes == []
+    before = state(pipeline := loaded("wan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="sampling goes beyond"):
+            apply(pipeline, trained("wan"), sigmas=[1.0])
+    assert state(pipeline) == before
     with pytest.warns(UserWarning, match="sampling goes beyond the end of a phase") as said:
         applied = apply(loaded("wan"), trained("wan"), sigmas=[1.0])
     assert [str(warning.message) for warning in said] == applied.notes

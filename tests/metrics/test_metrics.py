@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from moedistill.components.plugins import load_plugins
 from moedistill.errors import RecipeError, UserError
 from moedistill.media import write_mp4
-from moedistill.metrics import fvd
+from moedistill.metrics import fvd, relative
 from moedistill.metrics.base import MetricInputs
 from moedistill.metrics.fvd import FVDConfig
 from moedistill.metrics.manifold import Coverage, Density
@@ -130,7 +130,7 @@ def test_median_and_flips_see_what_the_mean_does_not():
     assert build("flips", beyond=0.03)(inputs) == pytest.approx(3 / 5)
 
 
-def test_diversity_is_the_mean_distance_of_pairs_of_equal_condition():
+def test_diversity_is_the_mean_distance_of_pairs_of_equal_condition(monkeypatch):
     samples, reference = random(7, 3, 2, 4, 4), random(7, 3, 2, 4, 4, seed=1)
     asked = {"digit": torch.tensor([4, 1, 4, 1, 2, 4, 1]), "text": torch.zeros(7, 2, 3, dtype=torch.bfloat16)}
     pairs = [(0, 2), (0, 5), (2, 5), (1, 3), (1, 6), (3, 6)]
@@ -146,6 +146,9 @@ def test_diversity_is_the_mean_distance_of_pairs_of_equal_condition():
     assert metric.value(rows[[0, 0, 2, 1, 3, 4]]) == pytest.approx(
         mean(samples, twice) / mean(reference, twice), rel=1e-6
     )
+    # By parts, as large latents are.
+    monkeypatch.setattr(relative, "PART", 7)
+    torch.testing.assert_close(metric.rows(MetricInputs(samples, samples, reference, reference, asked)), rows)
     # Half as far apart; all the same; no two of one condition.
     assert metric(MetricInputs(samples / 2, samples / 2, samples, samples, asked)) == pytest.approx(0.5)
     same = samples[:1].expand_as(samples)

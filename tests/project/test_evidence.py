@@ -40,7 +40,7 @@ def in_process(monkeypatch):
 LCM = evidence.Method("LCM", "baselines/digits_lcm")
 RENOISED = evidence.Method("LCM, re-noised", "baselines/digits_lcm", ", re-noised")
 RATES = [1e-5, 2e-5, 4e-5]
-BEST = {evidence.DCM: 2e-5, LCM: 2e-5, RENOISED: 4e-5}
+BEST = {evidence.DCM: 2e-5, evidence.METHODS[3]: 4e-5, LCM: 2e-5, RENOISED: 4e-5}
 
 
 def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatch):
@@ -53,11 +53,14 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
     monkeypatch.setattr(evidence, "plot_steps", lambda *args: drawn.append(args) or plot_steps(*args))
     study = evidence.Evidence(tmp_path)
     evidence.run_baselines(study, [0, 1], RATES, 0)
-    # Two teachers' evaluations; three rates and two seeds of each recipe, and LCM at its other rate.
-    assert len(in_process) == 2 + 2 * (3 + 2) + 2
+    # Two teachers' evaluations; three rates and two seeds of each recipe, and both at their other rate.
+    assert len(in_process) == 2 + 2 * (3 + 2 + 2)
     table = json.loads((tmp_path / "evidence.json").read_text())
     lcm = [f"digits_lcm (stages.0.optimizer.lr={rate})" for rate in (2e-5, 4e-5)]
-    assert {line["method"] for line in table["lines"]} == {"digits_few_step_teacher", "evidence_digits", *lcm}
+    rates = [f"stages.0.optimizer.lr={a}, stages.1.optimizer.lr={b}" for a, b in ((2e-5, 2e-6), (4e-5, 4e-6))]
+    dcm = [f"evidence_digits ({rate})" for rate in rates]
+    assert {line["method"] for line in table["lines"]} == {"digits_few_step_teacher", *dcm, *lcm}
+    assert table["against"] == dcm[0]
     assert {run["seed"] for run in table["runs"]} == {0, 1}
     recipe = load_recipe(tmp_path / "final/digits_lcm/4.0e-05/seed1/recipe.yaml")
     assert (recipe.seed, recipe.stages[0].optimizer.lr) == (1, 4e-5)

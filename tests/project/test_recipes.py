@@ -326,7 +326,16 @@ CHANGES = {
     "end_zero": {"trajectory.end": "zero"},
     "detail_from_teacher": {"experts.detail.from": "teacher", "stages.detail.optimizer.lr": 1e-3},
     "one_rate": {"stages.detail.optimizer.lr": 1e-3},
-    "semantic_only": {"stages.semantic.steps": 750, "stages.detail": GONE},
+    "semantic_only": {
+        "stages.semantic.steps": 750,
+        "stages.detail": GONE,
+        "stages.evaluate.candidates.8 steps.steps": None,
+        "stages.evaluate.candidates.8 steps.sample": {
+            **dict.fromkeys(["sigmas", "timesteps", "steps"]),
+            "points": [50, 45, 40, 35, 30, 23, 15, 8],
+            "eta": 0.0,
+        },
+    },
     "gan_data": {"stages.detail.steps": 257, "stages.detail.losses.gan.real": "data"},
     "student_target": {
         "stages.semantic.target": "student",

@@ -14,6 +14,9 @@ import moedistill
 from moedistill import cli
 from moedistill.components.plugins import load_plugins
 from moedistill.errors import RecipeError, UserError
+from moedistill.flow.sampling_points import SampleConfig
+from moedistill.recipe.loading import load_model, load_recipe
+from moedistill.recipe.sampling import notes_on, sampling_sigmas
 from moedistill.recipe.yaml_tree import dump_yaml
 from moedistill.runs.loop import run
 from moedistill.runs.sample import load_mixture, sample_run
@@ -75,11 +78,26 @@ def test_sampling_needs_no_plugin_of_losses_metrics_data_and_stages(finished, so
     assert torch.equal(*videos)
 
 
+def test_other_steps_are_the_same_without_the_plugins_of_losses_and_stages():
+    """Where jumps land is read from what is left of the stages."""
+    stages = [distil(phases={"points": [6]}), distil("detail", phases={"points": [1]}), evaluate()]
+    saved = load_recipe(tiny_recipe(stages)).resolved()
+    whole = load_recipe(saved)
+    saved["stages"][0]["losses"] = [{"kind": "absent"}]
+    saved["stages"][1]["kind"] = "absent_too"
+    left = load_model(saved, load_plugins())
+    assert [stage.name for stage in left.stages] == ["semantic", "detail"]
+    for sample in (SampleConfig(steps=5), SampleConfig(steps=3), SampleConfig(points=[8, 2])):
+        assert sampling_sigmas(left, sample).equal(sampling_sigmas(whole, sample))
+        assert notes_on(left, sample) == notes_on(whole, sample) != []
+    assert notes_on(left, SampleConfig(steps=4)) == []
+
+
 def test_the_recipe_is_whole_where_it_can_be_read(finished):
     source = finished / "usual" / "export"
     (whole, mixture), (part, same) = load_mixture(source, plugins=load_plugins([PLUGIN])), load_mixture(source)
     assert [stage.kind for stage in whole.stages] == ["distil", "consistency", "evaluate", "export"]
-    assert (part.stages, part.data) == ([], None)
+    assert ([stage.name for stage in part.stages], part.data) == (["semantic", "detail"], None)
     kept = ("name", "seed", "backbone", "trajectory", "router", "experts", "training", "sample")
     assert all(getattr(part, key) == getattr(whole, key) for key in kept)
     assert mixture.router == same.router

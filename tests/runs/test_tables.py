@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from moedistill.cli import main
 from moedistill.errors import UserError
 from moedistill.runs.loop import run
-from moedistill.runs.tables import Estimate, Record, _estimate, methods, read_records, tabulate
+from moedistill.runs.tables import Estimate, Record, _estimate, _sampling_error, methods, read_records, tabulate
 
 SAMPLES = 400
 
@@ -99,6 +99,16 @@ def test_the_interval_has_the_spread_of_seeds(finished, tmp_path):
     assert estimate.mean == pytest.approx(50.0, abs=0.1)
     assert estimate.high - estimate.mean == pytest.approx(4.3027 * float(means.std()) / math.sqrt(3), rel=0.01)
     assert estimate.mean - estimate.low == pytest.approx(estimate.high - estimate.mean)
+
+
+def test_draws_without_anything_to_measure_do_not_count():
+    """As a draw of samples of which no two have a condition in common."""
+    values = torch.randn(1, 41, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    some, most = values.clone(), values.clone()
+    some[0, 5], most[0, 5:30] = math.nan, math.nan
+    kept = [k for k in range(1, 41) if k != 5]
+    assert _sampling_error(some) == pytest.approx(values[0, kept].std().item())
+    assert math.isnan(_sampling_error(most))
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():

@@ -25,7 +25,7 @@ from moedistill.flow.phases import landing_points
 from moedistill.flow.sampling_points import SampleConfig
 from moedistill.model.backbone import TEACHER
 from moedistill.recipe.loading import load_recipe
-from moedistill.recipe.sampling import landings, sampling_sigmas, trajectory_of
+from moedistill.recipe.sampling import landings, notes_on, sampling_sigmas, trajectory_of
 from moedistill.runs.build import build_mixture
 from moedistill.runs.loop import run as run_recipe
 from moedistill.runtime.checkpoint import load_tree
@@ -111,10 +111,41 @@ def test_steps_are_spread_over_the_phases():
     assert points(single, SampleConfig(steps=3)) == [8, 6, 3]
     # Of several stages that train an expert, the last one.
     assert points({**phases, "stages": [distil(name="a", phases=4), *stages]}, SampleConfig(steps=2)) == [8, 4]
-    own = {**SAMPLING, "sample": {"steps": 5}}
-    del own["sample.points"]
-    assert points(own) == [8, 7, 6, 4, 2]
-    assert [s.phases.points for s in load_recipe(tiny_recipe(stages, own)).stages] == [[6, 7], [2]]
+    # An expert that the router does not name never samples.
+    helper = {"experts.coarse": {"kind": "full"}, "stages": [distil("coarse", phases=4), *stages]}
+    assert points(helper, SampleConfig(steps=3)) == [8, 6, 4]
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("other", ["sampling", 1, 3])
+def test_a_number_of_steps_is_settled_with_the_phases_of_sampling(steps, other):
+    """The resolved recipe names its points, at which the phases end: what is trained is what is sampled."""
+    changes = {"stages.0.phases": "sampling", "stages.1.phases": other, "sample": {"steps": steps, "eta": 0.0}}
+    recipe = load_recipe(tiny_recipe([distil(), distil("detail")], changes))
+    assert len(recipe.sample.points) == steps
+    again = load_recipe(recipe.resolved())
+    assert again.resolved() == recipe.resolved()
+    assert sampling_sigmas(again).equal(sampling_sigmas(recipe))
+    assert recipe.stages[0].phases.points == sorted(point for point in recipe.sample.points if 4 < point < 8)
+    assert steps < 2 or not any(note.startswith("stage semantic") for note in recipe.notes())
+    if other == "sampling" and steps == 5:
+        assert (recipe.sample.points, recipe.stages[1].phases.points) == ([8, 7, 6, 4, 2], [2])
+
+
+def test_what_is_wrong_elsewhere_hides_no_finding_of_phases_of_sampling():
+    changes = {"stages.1.losses": [{"kind": "hubert"}]}
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(tiny_recipe([distil(phases="sampling", target="ema"), distil("detail")], changes))
+    assert "target: ema needs ema_decay" in str(refused.value)
+    assert "hubert" in str(refused.value)
+
+
+def test_a_stop_at_the_last_point_needs_no_jump():
+    """With closed: high, p_0 is in the segment; from there sampling goes on to 0, as it does from below."""
+    recipe = load_recipe(tiny_recipe([distil(), distil("detail")], {"router.closed": "high"}))
+    end = recipe.trajectory.build().sigma(0)
+    [note] = notes_on(recipe, SampleConfig(sigmas=[1.0, end]))
+    assert f"from sigma 1 to {end:.4g}" in note
 
 
 def test_phases_of_sampling_need_its_points():

@@ -52,14 +52,18 @@ def apply(
         moedistill.apply(pipeline, "runs/dcm_wan_1_3b/20260101-120000")
     """
     recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
-    config, steps_config = recipe.backbone, sampling_config(recipe, steps, sigmas)
+    config, chosen = recipe.backbone, sampling_config(recipe, steps, sigmas)
     with user_errors(str(source)):
-        refuse_eta(steps_config.eta)
+        refuse_eta(chosen.eta)
     if not isinstance(config, DiffusersBackboneConfig):
         raise UserError(f"{source} was made for backbone {config.kind!r}, which has no diffusers pipeline")
     networks = _networks_of(pipeline, config, source)
     first: Any = next(iter(networks.values()))
     config = config.replace(dtype=str(first.dtype).removeprefix("torch."))
+    path = sampling_steps(recipe, steps, sigmas)
+    notes = notes_on(recipe, chosen) if steps is not None or sigmas is not None else []
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     with ExitStack() as undo:
         for network in networks.values():
             undo.callback(_remember(network))
@@ -68,12 +72,9 @@ def apply(
             undo.callback(hook.remove)
         mixture = build_mixture(replace(recipe, backbone=config), first.device, backbone, inference=True)
         mixture.load(experts, averages, str(source))
-        applied = attach(pipeline, mixture, sampling_steps(recipe, mixture, steps, sigmas), weights=weights)
+        applied = attach(pipeline, mixture, path, weights=weights)
         applied._undo.callback(undo.pop_all().close)
-    if steps is not None or sigmas is not None:
-        applied.notes = notes_on(recipe, steps_config)
-        for note in applied.notes:
-            warnings.warn(note, stacklevel=2)
+    applied.notes = notes
     return applied
 
 
