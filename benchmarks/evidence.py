@@ -588,7 +588,7 @@ def run_ablations(evidence: Evidence, seeds: Sequence[int]) -> None:
     one_each = {DCM: finals[0]} | {method: jobs[method, seeds[0]] for method in ablations()}
     results = Results(table, one_each | _controls(one_each))
     write(folder, "ablations", table, [results.markdown()])
-    plot_differences(results, folder / "ablations.png")
+    plot_differences(Results(table, one_each | _controls({DCM: finals[0]})), folder / "ablations.png")
 
 
 def main() -> None:
