@@ -429,9 +429,8 @@ def write(folder: Path, name: str, table: Table, parts: Sequence[str]) -> None:
     """`parts` and all of `table` as Markdown, and the table as JSON."""
     parts = [*parts, "## Every run", every_run(table, folder)]
     (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n")
-    plain = table.plain()
-    for run in plain["runs"]:
-        run["folder"] = str(Path(run["folder"]).relative_to(folder))
+    runs = [{**run, "folder": str(Path(run["folder"]).relative_to(folder))} for run in table.runs]
+    plain = {**table.plain(), "runs": runs}
     (folder / f"{name}.json").write_text(json.dumps(_rounded(plain)))
     print(f"{folder / name}.md")
 

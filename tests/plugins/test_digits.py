@@ -567,6 +567,8 @@ def test_everything_registered_can_be_built() -> None:
         "frechet",
         "frechet_appearance",
         "frechet_motion",
+        "coverage",
+        "density",
         "digit_accuracy",
         "direction_accuracy",
         "sharpness",

@@ -77,7 +77,7 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
     # The files hold what the runs said.
     whole = study.finals(evidence.DCM, 2e-5, [0])[0]
     said = whole.metrics["4 steps"]["frechet"]
-    [first] = [run for run in table["runs"] if run["folder"] == str(whole.folder)]
+    [first] = [run for run in table["runs"] if run["folder"] == str(whole.folder.relative_to(tmp_path))]
     costs = " | ".join(f"{first[what]:.0f}" for what in ("steps", "forwards", "seconds"))
     shown = (tmp_path / "evidence.md").read_text()
     assert f"| final/evidence_digits/2.0e-05/seed0 | {costs} | {said:.0f} |\n" in shown

@@ -19,7 +19,6 @@ RUN = [
     "dcm_cogvideox_2b_1gpu",
     "dcm_cogvideox_5b",
     "dcm_hunyuan",
-    "dcm_hunyuan_published",
     "dcm_hunyuan_1gpu",
     "dcm_ltx",
     "dcm_wan22_a14b",
