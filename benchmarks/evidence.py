@@ -429,10 +429,14 @@ def write(folder: Path, name: str, table: Table, parts: Sequence[str]) -> None:
     """`parts` and all of `table` as Markdown, and the table as JSON."""
     parts = [*parts, "## Every run", every_run(table, folder)]
     (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n")
-    runs = [{**run, "folder": str(Path(run["folder"]).relative_to(folder))} for run in table.runs]
-    plain = {**table.plain(), "runs": runs}
-    (folder / f"{name}.json").write_text(json.dumps(_rounded(plain)))
+    (folder / f"{name}.json").write_text(as_json(table, folder))
     print(f"{folder / name}.md")
+
+
+def as_json(table: Table, folder: Path) -> str:
+    """A table, with six digits of every number and runs named below the folder."""
+    runs = [{**run, "folder": str(Path(run["folder"]).relative_to(folder))} for run in table.runs]
+    return json.dumps(_rounded({**table.plain(), "runs": runs}))
 
 
 def _rounded(value: Any) -> Any:

@@ -8,14 +8,13 @@ of the tables shares what was lost above, a column what was lost below. Nothing 
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from evidence import DCM, PCM_EDGES, SEEDS, TITLES, Evidence, Job, markdown, tuned_rates
+from evidence import DCM, PCM_EDGES, SEEDS, TITLES, Evidence, Job, as_json, markdown, tuned_rates
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -155,7 +154,7 @@ def main() -> None:
     shown, table = tables(records)
     file = folder / "halves.md"
     file.write_text(f"{shown}\n")
-    file.with_suffix(".json").write_text(json.dumps(table.plain(), indent=1))
+    file.with_suffix(".json").write_text(as_json(table, folder))
     print(file)
 
 
