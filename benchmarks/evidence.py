@@ -61,6 +61,7 @@ LCM = Method("LCM", "baselines/digits_lcm")
 PCM_EDGES = Method("PCM, DCM's edges", "baselines/digits_pcm_edges")
 TWO_PHASE = Method("one student, two phases", "baselines/digits_two_phase")
 PROGRESSIVE = Method("progressive phases", "baselines/digits_progressive")
+PROGRESSIVE_RE_NOISED = replace(PROGRESSIVE, title=PROGRESSIVE.title + RE_NOISED, sampling=RE_NOISED)
 
 
 def _with_noise(*methods: Method) -> list[Method]:
@@ -76,17 +77,11 @@ METHODS = (
     PCM_EDGES,
     TWO_PHASE,
     PROGRESSIVE,
-    replace(PROGRESSIVE, title=PROGRESSIVE.title + RE_NOISED, sampling=RE_NOISED),
+    PROGRESSIVE_RE_NOISED,
 )
 TEACHERS = (Method("teacher", TEACHER), Method("teacher, shift 5", TEACHER, ", shift 5"))
 """Untrained."""
-PLOTTED = (
-    DCM,
-    ONE_PHASE,
-    PCM_EDGES,
-    replace(PROGRESSIVE, title="progressive phases, re-noised", sampling=RE_NOISED),
-    TEACHERS[1],
-)
+PLOTTED = (DCM, ONE_PHASE, PCM_EDGES, PROGRESSIVE_RE_NOISED, TEACHERS[1])
 """DCM, and those it is compared with first of all."""
 CONTROLS = (", semantic + teacher", ", semantic alone")
 """Samplings with the untouched teacher, or the semantic expert, in place of the other experts."""

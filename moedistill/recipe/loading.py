@@ -71,7 +71,7 @@ def _kept(saved: Mapping[str, Any], plugins: Plugins) -> dict[str, Any] | None:
 
     A stage of a plugin that is missing counts as one of consistency, if it says what that needs to.
     """
-    kind = saved["kind"]
+    kind = saved.get("kind", "")
     if kind not in plugins.components.names("stage"):
         if not {"expert", "phases"} <= saved.keys():
             return None
