@@ -45,6 +45,7 @@ from .integrations.diffusers.apply import apply as apply
 from .integrations.diffusers.backbone import DiffusersBackbone as DiffusersBackbone
 from .integrations.diffusers.backbone import DiffusersBackboneConfig as DiffusersBackboneConfig
 from .integrations.diffusers.loading import read_json as read_json
+from .integrations.diffusers.loading import read_tensors as read_tensors
 from .integrations.diffusers.pipeline import attach as attach
 from .integrations.diffusers.tiny_text import tiny_t5 as tiny_t5
 from .integrations.diffusers.tiny_text import tiny_tokenizer as tiny_tokenizer

@@ -2,12 +2,15 @@
 
 import difflib
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 SCREEN_LINES = 24
 SCREEN_WIDTH = 100
+COUNTED = 5
+"""How many different values are listed by name."""
 
 
 class UserError(Exception):
@@ -107,6 +110,13 @@ def shorten(text: str, length: int) -> str:
         return text
     half = (length - 1) // 2
     return f"{text[:half]}…{text[len(text) - half :]}"
+
+
+def counted(counts: Mapping[Any, int]) -> str:
+    """Values with how often each is there, the most frequent first."""
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    shown = [f"{value} × {count}" for value, count in ranked[:COUNTED]]
+    return ", ".join(shown + [f"and {len(ranked) - COUNTED} more"] * (len(ranked) > COUNTED)) or "none"
 
 
 def _wrap(text: str, indent: str) -> list[str]:

@@ -1,24 +1,27 @@
 """Looks through a set of stored samples, before any model is loaded: what is in it, and what does not fit a layout."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moedistill.data.latents import LATENTS, SampleError, Store, open_store
-from moedistill.errors import SCREEN_LINES, shorten
+from moedistill.data.latents import LATENTS, SampleError, Store, absent, bad_numbers, open_store
+from moedistill.data.plausible import Spread
+from moedistill.errors import SCREEN_LINES, counted, shorten
 from moedistill.model.layout import SampleLayout
 
 EXAMPLES = 10
 """How many examples are shown of a kind of problem, if there is room on the screen."""
-COUNTED = 5
-"""How many different shapes are listed by name."""
+NAMES = 8
+"""How many conditioning tensors are listed by name."""
+OF_TEXT = ("text", "mask", "pooled")
+"""Roles of what a prompt is encoded to."""
 
 Shape = tuple[int, ...]
+Unpack = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass
@@ -36,12 +39,14 @@ class Report:
     Attributes:
         facts: what is in the set, as (name, value).
         problems: what keeps a run from using it.
+        warnings: what a run would use, though it is likely wrong.
         notes: what one may want to know.
     """
 
     title: str
     facts: list[tuple[str, str]] = field(default_factory=list)
     problems: list[Misfit] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -54,8 +59,14 @@ class Report:
         width = max((len(name) for name, _ in self.facts), default=0)
         lines = [self.title, *(f"  {name:{width}}  {value}" for name, value in self.facts)]
         lines += [f"note: {note}" for note in self.notes]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return lines + self.problem_lines(SCREEN_LINES - 1 - len(lines))
+
+    def problem_lines(self, room: int) -> list[str]:
+        """The problems as text, if need be with fewer examples, so that they fit into `room` lines."""
+        lines: list[str] = []
         # Each kind has a line for itself and one for what is left out; the prompt wants one too.
-        room = SCREEN_LINES - 1 - len(lines) - 2 * len(self.problems)
+        room -= 2 * len(self.problems)
         shown = min(EXAMPLES, max(1, room // max(1, len(self.problems))))
         for problem in self.problems:
             lines.append(f"problem: {problem.message}")
@@ -66,95 +77,168 @@ class Report:
 
 
 @dataclass
+class Seen:
+    """What is known of a sample without its numbers: of its latents and of its conditioning, as stored, the shapes."""
+
+    index: int
+    file: str
+    latents: Shape
+    conditioning: dict[str, Shape]
+
+
+@dataclass
 class Contents:
     """A set as it was read.
 
     Attributes:
         seen: of the samples that could be read.
         negative: of the stored negative prompt; None if there is none.
+        spread: of the latents' numbers, as far as they were read; None if none were.
+        unpadded: samples whose text of full length does not end in zeros, by name of the text.
+        padded: how many do, by name of the text.
     """
 
     store: Store
-    seen: "list[Seen]"
-    negative: "Seen | None"
+    seen: list[Seen]
+    negative: Seen | None
+    spread: Spread | None = None
+    unpadded: dict[str, list[str]] = field(default_factory=dict)
+    padded: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass
-class Seen:
-    """What is kept of a sample that could be read."""
+def read_set(
+    path: str | Path, report: Report, layout: SampleLayout | None = None, numbers: int | None = None
+) -> Contents | None:
+    """Looks at every sample of the set at `path`; None where there is no set.
 
-    file: str
-    latents: Shape
-    conditioning: dict[str, Shape]
-
-
-def read_set(path: str | Path, report: Report, layout: SampleLayout | None = None) -> Contents | None:
-    """Reads every file of the set at `path`; None where there is no set. `layout` says what is a mask."""
+    Args:
+        layout: says what is a mask, and what is padded.
+        numbers: of how many samples the numbers are read, evenly spread over the set; None for all.
+    """
     try:
         store = open_store(path)
     except ValueError as error:
         report.problems.append(Misfit(str(error), []))
         return None
     report.title = f"{path}: {len(store)} samples, {store.layout} layout"
-    masks = set(store.masks if layout is None else layout.of_role("mask"))
-    may_be_empty = {name for name, each in layout.conditioning.items() if each.may_be_empty} if layout else set()
-    return Contents(store, _read_all(store, report, masks, may_be_empty), _read_negative(store, report))
+    contents = Contents(store, [], None)
+    found = _Found()
+    _read_headers(contents, report, found, layout)
+    _read_numbers(contents, found, layout, numbers)
+    counts = {"not finite": found.not_finite, "missing": found.missing, "broken": found.broken}
+    report.facts.append(("files", ", ".join(f"{len(places) or 'none'} {what}" for what, places in counts.items())))
+    report.problems += found.problems()
+    contents.negative = _read_negative(store, report)
+    return contents
 
 
 # -- what is there ----------------------------------------------------------------------------------------------------
 
 
-def _read_all(store: Store, report: Report, masks: Collection[str], may_be_empty: Collection[str]) -> list[Seen]:
-    """Reads all samples: the facts, and what is missing, broken or not a number."""
-    missing: list[str] = []
-    broken: list[str] = []
-    not_finite: list[str] = []
-    masked: list[str] = []
-    seen: list[Seen] = []
+@dataclass
+class _Found:
+    """Where something is wrong, by kind."""
+
+    missing: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+    zero: list[str] = field(default_factory=list)
+    masked: list[str] = field(default_factory=list)
+
+    def problems(self) -> list[Misfit]:
+        again = "make these samples again, or take them out of the index"
+        kinds = [
+            (self.missing, "files are missing: get or make them again, or take their samples out of the index"),
+            (self.broken, "samples cannot be read: get or make them again, or take them out of the index"),
+            (self.not_finite, f"numbers are NaN or infinite: {again}"),
+            (self.zero, f"latents are all zero, which is no video: {again}"),
+            (
+                self.masked,
+                "text is masked out altogether, which makes the attention of some models NaN: encode it again",
+            ),
+        ]
+        return [Misfit(f"{len(places)} {message}", places) for places, message in kinds if places]
+
+
+def _read_headers(contents: Contents, report: Report, found: _Found, layout: SampleLayout | None) -> None:
+    """Shapes and dtypes of all samples, and their masks, which are small: the facts, and what is missing or broken."""
+    store, dtypes = contents.store, dict[str, Counter[str]]()
+    masks = _Masks(store, layout)
     captions = to_encode = 0
-    dtypes: dict[str, Counter[str]] = {}
-    lengths: dict[str, list[int]] = {}
     for i in range(len(store)):
         try:
             caption, files = store.caption(i), store.files(i)
             captions += caption is not None
-            absent = [str(file) for file in files if not file.is_file()]
-            missing += absent
-            if absent:
+            gone = [str(file) for file in files if absent(file)]
+            found.missing += gone
+            if gone:
                 continue
-            latents, cond = store.read(i)
+            latents, cond = store.header(i)
+            found.masked += masks.read(i, str(files[0]), cond)
         except SampleError as error:
-            broken.append(f"{error.file}: sample {i} {error.reason}")
+            found.broken.append(f"{error.file}: sample {i} {error.reason}")
             continue
         if not cond and caption is None:
-            broken.append(f"{files[0]}: has neither stored text embeddings nor a caption")
+            found.broken.append(f"{files[0]}: has neither stored text embeddings nor a caption")
         to_encode += not cond and caption is not None
         for name, value in {LATENTS: latents, **cond}.items():
             dtypes.setdefault(name, Counter())[str(value.dtype).removeprefix("torch.")] += 1
-            if not _is_finite(value):
-                not_finite.append(f"{files[0]}: {name}")
-            if name in masks or value.dtype == torch.bool:  # no tensor of these is anything else
-                length = int(value.count_nonzero())
-                lengths.setdefault(name, []).append(length)
-                if length == 0 and name not in may_be_empty:
-                    masked.append(f"{files[0]}: {name}")
-        seen.append(Seen(str(files[0]), tuple(latents.shape), {name: tuple(v.shape) for name, v in cond.items()}))
-    report.facts += _facts(seen, dtypes, lengths)
+        shapes = {name: tuple(value.shape) for name, value in cond.items()}
+        contents.seen.append(Seen(i, str(files[0]), tuple(latents.shape), shapes))
+    report.facts += _facts(contents.seen, dtypes, masks.lengths)
     report.facts.append(("captions", f"{captions}; {to_encode} samples have nothing else"))
-    counts = {"not finite": not_finite, "missing": missing, "broken": broken}
-    report.facts.append(("files", ", ".join(f"{len(places) or 'none'} {what}" for what, places in counts.items())))
-    kinds = [
-        (missing, "files are missing: get or make them again, or take their samples out of the index"),
-        (broken, "samples cannot be read: get or make them again, or take them out of the index"),
-        (not_finite, "numbers are NaN or infinite: make these samples again, or take them out of the index"),
-        (masked, "text is masked out altogether, which makes the attention of some models NaN: encode it again"),
-    ]
-    report.problems += [Misfit(f"{len(places)} {message}", places) for places, message in kinds if places]
     if to_encode:
         report.notes.append(
             f"{to_encode} of {len(store)} samples have a caption only: it will be encoded with the model's text encoder"
         )
-    return seen
+
+
+class _Masks:
+    """The lengths of all texts, told by masks."""
+
+    def __init__(self, store: Store, layout: SampleLayout | None) -> None:
+        self.lengths: dict[str, list[int]] = {}
+        self._store = store
+        self._names = set(store.masks if layout is None else layout.of_role("mask"))
+        given = layout.conditioning.items() if layout is not None else ()
+        self._may_be_empty = {name for name, each in given if each.may_be_empty}
+
+    def read(self, i: int, file: str, cond: Mapping[str, Tensor]) -> list[str]:
+        """Reads a sample's masks; gives those that are empty and may not be, for people."""
+        empty = []
+        for name, header in cond.items():
+            if name in self._names or header.dtype == torch.bool:  # no tensor of these is anything else
+                length = int(self._store.read_conditioning(i, name).count_nonzero())
+                self.lengths.setdefault(name, []).append(length)
+                if length == 0 and name not in self._may_be_empty:
+                    empty.append(f"{file}: {name}")
+        return empty
+
+
+def _read_numbers(contents: Contents, found: _Found, layout: SampleLayout | None, numbers: int | None) -> None:
+    """Reads samples: what is no number, all zero, or not padded as it should be, and how the latents are spread."""
+    seen, padded = contents.seen, {}
+    if layout is not None:
+        padded = {name: each.shape[0] for name, each in layout.conditioning.items() if each.padded}
+    chosen = range(len(seen)) if numbers is None else sorted({len(seen) * k // numbers for k in range(numbers)})
+    for sample in [seen[k] for k in chosen if k < len(seen)]:
+        try:
+            latents, cond = contents.store.read(sample.index)
+        except SampleError as error:
+            found.broken.append(f"{error.file}: sample {sample.index} {error.reason}")
+            continue
+        bad = dict(bad_numbers({LATENTS: latents, **cond}))
+        for name, reason in bad.items():
+            (found.zero if "zero" in reason else found.not_finite).append(f"{sample.file}: {name}")
+        if not bad and (layout is None or layout.channels == len(latents)):
+            contents.spread = contents.spread or Spread(len(latents))
+            contents.spread.add(latents)
+        for name, length in padded.items():
+            if name in cond and len(cond[name]) == length:
+                if cond[name][-1].any():
+                    contents.unpadded.setdefault(name, []).append(sample.file)
+                else:
+                    contents.padded[name] += 1
 
 
 def _facts(
@@ -162,22 +246,18 @@ def _facts(
 ) -> Iterator[tuple[str, str]]:
     yield "latents", counted(Counter(str(list(sample.latents)) for sample in seen))
     yield "latent frames", counted(Counter(sample.latents[1] for sample in seen))
-    for name in dict.fromkeys(name for sample in seen for name in sample.conditioning):
-        yield name, counted(Counter(str(list(s.conditioning[name])) for s in seen if name in s.conditioning))
+    names = list(dict.fromkeys(name for sample in seen for name in sample.conditioning))
+    for name in names[:NAMES]:
+        yield (
+            shorten(name, 30),
+            counted(Counter(str(list(s.conditioning[name])) for s in seen if name in s.conditioning)),
+        )
+    if len(names) > NAMES:
+        yield "other tensors", f"{len(names) - NAMES} more names"
     for name, numbers in lengths.items():
         yield "text length", f"{min(numbers)} to {max(numbers)} by {name}, mean {sum(numbers) / len(numbers):.0f}"
-    yield "dtypes", ", ".join(f"{name} {' and '.join(sorted(kinds))}" for name, kinds in dtypes.items()) or "none"
-
-
-def counted(counts: Mapping[Any, int]) -> str:
-    """Values with how often each is there, the most frequent first."""
-    ranked = sorted(counts.items(), key=lambda item: -item[1])
-    shown = [f"{value} × {count}" for value, count in ranked[:COUNTED]]
-    return ", ".join(shown + [f"and {len(ranked) - COUNTED} more"] * (len(ranked) > COUNTED)) or "none"
-
-
-def _is_finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(value.isfinite().all())
+    kinds = {shorten(name, 30): " and ".join(sorted(kinds)) for name, kinds in dtypes.items()}
+    yield "dtypes", ", ".join(f"{name} {kind}" for name, kind in list(kinds.items())[: NAMES + 1]) or "none"
 
 
 def _read_negative(store: Store, report: Report) -> Seen | None:
@@ -193,25 +273,27 @@ def _read_negative(store: Store, report: Report) -> Seen | None:
     if stored is None:
         return None
     file = str(store.negative_file())
-    broken = [f"{file}: {name}" for name, value in stored.items() if not _is_finite(value)]
+    broken = [f"{file}: {name}" for name, reason in bad_numbers(stored) if "zero" not in reason]
     if broken:
         report.problems.append(Misfit("the negative prompt's conditioning is NaN or infinite: make it again", broken))
-    return Seen(file, (), {name: tuple(value.shape) for name, value in stored.items()})
+    return Seen(-1, file, (), {name: tuple(value.shape) for name, value in stored.items()})
 
 
-def check_batches(contents: Contents, report: Report, *, batched: bool) -> None:
+def check_batches(contents: Contents, report: Report, *, batched: bool, unpack: Unpack = dict) -> None:
     """Samples of one latent shape are batched, so all their conditioning must be equal in shape, as the negative's.
 
     Args:
         batched: whether more than one sample is trained on at once; else unequal samples are but a note.
+        unpack: what the model makes of stored conditioning, of which the negative's shapes must be equal.
     """
     seen, negative = contents.seen, contents.negative
     if negative is not None:
+        stored = _unpacked(unpack, negative.conditioning)
         unequal = [
-            f"{sample.file}: {name} {list(shape)}, not {list(negative.conditioning[name])}"
+            f"{sample.file}: {name} {list(shape)}, not {list(stored[name])}"
             for sample in seen
-            for name, shape in sample.conditioning.items()
-            if name in negative.conditioning and negative.conditioning[name] != shape
+            for name, shape in _unpacked(unpack, sample.conditioning).items()
+            if name in stored and stored[name] != shape
         ]
         if unequal:
             message = f"{len(unequal)} times the stored negative prompt has another shape: encode both alike"
@@ -233,47 +315,50 @@ def check_batches(contents: Contents, report: Report, *, batched: bool) -> None:
 
 
 def _shapes(conditioning: Mapping[str, Shape]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in conditioning.items())
+    return ", ".join(f"{shorten(name, 60)} {list(shape)}" for name, shape in conditioning.items())
 
 
 # -- what a model needs ------------------------------------------------------------------------------------------------
 
 
+def _unpacked(unpack: Unpack, stored: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of what a model makes of stored conditioning; of what is stored, where it makes nothing of it."""
+    tensors = {name: torch.empty(1, *shape, device="meta") for name, shape in stored.items()}
+    try:
+        return {name: tuple(value.shape[1:]) for name, value in unpack(tensors).items()}
+    except (KeyError, IndexError, ValueError, RuntimeError, TypeError):  # tensors of shapes that it does not expect
+        return dict(stored)
+
+
 def layout_problems(
-    contents: Contents, layout: SampleLayout, kind: str, crops: Sequence[int | None] = (None,)
+    contents: Contents,
+    layout: SampleLayout,
+    kind: str,
+    unpack: Unpack = dict,
+    crops: Sequence[int | None] = (None,),
 ) -> Iterator[Misfit]:
-    """What does not fit the layout of a backbone `kind`, where stages take the first `crops` latent frames, or all."""
-    store, seen, negative = contents.store, contents.seen, contents.negative
-    channels = [f"{s.file}: {s.latents[0]}" for s in seen if s.latents[0] != layout.channels]
-    if channels:
-        yield Misfit(f"{len(channels)} samples have not the {layout.channels} channels of {kind}", channels)
-    odd = []
-    for sample in seen:
+    """What does not fit the layout of a backbone `kind`, which makes of stored conditioning what `unpack` does, where
+    stages take the first `crops` latent frames, or all.
+    """
+    step, unfit, odd = layout.multiple[0], [], []
+    # Of a caption alone, which is encoded as the model takes it.
+    of_text = {name: each.shape for name, each in layout.conditioning.items() if each.role in OF_TEXT}
+    encoded = {name: tuple(size or 0 for size in shape) for name, shape in of_text.items()}
+    for sample in contents.seen:
+        shapes = _unpacked(unpack, sample.conditioning) if sample.conditioning else encoded
+        problems = [*layout.latent_problems(sample.latents), *layout.conditioning_problems(shapes, sample.latents)]
+        unfit += [f"{sample.file}: sample {sample.index} {problem}" for problem in problems]
         frames, *size = sample.latents[1:]
-        grids = [(min(frames, crop or frames), *size) for crop in crops]
-        odd += [
-            f"{sample.file}: {list(grid)}"
-            for grid in dict.fromkeys(grids)
-            if any(have % step for have, step in zip(grid, layout.multiple, strict=True))
-        ]
+        grids = [[min(frames, crop or frames), *size] for crop in crops]
+        odd += [f"{sample.file}: {grid}" for grid in {grid[0]: grid for grid in grids}.values() if grid[0] % step]
+    if (negative := contents.negative) is not None:
+        problems = [*layout.conditioning_problems(_unpacked(unpack, negative.conditioning))]
+        unfit += [f"{negative.file}: the negative prompt {problem}" for problem in problems]
+    if unfit:
+        yield Misfit(f"{len(unfit)} times a sample is not as {kind} takes it", unfit)
     if odd:
         rule = f"(T, H, W), after latent_frames, must be multiples of {layout.multiple}"
         yield Misfit(f"{len(odd)} latents do not fit {kind}: {rule}", odd)
-    texts = [*(sample for sample in seen if sample.conditioning), *([negative] if negative else [])]
-    unfit = [
-        f"{text.file}: {name} {list(have)}, not {wanted.pattern()}"
-        for text in texts
-        for name, wanted in layout.conditioning.items()
-        if (have := text.conditioning.get(name)) is not None and not wanted.fits(have)
-    ]
-    if unfit:
-        yield Misfit(f"{len(unfit)} conditioning tensors have not the shape that {kind} takes", unfit)
-    if store.layout != "published":  # there a model may find several tensors packed in one
-        lacking = [
-            f"{text.file}: {name}" for text in texts for name in layout.required() if name not in text.conditioning
-        ]
-        if lacking:
-            yield Misfit(f"{len(lacking)} conditioning tensors that {kind} takes are not stored", lacking)
 
 
 def too_short(contents: Contents, lag: int, crop: int | None) -> list[str]:

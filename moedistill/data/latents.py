@@ -10,7 +10,7 @@ file for each sample, with `latents` `[C, T, H, W]` and every conditioning tenso
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -45,6 +45,13 @@ TEXT_FILES = {
 }
 """Of each conditioning tensor of a published set: the entry's key with its file name, and the folder it lies in."""
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    **FLOATS, "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64,
+}  # fmt: skip
+"""What tensors may be stored in, by safetensors' names."""
+
 _MISSING: Any = object()
 
 
@@ -62,6 +69,10 @@ class SampleError(ValueError):
             f"{sample}: {file} {reason}; get or make the file again, or take the sample out of the index "
             "(`moedistill data check PATH` lists all of them)"
         )
+
+
+class _Unusable(ValueError):
+    """Why a stored tensor cannot be used."""
 
 
 # -- where samples are stored -----------------------------------------------------------------------------------------
@@ -98,8 +109,16 @@ class Store(ABC):
         """Shape (C, T, H, W) of a sample's latents, without reading them."""
 
     @abstractmethod
+    def header(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `read` gives, on the meta device: shapes and dtypes, without reading the numbers."""
+
+    @abstractmethod
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents `[C, T, H, W]` and conditioning of a sample, in the dtypes they are stored in."""
+
+    @abstractmethod
+    def read_conditioning(self, i: int, name: str) -> Tensor:
+        """One of a sample's conditioning tensors, without reading the others."""
 
     def negative(self) -> dict[str, Tensor] | None:
         """The negative prompt's conditioning; None if it is not stored."""
@@ -131,6 +150,14 @@ class Store(ABC):
             raise self._error(i, f"has {key}: {shorten(repr(name), 60)}, which must be a file's name")
         return folder / name
 
+    def _checked(self, i: int, file: Path, latents: Tensor) -> Tensor:
+        # Some preprocessing keeps the batch dimension.
+        latents = latents[0] if latents.ndim == 5 and len(latents) == 1 else latents
+        problem = _misshapen(latents.shape, latents.dtype)
+        if problem:
+            raise self._error(i, problem, file)
+        return latents
+
     def _error(self, i: int, reason: str, file: Path | None = None) -> SampleError:
         return SampleError(f"sample {i}", file or self.index, reason)
 
@@ -141,8 +168,10 @@ class Store(ABC):
             yield
         except SampleError:
             raise
+        except _Unusable as error:
+            raise SampleError(sample, file, str(error)) from error
         except FileNotFoundError as error:
-            raise SampleError(sample, file, "is missing") from error
+            raise SampleError(sample, file, absent(file)) from error
         except Exception as error:  # What a damaged file raises could be anything.
             first = (str(error).strip().splitlines() or [""])[0]
             reason = f"cannot be read ({type(error).__name__}: {shorten(first, 120)})"
@@ -162,19 +191,33 @@ class PublishedStore(Store):
         return "prompt_embeds" in self._text_files(i)
 
     def shape(self, i: int) -> tuple[int, ...]:
-        file = self._latents_file(i)
-        with self._reading(i, file):
-            return tuple(self._checked(i, file, _load_pt(file, mmap=True)).shape)
+        return tuple(self._latents(i, mmap=True).shape)
+
+    def header(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        latents, text = self._load(i, mmap=True)
+        return latents.to("meta"), {name: value.to("meta") for name, value in text.items()}
 
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        file, text = self._latents_file(i), {}
+        return self._load(i, mmap=False)
+
+    def read_conditioning(self, i: int, name: str) -> Tensor:
+        return self._tensor(i, name, self._text_files(i)[name], mmap=False)
+
+    def _load(self, i: int, *, mmap: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        latents = self._latents(i, mmap=mmap)
+        files = self._text_files(i) if self.has_text(i) else {}
+        return latents, {name: self._tensor(i, name, file, mmap=mmap) for name, file in files.items()}
+
+    def _latents(self, i: int, *, mmap: bool) -> Tensor:
+        file = self._latents_file(i)
+        return self._checked(i, file, self._tensor(i, LATENTS, file, mmap=mmap))
+
+    def _tensor(self, i: int, name: str, file: Path, *, mmap: bool) -> Tensor:
         with self._reading(i, file):
-            latents = self._checked(i, file, _load_pt(file))
-        if self.has_text(i):
-            for name, file in self._text_files(i).items():
-                with self._reading(i, file):
-                    text[name] = _load_pt(file)
-        return latents, text
+            value = _load_pt(file, mmap=mmap)
+            _check_usable(name, value)
+            _check_stored(name, value)
+        return value
 
     def _latents_file(self, i: int) -> Path:
         return self._file(i, "latent_path", self.index.parent / "latent")
@@ -185,14 +228,6 @@ class PublishedStore(Store):
             for name, (key, folder) in TEXT_FILES.items()
             if self._value(i, key, None) is not None
         }
-
-    def _checked(self, i: int, file: Path, latents: Tensor) -> Tensor:
-        # Some preprocessing keeps the batch dimension.
-        latents = latents[0] if latents.ndim == 5 and len(latents) == 1 else latents
-        problem = _misshapen(latents.shape, latents.dtype)
-        if problem:
-            raise self._error(i, problem, file)
-        return latents
 
 
 class OwnStore(Store):
@@ -222,18 +257,27 @@ class OwnStore(Store):
             raise self._error(i, problem)
         return tuple(shape)
 
+    def header(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._load(i, _safetensors_header)
+
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._load(i, _load_safetensors)
+
+    def read_conditioning(self, i: int, name: str) -> Tensor:
+        [file] = self.files(i)
+        with self._reading(i, file), safe_open(file, "pt") as tensors:
+            value: Tensor = tensors.get_tensor(name)
+        return value
+
+    def _load(self, i: int, load: Callable[[Path], dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         [file] = self.files(i)
         with self._reading(i, file):
-            tensors = _load_safetensors(file)
+            tensors = load(file)
         if LATENTS not in tensors:
             raise self._error(i, f"has no tensor {LATENTS!r}", file)
-        latents = tensors.pop(LATENTS)
-        latents = latents[0] if latents.ndim == 5 and len(latents) == 1 else latents
-        problem = _misshapen(latents.shape, latents.dtype)
-        if not problem and tuple(latents.shape) != self.shape(i):
+        latents = self._checked(i, file, tensors.pop(LATENTS))
+        if tuple(latents.shape) != self.shape(i):
             problem = f"has latents {list(latents.shape)}, but the index says {list(self.shape(i))}"
-        if problem:
             raise self._error(i, problem, file)
         return latents, tensors
 
@@ -323,8 +367,55 @@ def _load_pt(file: Path, *, mmap: bool = False) -> Tensor:
 
 
 def _load_safetensors(file: Path) -> dict[str, Tensor]:
+    header = _safetensors_header(file)
     with safe_open(file, "pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (it is no mapping)
+        return {name: tensors.get_tensor(name) for name in header}
+
+
+def _safetensors_header(file: Path) -> dict[str, Tensor]:
+    """The file's tensors on the meta device; ValueError for one of a dtype that is not taken."""
+    with safe_open(file, "pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (it is no mapping)
+        for name, one in slices.items():
+            if one.get_dtype() not in DTYPES:
+                raise _Unusable(_other_dtype(name, one.get_dtype()))
+        return {
+            name: torch.empty(one.get_shape(), dtype=DTYPES[one.get_dtype()], device="meta")
+            for name, one in slices.items()
+        }
+
+
+def _check_usable(name: str, value: Tensor) -> None:
+    """_Unusable for a tensor that is not plain numbers, as one out of a `.pt` file may be."""
+    if value.layout != torch.strided or value.is_nested:
+        raise _Unusable(f"has {name} that are sparse or nested; store a dense tensor")
+    if value.device.type == "meta":
+        raise _Unusable(f"has {name} {list(value.shape)} without numbers (a meta tensor); make it again")
+    if value.dtype not in DTYPES.values():
+        raise _Unusable(_other_dtype(name, str(value.dtype)))
+
+
+def _check_stored(name: str, value: Tensor) -> None:
+    """_Unusable for a tensor that is larger than what its file holds."""
+    stored, claimed = value.untyped_storage().nbytes(), value.numel() * value.element_size()
+    if claimed > stored:
+        raise _Unusable(
+            f"has {name} {list(value.shape)}, {claimed:,} bytes, of which {stored:,} are stored (an expanded tensor); "
+            "store a contiguous copy"
+        )
+
+
+def _other_dtype(name: str, dtype: str) -> str:
+    wanted = ", ".join(str(one).removeprefix("torch.") for one in FLOATS.values())
+    return f"has {shorten(name, 60)} of {dtype}; it must be of {wanted}, or of whole numbers"
+
+
+def absent(file: Path) -> str:
+    """Why a file cannot be read, if it is none; nothing, if it is one."""
+    try:
+        return "" if file.is_file() else "is no regular file" if file.exists() else "is missing"
+    except OSError as error:  # such as a name that is too long
+        return f"cannot be opened ({error.strerror})"
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -362,6 +453,7 @@ def write_latents(
             problem = f"has a conditioning tensor {LATENTS!r}, the name of the latents; choose another"
         if not problem and not sample.conditioning and caption is None:
             problem = "has neither conditioning nor a caption; give one of them"
+        problem = problem or _unlearnable({**sample.conditioning, LATENTS: sample.latents})
         if problem:
             raise ValueError(f"sample {i} {problem}")
         entry = {"file": f"{i:08}.safetensors", "shape": list(sample.latents.shape)}
@@ -376,6 +468,16 @@ def write_latents(
     sync(folder)
     index = {"format": FORMAT, "version": VERSION, "samples": entries, "negative": name}
     write_text(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False))
+
+
+def _unlearnable(tensors: Mapping[str, Tensor]) -> str:
+    """Why a sample cannot be learned from; nothing, if it can."""
+    try:
+        for name, value in tensors.items():
+            _check_usable(name, value)
+    except _Unusable as error:
+        return str(error)
+    return next((f"has {name} that are {reason}" for name, reason in bad_numbers(tensors)), "")
 
 
 def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -407,7 +509,10 @@ class LatentsDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         latents, cond = self._store.read(index)
-        return Sample(latents.float(), self._encoded[self._captions[index]] if index in self._captions else cond)
+        latents = latents.float()
+        for name, reason in bad_numbers({LATENTS: latents, **cond}):
+            raise SampleError(f"sample {index}", self._store.files(index)[0], f"has {name} that are {reason}")
+        return Sample(latents, self._encoded[self._captions[index]] if index in self._captions else cond)
 
     def shape(self, index: int) -> tuple[int, ...]:
         if index not in self._shapes:
@@ -418,11 +523,20 @@ class LatentsDataset(Dataset):
         return self._negative
 
 
+def bad_numbers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Which of a sample's tensors cannot be learned from, and why."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            yield name, "NaN or infinite"
+        elif name == LATENTS and not value.any():
+            yield name, "all zero, which is no video"
+
+
 def _caption_to_encode(store: Store, i: int) -> str | None:
     """The caption of a sample that has no conditioning; None if it has. Its files are there."""
     for file in store.files(i):
-        if not file.is_file():
-            raise SampleError(f"sample {i}", file, "is missing")
+        if reason := absent(file):
+            raise SampleError(f"sample {i}", file, reason)
     caption = store.caption(i)
     if store.has_text(i):
         return None

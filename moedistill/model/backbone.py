@@ -81,6 +81,21 @@ class BackboneConfig(Config, ABC):
         """What stored samples must look like; None where that is not known."""
         return None
 
+    def unpack(self, cond: "Conditioning") -> "Conditioning":
+        """Stored conditioning, batch first, by the names of the layout: what is packed cut apart, padding filled up.
+
+        It looks at shapes alone, so that a set can be checked without its numbers: tensors may be on the meta device.
+        """
+        return cond
+
+    def latent_moments(self) -> "tuple[Tensor, Tensor] | None":
+        """Mean and standard deviation `[C]` of the latents that are stored; None where they are not known.
+
+        Raises:
+            ValueError: they come with the weights, which are not on this machine.
+        """
+        return None
+
 
 class Backbone(ABC):
     """One model family, ready to use. It holds the pretrained network and knows nothing of experts.

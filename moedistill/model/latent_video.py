@@ -8,13 +8,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from moedistill.components.fields import NonEmptyStr
+from moedistill.components.fields import NonEmptyStr, PositiveFloat
 from moedistill.model import conditioning
 from moedistill.model.backbone import Backbone, BackboneConfig, VideoSize
 from moedistill.model.conditioning import Conditioning
@@ -35,12 +37,14 @@ class LatentVideoConfig(BackboneConfig, ABC):
         revision: branch, tag or commit of the Hub id.
         variant: of the weight files, such as fp16.
         video: what is sampled when nothing else is asked for, and the size of synthetic samples.
+        fps: frames per second of the videos that are learned from and made; null for the model's own.
     """
 
     pretrained: NonEmptyStr | None
     revision: NonEmptyStr | None = None
     variant: NonEmptyStr | None = None
     video: VideoSize
+    fps: PositiveFloat | None = None
 
     download: ClassVar[str]
     """What there is to download, and how big it is, for people."""
@@ -63,6 +67,14 @@ class LatentVideoConfig(BackboneConfig, ABC):
     @abstractmethod
     def inputs(self) -> dict[str, Input]:
         """What a network takes besides latents and time, by name: what a prompt is encoded to, and what is added."""
+
+    @abstractmethod
+    def latent_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `[C]` of the VAE's own latents, as published: the network takes 0 and 1.
+
+        Raises:
+            ValueError: they come with the weights, which are not on this machine.
+        """
 
     # -- what follows from it -----------------------------------------------------------------------------------------
 
@@ -102,6 +114,15 @@ class LatentVideoConfig(BackboneConfig, ABC):
     def layout(self) -> SampleLayout:
         return SampleLayout(self.channels(), self.patch_size(), self.inputs())
 
+    def unpack(self, cond: Conditioning) -> Conditioning:
+        """See `BackboneConfig.unpack`: by default nothing is packed, and padding is zeros."""
+        unpacked = dict(cond)
+        for name, each in self.inputs().items():
+            if each.padded and name in cond:
+                missing = (each.shape[0] or 0) - cond[name].shape[1]
+                unpacked[name] = pad(cond[name], [0, 0] * (cond[name].ndim - 2) + [0, max(0, missing)])
+        return unpacked
+
     def locate(self) -> Path:
         """The model's folder.
 
@@ -112,6 +133,8 @@ class LatentVideoConfig(BackboneConfig, ABC):
         if found is not None:
             return found
         assert self.pretrained is not None
+        if Path(self.pretrained).expanduser().is_file():
+            raise ValueError(f"pretrained {self.pretrained}: a single file, where a folder must be; {self.from_file()}")
         if not HUB_ID.match(self.pretrained):
             raise ValueError(
                 f"pretrained {self.pretrained}: there is no such folder; give {self.folder}, or a Hub id such as "
@@ -128,13 +151,17 @@ class LatentVideoConfig(BackboneConfig, ABC):
             "  To try the recipe without weights, in miniature: --smoke"
         )
 
+    def from_file(self) -> str:
+        """How a folder is made of a single file of weights, for people."""
+        return f"give {self.folder}"
+
     def find(self) -> Path | None:
         """The model's folder, if it is on this machine."""
         assert self.pretrained is not None
         folder = Path(self.pretrained).expanduser()
         if folder.is_dir():
             return folder
-        if not HUB_ID.match(self.pretrained):
+        if folder.exists() or not HUB_ID.match(self.pretrained):
             return None
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
@@ -148,12 +175,14 @@ class LatentVideoConfig(BackboneConfig, ABC):
 class LatentVideoBackbone(Backbone):
     """A latent video model: what its conditioning and its latents have in common with others of the kind.
 
-    Conditioning goes by the names of the config's `inputs`; `guidance` `[B]` may override the embedded guidance scale.
+    A subclass sets `fps`, the model's own; the recipe's goes before it. Conditioning goes by the names of the config's
+    `inputs`; `guidance` `[B]` may override the embedded guidance scale.
     """
 
     def __init__(self, config: LatentVideoConfig, networks: Mapping[str, nn.Module]) -> None:
         self.config: Any = config
         self.video = config.video
+        self.fps = config.fps or self.fps
         self._networks = dict(networks)
         self.network = next(iter(networks.values()))
         self._null: dict[str, Tensor] | None = None
@@ -167,18 +196,6 @@ class LatentVideoBackbone(Backbone):
 
         They are loaded for it, and freed again. Never called of a miniature.
         """
-
-    @abstractmethod
-    def normalise(self, latents: Tensor) -> Tensor:
-        """The VAE's own latents `[B, C, T, H, W]` as the network takes them."""
-
-    @abstractmethod
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
-
-    def unpack(self, cond: Conditioning) -> Conditioning:
-        """Stored conditioning by the names of `inputs`; by default it is."""
-        return cond
 
     # -- the contract -------------------------------------------------------------------------------------------------
 
@@ -197,11 +214,31 @@ class LatentVideoBackbone(Backbone):
         dtype: torch.dtype = getattr(torch, self.config.dtype)
         return dtype
 
+    def normalise(self, latents: Tensor) -> Tensor:
+        """The VAE's own latents `[B, C, T, H, W]` as the network takes them."""
+        mean, std = self._moments
+        return (latents - mean.to(latents)) / std.to(latents)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        mean, std = self._moments
+        return latents * std.to(latents) + mean.to(latents)
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        mean, std = (moment.float().view(-1, 1, 1, 1) for moment in self.config.latent_moments())
+        return mean, std
+
     def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
-        return self.normalise(latents.float()), self._unpacked(cond)
+        """See `Backbone.prepare`.
+
+        Raises:
+            ValueError: the conditioning is not what the model takes.
+        """
+        return self.normalise(latents.float()), self._unpacked(cond, latents.shape[1:]) if cond else {}
 
     def set_null(self, cond: Conditioning) -> None:
-        self._null = self._unpacked({name: value[None] for name, value in cond.items()})
+        self._null = self._unpacked({name: value[None] for name, value in cond.items()}, None)
 
     def null_conditioning(self, cond: Conditioning) -> dict[str, Tensor]:
         """The negative prompt's in place of each sample's, of what may be dropped; the rest stays.
@@ -259,16 +296,24 @@ class LatentVideoBackbone(Backbone):
             for name, value in cond.items()
         }
 
-    def _unpacked(self, cond: Conditioning) -> dict[str, Tensor]:
-        """Stored conditioning by the names of `inputs`; ValueError where something is missing."""
-        wanted = self.config.layout().required()
-        try:
-            unpacked = dict(self.unpack(cond))
-        except KeyError:
-            unpacked = dict(cond)
-        missing = [name for name in wanted if name not in unpacked]
-        if cond and missing:
-            raise ValueError(f"stored text has {', '.join(cond)}, but no {' and no '.join(missing)}; encode it again")
+    def _unpacked(self, cond: Conditioning, latents: Sequence[int] | None) -> dict[str, Tensor]:
+        """Stored conditioning of samples with `latents`, or of the negative prompt, by the names of `inputs`.
+
+        Raises:
+            ValueError: it is not what the model takes.
+        """
+        layout, unpacked = self.config.layout(), dict(self.config.unpack(cond))
+        shapes = {name: value.shape[1:] for name, value in unpacked.items()}
+        for problem in layout.conditioning_problems(shapes, latents):
+            raise ValueError(f"the stored conditioning {problem}")
+        for name, each in layout.conditioning.items():
+            if each.role == "mask" and not each.may_be_empty and name in unpacked:
+                empty = (~unpacked[name].bool().any(1)).nonzero().flatten().tolist()
+                if empty:
+                    raise ValueError(
+                        f"{name} of sample {empty[0]} is all false, and attention to no token is NaN; for no text "
+                        'store what the prompt "" is encoded to, whose mask is not empty'
+                    )
         return unpacked
 
     def _caption(self, name: str, text: Tensor, number: int) -> str:
@@ -278,7 +323,8 @@ class LatentVideoBackbone(Backbone):
     def _synthetic(self, prompt: Prompt) -> dict[str, Tensor]:
         """Random numbers as a prompt's conditioning, always the same for one prompt."""
         generator = torch.Generator().manual_seed(torch_seed(0, "prompt", prompt))
-        inputs = {name: each for name, each in self.config.inputs().items() if each.required}
+        given = self.config.inputs().items()
+        inputs = {name: each for name, each in given if each.required and None not in each.shape}
         encoded: dict[str, Tensor] = {}
         for name, each in inputs.items():
             if each.role == "mask":  # the text is at most as long as there is room, and the rest is padding

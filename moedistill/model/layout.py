@@ -1,6 +1,6 @@
 """What stored samples must look like to fit a model: known from its config, without loading it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,8 @@ class Input:
         role: what it is.
         shape: without the batch dimension; of the model's own pipeline where other lengths fit too.
         any_length: whether it may have another first size than `shape` has.
+        padded: whether a smaller first size is made up with zeros, as the model's own pipeline does it.
+        masks: of a mask: the name of the text whose tokens it counts, and whose length it must have.
         droppable: whether the null condition takes it from the negative prompt; else it stays as it is.
         required: whether a sample must have it.
         frame_axis: where its latent frames are, without the batch dimension; None where it has none.
@@ -30,6 +32,8 @@ class Input:
     role: Role
     shape: tuple[int | None, ...]
     any_length: bool = False
+    padded: bool = False
+    masks: str | None = None
     droppable: bool = True
     required: bool = True
     frame_axis: int | None = None
@@ -37,12 +41,15 @@ class Input:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of `shape`, without its batch dimension, is what the model takes."""
+        if self.padded and shape and self.shape[0] is not None:
+            shape = (max(shape[0], self.shape[0]), *shape[1:])
         wanted = self._wanted()
         return len(shape) == len(wanted) and all(w in (None, s) for w, s in zip(wanted, shape, strict=True))
 
     def pattern(self) -> str:
         """The shape for people: `[any, 4096]`."""
-        return f"[{', '.join('any' if size is None else str(size) for size in self._wanted())}]"
+        first, *rest = ("any" if size is None else str(size) for size in self._wanted()) if self.shape else ("",)
+        return f"[{', '.join([f'up to {first}' if self.padded else first, *rest])}]"
 
     def _wanted(self) -> tuple[int | None, ...]:
         return (None, *self.shape[1:]) if self.any_length else self.shape
@@ -69,3 +76,36 @@ class SampleLayout:
     def of_role(self, role: Role) -> list[str]:
         """Names of the conditioning tensors that are so."""
         return [name for name, each in self.conditioning.items() if each.role == role]
+
+    def latent_problems(self, latents: Sequence[int]) -> Iterator[str]:
+        """What keeps latents of this shape (C, T, H, W) from being used, to follow "sample 3"; nothing if they fit.
+
+        The number of latent frames is not looked at: stages cut it.
+        """
+        channels, _, *size = latents
+        if channels != self.channels:
+            yield f"has latents {list(latents)}; the model's have {self.channels} channels"
+        if any(length % multiple for length, multiple in zip(size, self.multiple[1:], strict=True)):
+            yield f"has latents {list(latents)}: (T, H, W) must be multiples of {self.multiple}"
+
+    def conditioning_problems(
+        self, shapes: Mapping[str, Sequence[int]], latents: Sequence[int] | None = None
+    ) -> Iterator[str]:
+        """What keeps unpacked conditioning from being used, told by its shapes; to follow "sample 3".
+
+        Args:
+            shapes: of all tensors by name, without the batch dimension.
+            latents: shape of the sample's latents; None for a negative prompt, which has what is droppable alone.
+        """
+        for name, each in self.conditioning.items():
+            if name not in shapes:
+                if each.required and (latents is not None or each.droppable):
+                    yield f"has no {name}, which the model takes; encode it and store it"
+                continue
+            shape = tuple(shapes[name])
+            if not each.fits(shape):
+                yield f"has {name} {list(shape)}; the model takes {each.pattern()}"
+            elif each.role == "video" and latents is not None and shape[1:] != tuple(latents[1:]):
+                yield f"has {name} {list(shape)} for latents {list(latents)}; (T, H, W) must be the same"
+            elif each.masks and each.masks in shapes and shape[0] != (tokens := shapes[each.masks][0]):
+                yield f"has {name} with {shape[0]} places for {tokens} tokens of {each.masks}; encode both at once"

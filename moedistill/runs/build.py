@@ -11,7 +11,7 @@ import torch
 from moedistill.data.base import Dataset, Sample
 from moedistill.data.loading import collate, conditioning_problem, sample_problem
 from moedistill.errors import UserError, shorten, user_errors
-from moedistill.model.backbone import Backbone, SampleLayout
+from moedistill.model.backbone import Backbone, BackboneConfig, SampleLayout
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
 from moedistill.runtime.devices import find_device
@@ -74,8 +74,10 @@ def _check_samples(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) ->
         _check_first(dataset)
         layout = recipe.backbone.layout()
         if layout is not None:
-            _check_shapes(layout, dataset)
-            _check_conditioning(layout, mixture.backbone, dataset[0])
+            for shape, index in {_shape(dataset, i): i for i in reversed(range(len(dataset)))}.items():
+                for problem in layout.latent_problems(shape):
+                    raise ValueError(f"sample {index} {problem}")
+            _check_conditioning(recipe.backbone, layout, mixture.backbone, dataset[0])
 
 
 def _check_first(dataset: Dataset) -> None:
@@ -106,39 +108,26 @@ def _shape(dataset: Dataset, index: int) -> tuple[int, ...]:
     return shape
 
 
-def _check_shapes(layout: SampleLayout, dataset: Dataset) -> None:
-    for shape, index in {_shape(dataset, index): index for index in reversed(range(len(dataset)))}.items():
-        channels, _, *size = shape  # a stage may take some of the frames only
-        if channels != layout.channels:
-            raise ValueError(f"sample {index} has latents {list(shape)}; the model's have {layout.channels} channels")
-        if any(length % multiple for length, multiple in zip(size, layout.multiple[1:], strict=True)):
-            raise ValueError(
-                f"sample {index} has latents {list(shape)}: (T, H, W) must be multiples of {layout.multiple}"
-            )
-
-
-def _check_conditioning(layout: SampleLayout, backbone: Backbone, sample: Sample) -> None:
+def _check_conditioning(config: BackboneConfig, layout: SampleLayout, backbone: Backbone, sample: Sample) -> None:
+    latents, stored = collate([sample])
     try:
-        _, cond = backbone.prepare(*collate([sample]))
+        shapes = {name: value.shape[1:] for name, value in config.unpack(stored).items()}
+        problem = next(layout.conditioning_problems(shapes, latents.shape[1:]), None)
+        _, cond = backbone.prepare(latents, stored) if problem is None else (latents, stored)
     except ValueError as error:
         raise ValueError(f"sample 0: {error}") from error
-    except (IndexError, RuntimeError, TypeError) as error:  # tensors of shapes or dtypes that it does not expect
-        given = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in sample.conditioning.items())
+    except (IndexError, KeyError, RuntimeError, TypeError) as error:  # of shapes or dtypes that it does not expect
+        given = ", ".join(f"{name} {value.dtype} {list(value.shape[1:])}" for name, value in stored.items())
         wanted = ", ".join(f"{name} {each.pattern()}" for name, each in layout.conditioning.items())
         reason = shorten(str(error), 120)
         raise ValueError(
             f"sample 0 has {given or 'no conditioning'}, of which the model makes nothing ({reason}); it takes {wanted}"
         ) from error
+    if problem is not None:
+        raise ValueError(f"sample 0 {problem}")
     for name, each in layout.conditioning.items():
-        if name not in cond:
-            if each.required:
-                raise ValueError(f"sample 0 has no {name}, which the model takes; encode its text and store it")
-            continue
-        value = cond[name]
-        if not each.fits(value.shape[1:]):
-            raise ValueError(f"sample 0 has {name} {list(value.shape[1:])}; the model takes {each.pattern()}")
-        if each.role in ("pooled", "image", "video") and not value.is_floating_point():
-            raise ValueError(f"sample 0 has {name} of {value.dtype}; the model takes floating-point numbers")
+        if name in cond and each.role in ("text", "pooled", "image", "video") and not cond[name].is_floating_point():
+            raise ValueError(f"sample 0 has {name} of {cond[name].dtype}; the model takes floating-point numbers")
 
 
 @contextmanager

@@ -4,25 +4,60 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from moedistill.data.check import Contents, Misfit, Report, check_batches, counted, layout_problems, read_set, too_short
-from moedistill.data.latents import find_index
+from moedistill.data.check import (
+    Contents,
+    Misfit,
+    Report,
+    check_batches,
+    layout_problems,
+    read_set,
+    too_short,
+)
+from moedistill.data.latents import LatentsConfig, find_index
+from moedistill.data.plausible import padding_warning, size_warning, spread_warning
 from moedistill.data.prompts import read_prompts
+from moedistill.errors import SCREEN_LINES, UserError, counted, shorten
+from moedistill.model.backbone import BackboneConfig
+from moedistill.model.latent_video import LatentVideoConfig
 from moedistill.model.layout import SampleLayout
 from moedistill.recipe.keys import Recipe
 
+FEW = 8
+"""Of how many samples a run reads the numbers before it starts."""
 
-def check_set(path: str | Path, recipe: Recipe | None = None) -> Report:
-    """Reads every file of the set at `path`, and compares what is there with what `recipe` needs."""
+
+def check_before(recipe: Recipe) -> Report | None:
+    """What a run looks at before it loads anything: `check_set` of the recipe's stored set, where it has one.
+
+    Raises:
+        UserError: the set cannot be used; names samples and files.
+    """
+    if not isinstance(recipe.data, LatentsConfig) or recipe.data.path is None:
+        return None
+    report = check_set(recipe.data.path, recipe, numbers=FEW)
+    if not report.fits:
+        head = f"data.path: {report.title} cannot be trained on (`moedistill data check` shows more)"
+        raise UserError("\n".join([head, *report.problem_lines(SCREEN_LINES - 2)]))
+    return report
+
+
+def check_set(path: str | Path, recipe: Recipe | None = None, *, numbers: int | None = None) -> Report:
+    """Looks at the set at `path`, and compares what is there with what `recipe` needs.
+
+    Every sample's shapes are looked at; `numbers` says of how many samples all is read, None of all.
+    """
     report = Report(str(path))
     layout = _layout(recipe, report) if recipe is not None else None
-    contents = read_set(path, report, layout)
+    contents = read_set(path, report, layout, numbers)
     if contents is None:
         return report
-    if recipe is not None:
-        _compare(path, contents, recipe, layout, report)
-    training = recipe.training if recipe is not None else None
-    batched = training is not None and training.batch_size > training.gradient_accumulation_steps
-    check_batches(contents, report, batched=batched)
+    if recipe is None:
+        check_batches(contents, report, batched=False)
+        return report
+    _compare(path, contents, recipe, layout, report)
+    training = recipe.training
+    batched = training.batch_size > training.gradient_accumulation_steps
+    check_batches(contents, report, batched=batched, unpack=recipe.backbone.unpack)
     return report
 
 
@@ -35,11 +70,31 @@ def _layout(recipe: Recipe, report: Report) -> SampleLayout | None:
 
 
 def _compare(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleLayout | None, report: Report) -> None:
+    backbone = recipe.backbone
     if layout is not None:
-        report.problems += layout_problems(contents, layout, recipe.backbone.kind, _crops(recipe))
+        report.problems += layout_problems(contents, layout, backbone.kind, backbone.unpack, _crops(recipe))
     report.problems += _too_short(contents, recipe)
     report.problems += _prompt_files(recipe)
     report.notes += _notes(path, contents, recipe, layout)
+    report.warnings += _warnings(contents, backbone, report)
+
+
+def _warnings(contents: Contents, backbone: BackboneConfig, report: Report) -> Iterator[str]:
+    """What is likely wrong."""
+    for name, files in contents.unpadded.items():
+        yield from padding_warning(name, len(files), contents.padded[name])
+    try:
+        moments = backbone.latent_moments()
+    except ValueError as error:
+        report.notes.append(f"the latents' numbers are not compared with the VAE's: {str(error).splitlines()[0]}")
+        moments = None
+    if moments is not None and contents.spread is not None:
+        yield from spread_warning(contents.spread, *moments)
+    if isinstance(backbone, LatentVideoConfig):
+        video = backbone.video
+        compression = (backbone.temporal_compression, backbone.spatial_compression)
+        shapes = [sample.latents for sample in contents.seen]
+        yield from size_warning(shapes, (video.num_frames, video.height, video.width), compression)
 
 
 def _crops(recipe: Recipe) -> list[int | None]:
@@ -94,11 +149,9 @@ def _notes(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleL
     stored = dict.fromkeys(name for sample in contents.seen for name in sample.conditioning)
     if layout is not None and stored:
         unread = [name for name in stored if name not in layout.conditioning]
-        packed = [name for name in layout.required() if name not in stored]
         if unread:
-            yield f"stored, but no input of {recipe.backbone.kind}: {', '.join(unread)}"
-        if packed and contents.store.layout == "published":
-            yield f"not stored by itself, so {recipe.backbone.kind} must find it in the rest: {', '.join(packed)}"
+            kind = recipe.backbone.kind
+            yield f"stored, but no input of {kind}: {', '.join(shorten(name, 60) for name in unread)}"
 
 
 def _same(configured: str, index: Path) -> bool:

@@ -19,6 +19,7 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
 from moedistill.runs.build import build_run, make_accelerator
 from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
+from moedistill.runs.check import check_before
 from moedistill.runs.resume import Plan, belongs_to, plan
 from moedistill.runtime.checkpoint import Checkpoints, load_tree, write_text
 from moedistill.runtime.devices import cpu_threads, make_folder
@@ -90,12 +91,16 @@ def run(
     if smoke:
         recipe = miniature(recipe)
     accelerator = make_accelerator(recipe, device)
+    checked = check_before(recipe)
     where = plan(recipe, output=output, resume=resume, resume_from=resume_from, smoke=smoke)
     accelerator.wait_for_everyone()  # nobody writes there before all have looked
     make_folder(where.folder)
     try:
         with cpu_threads(recipe.training.num_threads):
-            return _Runner(recipe, where, accelerator, plugins, smoke).go()
+            runner = _Runner(recipe, where, accelerator, plugins, smoke)
+            for warning in checked.warnings if checked is not None else ():
+                runner.run.say(f"warning: {warning}")
+            return runner.go()
     except UserError:
         with suppress(OSError):  # a run that could not begin leaves nothing; what holds a file stays
             where.folder.rmdir()

@@ -38,6 +38,8 @@ SCHEDULE: Mapping[str, Any] = {
     "rescale_betas_zero_snr": True,
 }
 """Settings of the noise schedule that all published models share, by diffusers' names."""
+TEXT_LENGTH = 226
+"""Tokens that the pipeline pads a prompt to."""
 OFFSET = 2.0
 """What the pipeline gives as `ofs`."""
 
@@ -112,6 +114,7 @@ class CogVideoXBackbone(DiffusersBackbone):
     """
 
     prediction_type = "v_prediction"
+    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH}
     lora_targets: Mapping[str, str] = {
         "attention": r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
         "feed_forward": r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)",
@@ -121,9 +124,9 @@ class CogVideoXBackbone(DiffusersBackbone):
     time_dependent = ("time_embedding", "norm_out", "proj_out")
 
     def __init__(self, config: "CogVideoXConfig", networks: Any) -> None:
+        self.fps = PUBLISHED[config.model].fps
         super().__init__(config, networks)
         network: Any = self.network
-        self.fps = PUBLISHED[config.model].fps
         self.blocks = [f"transformer_blocks.{number}" for number in range(len(network.transformer_blocks))]
         self.hidden_size = network.config.num_attention_heads * network.config.attention_head_dim
         self.from_images = network.config.in_channels != network.config.out_channels
@@ -206,14 +209,6 @@ class CogVideoXBackbone(DiffusersBackbone):
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents[:, :, self.config.patch_size()[0] - 1 :])
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        scaled: Tensor = latents * self.vae_config["scaling_factor"]
-        return scaled
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        scaled: Tensor = latents / self.vae_config["scaling_factor"]
-        return scaled
 
     def pipeline(self) -> Any:
         """See `DiffusersBackbone.pipeline`; its scheduler is the deterministic one, whichever the folder names."""
@@ -325,7 +320,7 @@ class CogVideoXConfig(DiffusersBackboneConfig):
 
     def real_network(self) -> dict[str, Any]:
         return {
-            "text_embed_dim": 4096, "max_text_seq_length": 226, "out_channels": 16, "patch_size": 2,
+            "text_embed_dim": 4096, "max_text_seq_length": TEXT_LENGTH, "out_channels": 16, "patch_size": 2,
             "patch_size_t": self._published.patch_size_t,
         }  # fmt: skip
 
@@ -355,7 +350,8 @@ class CogVideoXConfig(DiffusersBackboneConfig):
         inputs = {"prompt_embeds": Input("text", (architecture["max_text_seq_length"], architecture["text_embed_dim"]))}
         if added := architecture.get("in_channels", architecture["out_channels"]) - architecture["out_channels"]:
             shape = (added, None, None, None)
-            inputs["image_latents"] = Input("video", shape, droppable=False, required=False, frame_axis=1)
+            inputs["image_latents"] = Input("video", shape, droppable=False, frame_axis=1)
+        if architecture.get("ofs_embed_dim"):
             inputs["ofs"] = Input("scalar", (), droppable=False, required=False)
         return inputs
 

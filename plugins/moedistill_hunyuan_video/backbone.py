@@ -11,6 +11,9 @@ from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig,
 
 TEXT_LENGTH = 256
 
+POOLED_LENGTH = 77
+"""Tokens of a prompt that CLIP reads, for the pooled text."""
+
 
 class HunyuanVideoBackbone(DiffusersBackbone):
     """Conditioning: `prompt_embeds` `[B, 256, 4096]`, `prompt_attention_mask` `[B, 256]` (text first, padding last),
@@ -21,6 +24,7 @@ class HunyuanVideoBackbone(DiffusersBackbone):
     """
 
     fps = 24.0
+    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH, "tokenizer_2": POOLED_LENGTH}
     scale_arguments = ("true_cfg_scale",)
     lora_targets: Mapping[str, str] = {
         "attention": (
@@ -88,42 +92,9 @@ class HunyuanVideoBackbone(DiffusersBackbone):
         latents: Tensor = patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return latents
 
-    def unpack(self, cond: Conditioning) -> Conditioning:
-        """Published sets pack the pooled text into the first row of `prompt_embeds`; the mask covers the rest.
-
-        Raises:
-            ValueError: text and mask do not fit together, or a text has no token.
-        """
-        cond = dict(cond)
-        text, mask = cond["prompt_embeds"], cond["prompt_attention_mask"]
-        if "pooled_prompt_embeds" not in cond:
-            width = self.network.config.pooled_projection_dim  # type: ignore[union-attr]
-            cond["prompt_embeds"], cond["pooled_prompt_embeds"] = text[:, 1:], text[:, 0, :width]
-        tokens = cond["prompt_embeds"].shape[1]
-        if mask.shape[1] != tokens:
-            raise ValueError(
-                f"prompt_attention_mask has {mask.shape[1]} places for {tokens} tokens of prompt_embeds; without "
-                "pooled_prompt_embeds the first of these is taken for the pooled text, which the mask does not cover"
-            )
-        empty = (~mask.bool().any(1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"prompt_attention_mask of sample {empty[0]} is all false, and the mean over no token is NaN; for no "
-                'text store what the prompt "" is encoded to, whose mask is not empty'
-            )
-        return cond
-
     def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         embeds, pooled, mask = pipeline.encode_prompt(prompts, max_sequence_length=TEXT_LENGTH, device=self.device)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask.bool(), "pooled_prompt_embeds": pooled}
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        scaled: Tensor = latents * self.vae_config["scaling_factor"]
-        return scaled
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        scaled: Tensor = latents / self.vae_config["scaling_factor"]
-        return scaled
 
     def pipeline_arguments(self) -> dict[str, Any]:
         return {"guidance_scale": self._scale}
@@ -211,6 +182,16 @@ class HunyuanVideoConfig(DiffusersBackboneConfig):
         length = self.tiny_text[0] if self.pretrained is None else TEXT_LENGTH
         return {
             "prompt_embeds": Input("text", (length, architecture["text_embed_dim"]), any_length=True),
-            "prompt_attention_mask": Input("mask", (length,), any_length=True),
+            "prompt_attention_mask": Input("mask", (length,), any_length=True, masks="prompt_embeds"),
             "pooled_prompt_embeds": Input("pooled", (architecture["pooled_projection_dim"],)),
         }
+
+    def unpack(self, cond: Conditioning) -> Conditioning:
+        """See `BackboneConfig.unpack`. Published sets pack the pooled text into the first row of `prompt_embeds`, which
+        the mask does not cover.
+        """
+        text, mask = cond.get("prompt_embeds"), cond.get("prompt_attention_mask")
+        if "pooled_prompt_embeds" in cond or text is None or mask is None or text.shape[1] != mask.shape[1] + 1:
+            return cond
+        width = self.architecture()["pooled_projection_dim"]
+        return {**cond, "prompt_embeds": text[:, 1:], "pooled_prompt_embeds": text[:, 0, :width]}

@@ -38,6 +38,7 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
     """
 
     fps = 24.0
+    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH}
     # With quotes, so that the second encoder has something to read.
     example_prompts = ('a dog runs past a sign "BEACH"', 'rain at night, and a neon "OPEN"', 'a ball says "hello"')
     lora_targets: Mapping[str, str] = {
@@ -53,6 +54,12 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
     def __init__(self, config: "HunyuanVideo15Config", networks: Any) -> None:
         super().__init__(config, networks)
         network: Any = self.network
+        if network.config.task_type != "t2v" or network.config.use_meanflow:
+            raise ValueError(
+                f"a HunyuanVideo 1.5 network with task_type {network.config.task_type!r} and use_meanflow "
+                f"{network.config.use_meanflow} is made for images, or distilled already: it takes what is not given "
+                "here; use a text-to-video one, such as hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v"
+            )
         self.blocks = [f"transformer_blocks.{number}" for number in range(len(network.transformer_blocks))]
         self.hidden_size = network.proj_out.in_features
 
@@ -106,14 +113,6 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
             "prompt_embeds_2": embeds_2,
             "prompt_embeds_mask_2": mask_2.bool(),
         }
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        scaled: Tensor = latents * self.vae_config["scaling_factor"]
-        return scaled
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        scaled: Tensor = latents / self.vae_config["scaling_factor"]
-        return scaled
 
 
 @dataclass(kw_only=True)
@@ -207,9 +206,11 @@ class HunyuanVideo15Config(DiffusersBackboneConfig):
         length, length_2 = (n for n, _ in self.tiny_text) if miniature else (TEXT_LENGTH, GLYPH_LENGTH)
         return {
             "prompt_embeds": Input("text", (length, architecture["text_embed_dim"]), any_length=True),
-            "prompt_embeds_mask": Input("mask", (length,), any_length=True),
+            "prompt_embeds_mask": Input("mask", (length,), any_length=True, masks="prompt_embeds"),
             "prompt_embeds_2": Input("text", (length_2, architecture["text_embed_2_dim"]), any_length=True),
-            "prompt_embeds_mask_2": Input("mask", (length_2,), any_length=True, may_be_empty=True),
+            "prompt_embeds_mask_2": Input(
+                "mask", (length_2,), any_length=True, masks="prompt_embeds_2", may_be_empty=True
+            ),
         }
 
     def check_folder(self, folder: Path) -> None:

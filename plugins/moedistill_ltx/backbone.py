@@ -6,14 +6,22 @@ rotary embedding measures seconds and pixels: it must be told the frame rate and
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, Input, VideoSize, read_json, tiny_t5
+from moedistill import (
+    Conditioning,
+    DiffusersBackbone,
+    DiffusersBackboneConfig,
+    Input,
+    VideoSize,
+    read_json,
+    read_tensors,
+    tiny_t5,
+)
 
 TEXT_LENGTH = 128
 """Tokens that the pipeline pads a prompt to."""
@@ -23,6 +31,7 @@ class LTXBackbone(DiffusersBackbone):
     """Conditioning: `prompt_embeds` `[B, 128, 4096]` and `prompt_attention_mask` `[B, 128]`."""
 
     fps = 25.0
+    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH}
     lora_targets: Mapping[str, str] = {"attention": r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"}
     # The final modulation is `scale_shift_table`, a parameter of the root, which no module holds: all experts share it.
     time_dependent = ("time_embed", "proj_out")
@@ -71,7 +80,7 @@ class LTXBackbone(DiffusersBackbone):
 
     def decoder_arguments(self) -> dict[str, Any]:
         # From 0.9.1 on the VAE takes the noise level of its latents: none, as the pipeline has it by default.
-        return {"temb": torch.zeros(1, device=self.device)} if self.vae_config["timestep_conditioning"] else {}
+        return {"temb": torch.zeros(1, device=self.device)} if self.config.vae_config["timestep_conditioning"] else {}
 
     # -- text and latents ---------------------------------------------------------------------------------------------
 
@@ -80,21 +89,6 @@ class LTXBackbone(DiffusersBackbone):
             prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        mean, std = self._moments
-        return (latents - mean.to(latents)) / std.to(latents)
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        mean, std = self._moments
-        return latents * std.to(latents) + mean.to(latents)
-
-    @cached_property
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation `[C, 1, 1, 1]`: weights of the VAE here, which its config says nothing of."""
-        vae: Any = self.load_vae()
-        mean, std = (moment.float().view(-1, 1, 1, 1) for moment in (vae.latents_mean, vae.latents_std))
-        return mean, std / vae.config.scaling_factor
 
 
 @dataclass(kw_only=True)
@@ -161,8 +155,18 @@ class LTXConfig(DiffusersBackboneConfig):
         width = self.architecture()["caption_channels"]
         return {
             "prompt_embeds": Input("text", (TEXT_LENGTH, width), any_length=True),
-            "prompt_attention_mask": Input("mask", (TEXT_LENGTH,), any_length=True),
+            "prompt_attention_mask": Input("mask", (TEXT_LENGTH,), any_length=True, masks="prompt_embeds"),
         }
+
+    def latent_moments(self) -> tuple[Tensor, Tensor]:
+        """See `LatentVideoConfig.latent_moments`: weights of the VAE here, which its config says nothing of."""
+        names = ("latents_mean", "latents_std")
+        if self.pretrained is None:
+            vae = self.tiny_vae()
+            mean, std = (vae.get_buffer(name) for name in names)
+        else:
+            mean, std = read_tensors(self.locate() / "vae", names)
+        return mean.float(), std.float() / self.vae_config["scaling_factor"]
 
     def check_folder(self, folder: Path) -> None:
         file = folder / "model_index.json"

@@ -25,17 +25,24 @@ from moedistill import (
 )
 
 TEXT_LENGTH = 512
+"""Tokens that the pipeline pads a prompt to, with zeros after the text encoder: the network takes no mask."""
+
+IMAGE_TOKENS = 257
+"""Of an image, as CLIP ViT-H/14 encodes it for Wan 2.1."""
+
+IMAGE_INPUTS = ("image_latents", "image_embeds")
 
 
 class WanBackbone(DiffusersBackbone):
-    """Conditioning: `prompt_embeds` `[B, 512, 4096]`.
+    """Conditioning: `prompt_embeds` `[B, 512, 4096]`; shorter text that is stored is padded with zeros.
 
     For image-to-video, which can be trained but not sampled by the text-to-video pipeline, also `image_latents`
     `[B, 20, T, H, W]`, mask and image latents as WanImageToVideoPipeline makes them, and, in Wan 2.1, `image_embeds`
-    `[B, 257, 1280]`.
+    `[B, 257, 1280]`; from the first and the last frame `[B, 514, 1280]`.
     """
 
     fps = 16.0
+    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH}
     lora_targets: Mapping[str, str] = {
         "attention": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         "feed_forward": r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
@@ -51,20 +58,30 @@ class WanBackbone(DiffusersBackbone):
         self.blocks = [f"blocks.{number}" for number in range(len(network.blocks))]
         self.hidden_size = network.config.num_attention_heads * network.config.attention_head_dim
         self.from_images = network.config.in_channels != network.config.out_channels
+        self._from_images = [name for name in IMAGE_INPUTS if name in config.inputs()]
 
     def predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        for name in self._from_images:
+            if name not in cond:
+                raise ValueError(f"this network makes videos from images; store {name} with the samples")
         if self.from_images:
-            if "image_latents" not in cond:
-                raise ValueError("this network makes videos from images; store image_latents with the samples")
             x = torch.cat([x, cond["image_latents"]], 1)
         prediction: Tensor = network(
             hidden_states=x,
             timestep=timestep,
             encoder_hidden_states=cond["prompt_embeds"],
-            encoder_hidden_states_image=cond.get("image_embeds"),
+            encoder_hidden_states_image=self._images(cond),
             return_dict=False,
         )[0]
         return prediction
+
+    def _images(self, cond: Conditioning) -> Tensor | None:
+        """Image tokens as the network takes them: those of two images one after the other, in the batch."""
+        images = cond.get("image_embeds")
+        network: Any = self.network
+        if images is None or network.config.pos_embed_seq_len is None:
+            return images
+        return images.unflatten(1, (2, -1)).flatten(0, 1)
 
     def unembed(self, network: nn.Module, hidden: Tensor, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         wan: Any = network
@@ -79,8 +96,9 @@ class WanBackbone(DiffusersBackbone):
         return latents
 
     def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+        length = self.config.inputs()["prompt_embeds"].shape[0]
         embeds, _ = pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH, device=self.device
+            prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
         )
         return {"prompt_embeds": embeds}
 
@@ -100,16 +118,6 @@ class WanBackbone(DiffusersBackbone):
         self, noise: Tensor, cond: Conditioning, num_steps: int, *, guided: bool = False
     ) -> list[tuple[float, Tensor]] | None:
         return None if self.from_images else super().native_trajectory(noise, cond, num_steps, guided=guided)
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        return (latents - self._scaling("latents_mean", latents)) / self._scaling("latents_std", latents)
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        return latents * self._scaling("latents_std", latents) + self._scaling("latents_mean", latents)
-
-    def _scaling(self, name: str, like: Tensor) -> Tensor:
-        """One number for each channel."""
-        return torch.tensor(self.vae_config[name]).to(like).view(1, -1, 1, 1, 1)
 
 
 @dataclass(kw_only=True)
@@ -183,14 +191,20 @@ class WanConfig(DiffusersBackboneConfig):
         return t, h, w
 
     def inputs(self) -> dict[str, Input]:
-        architecture = self.architecture()
+        network = self.architecture()
         length = self.tiny_text[0] if self.pretrained is None else TEXT_LENGTH
-        inputs = {"prompt_embeds": Input("text", (length, architecture["text_dim"]), any_length=True)}
-        if added := architecture.get("in_channels", architecture["out_channels"]) - architecture["out_channels"]:
+        inputs = {"prompt_embeds": Input("text", (length, network["text_dim"]), padded=True)}
+        if added := network.get("in_channels", network["out_channels"]) - network["out_channels"]:
             shape = (added, None, None, None)
-            inputs["image_latents"] = Input("video", shape, droppable=False, required=False, frame_axis=1)
-            inputs["image_embeds"] = Input("image", (257, 1280), droppable=False, required=False)
+            inputs["image_latents"] = Input("video", shape, droppable=False, frame_axis=1)
+        if width := network.get("image_dim"):
+            tokens = network.get("pos_embed_seq_len") or IMAGE_TOKENS
+            inputs["image_embeds"] = Input("image", (tokens, width), droppable=False)
         return inputs
+
+    def latent_moments(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(self.vae_config[f"latents_{name}"]) for name in ("mean", "std"))
+        return mean, std
 
     def check_folder(self, folder: Path) -> None:
         file = folder / "model_index.json"

@@ -394,10 +394,10 @@ def test_a_run_on_a_broken_set_exits_cleanly(tmp_path):
     write_latents(tmp_path / "set", [source[i] for i in range(4)])
     recipe = tiny_recipe([distil()], {"data": {"kind": "latents", "path": str(tmp_path / "set")}})
     (tmp_path / "set" / "00000002.safetensors").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"^data: sample 2: .*00000002.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"^data.path: .*\n.*1 samples cannot be read.*\n.*t be read .SafetensorError"):
         run(recipe, output=tmp_path / "run", device="cpu")
     (tmp_path / "set" / "00000002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"^data: sample 2: .*00000002.safetensors is missing"):
+    with pytest.raises(UserError, match=r"^data.path: .*\n.*1 files are missing.*\n.*00000002.safetensors$"):
         run(recipe, output=tmp_path / "run", device="cpu")
 
 
@@ -423,7 +423,7 @@ def test_evaluation_over_data_of_mixed_shapes(tmp_path):
     conds = [{"digit": torch.tensor(i), "direction": torch.tensor(0)} for i in range(4)]
     shapes = [(12, 8, 4, 4), (12, 4, 4, 4)] * 2
     write_latents(
-        tmp_path / "set", [Sample(torch.zeros(shape), cond) for shape, cond in zip(shapes, conds, strict=True)]
+        tmp_path / "set", [Sample(torch.ones(shape), cond) for shape, cond in zip(shapes, conds, strict=True)]
     )
     recipe = tiny_recipe([evaluate()], {"data": {"kind": "latents", "path": str(tmp_path / "set")}})
     folder = run(recipe, output=tmp_path / "run", device="cpu").output

@@ -329,7 +329,7 @@ def test_text_encoders_and_vae_are_freed(trained, place, sampled, monkeypatch):
 
         def loading(cls, *args, original=original, **options):
             model = original(cls, *args, **options)
-            made.append(weakref.ref(model))
+            made.append(weakref.ref(model[0]))  # with the library's report
             return model
 
         monkeypatch.setattr(cls, "from_pretrained", classmethod(loading))

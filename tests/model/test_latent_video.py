@@ -97,12 +97,6 @@ class ToyBackbone(LatentVideoBackbone):
     def encode_new(self, prompts):
         raise AssertionError("a miniature has no text encoder")
 
-    def normalise(self, latents):
-        return latents / 2
-
-    def denormalise(self, latents):
-        return latents * 2
-
     def decode(self, latents):
         return self.denormalise(latents).sigmoid()
 
@@ -133,6 +127,9 @@ class ToyConfig(LatentVideoConfig):
             "pace": Input("scalar", ()),
             "first_frames": Input("video", (CHANNELS, None, None, None), droppable=False, required=False, frame_axis=1),
         }
+
+    def latent_moments(self):
+        return torch.zeros(CHANNELS), torch.full([CHANNELS], 2.0)
 
     def build(self, seed=0):
         if self.pretrained is not None:

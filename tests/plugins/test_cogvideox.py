@@ -270,11 +270,11 @@ def test_an_odd_frame_stands_twice_in_1_5():
     latents = torch.randn(2, 16, 5, 4, 6)
     from_images = FromImagesConfig(pretrained=None, model="1.5-5b").tiny().build()
     prepared, with_images = from_images.prepare(latents, cond)
-    assert torch.equal(prepared, 0.7 * latents[:, :, [0, 0, 1, 2, 3, 4]])
+    torch.testing.assert_close(prepared, 0.7 * latents[:, :, [0, 0, 1, 2, 3, 4]])
     assert torch.equal(with_images["image_latents"], cond["image_latents"][:, :, [0, 0, 1, 2, 3, 4]])
     assert torch.equal(with_images["prompt_embeds"], cond["prompt_embeds"])
-    assert torch.equal(tiny("1.5-5b").build().prepare(prepared, {})[0], 0.7 * prepared)
-    assert torch.equal(tiny("5b").build().prepare(latents, {})[0], 0.7 * latents)
+    torch.testing.assert_close(tiny("1.5-5b").build().prepare(prepared, {})[0], 0.7 * prepared)
+    torch.testing.assert_close(tiny("5b").build().prepare(latents, {})[0], 0.7 * latents)
 
 
 # -- experts ----------------------------------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ def test_a_folder_is_loaded(folder):
     with torch.no_grad():
         found, wanted = (b.velocity(b.network, x, torch.tensor([0.7]), cond) for b in (backbone, miniature))
     assert torch.equal(found, wanted)
-    assert torch.equal(backbone.prepare(x, {})[0], 0.9 * x)
+    torch.testing.assert_close(backbone.prepare(x, {})[0], 0.9 * x)
     layout = config.layout()
     assert (layout.channels, layout.multiple) == (16, (1, 2, 2))
     assert layout.conditioning == {"prompt_embeds": Input("text", (12, 24))}

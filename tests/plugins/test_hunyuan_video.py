@@ -88,11 +88,13 @@ def test_packed_text_is_unpacked():
 def test_text_that_cannot_be_read_is_refused():
     backbone = tiny()
     x, _, cond = inputs(backbone)
-    with pytest.raises(ValueError, match=r"has 9 places for 10 tokens of prompt_embeds; without pooled_prompt_embeds"):
+    with pytest.raises(ValueError, match=r"has prompt_attention_mask with 9 places for 10 tokens of prompt_embeds"):
         backbone.prepare(x, {**cond, "prompt_attention_mask": cond["prompt_attention_mask"][:, 1:]})
     empty = cond["prompt_attention_mask"].clone()
     empty[1] = False
-    with pytest.raises(ValueError, match=r"prompt_attention_mask of sample 1 is all false, and the mean over no token"):
+    with pytest.raises(
+        ValueError, match=r"prompt_attention_mask of sample 1 is all false, and attention to no token is NaN"
+    ):
         backbone.prepare(x, {**cond, "prompt_attention_mask": empty})
     with pytest.raises(ValueError, match=r"prompt_attention_mask of sample 0 is all false"):
         backbone.set_null({name: value[1] for name, value in cond.items()} | {"prompt_attention_mask": empty[1]})

@@ -460,7 +460,7 @@ def test_experts_by_time(pretrained):
     mixture.load(experts_of(golden, "detail", "student"), {}, "the record")
     student, points = mixture, mixture.trajectory.points
     text = {"prompt_embeds": golden["text"], "prompt_attention_mask": golden["text_mask"]}
-    x, cond = golden["x"], student.backbone.unpack(text)
+    x, cond = golden["x"], student.backbone.config.unpack(text)
     times = golden.times()
     assert len(times) == 12
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Wan 2.1 and 2.2: the kit, float32 islands, the stock pipeline's trajectory, a teacher of two networks, counts."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -7,7 +9,9 @@ from helpers import as_if_trained
 from saved_pipelines import PROMPT, distil_fast, pipeline_recipe, save_pipeline
 
 from moedistill import Input
-from moedistill.errors import RecipeError
+from moedistill.data.base import Sample
+from moedistill.data.latents import write_latents
+from moedistill.errors import RecipeError, UserError
 from moedistill.flow.sampling import sample
 from moedistill.model.conditioning import concat
 from moedistill.model.experts import LoRAConfig
@@ -15,6 +19,7 @@ from moedistill.model.guidance import Guidance
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
+from moedistill.runs.check import check_set
 from moedistill.runs.loop import run
 from moedistill.stages.consistency import ConsistencyStage
 from moedistill.testing.running import BackboneContract
@@ -129,7 +134,7 @@ def test_latents_are_scaled_as_the_vae_says(folders):
     backbone = WanConfig(pretrained=str(folders["wan"])).build()
     latents = torch.randn(2, *backbone.latent_shape(backbone.config.tiny_video))
     scaled, cond = backbone.prepare(latents, {"prompt_embeds": torch.zeros(2, 1, 24)})
-    means, stds = (torch.tensor(backbone.vae_config[name]) for name in ("latents_mean", "latents_std"))
+    means, stds = (torch.tensor(backbone.config.vae_config[name]) for name in ("latents_mean", "latents_std"))
     assert len(means) == 16
     assert torch.allclose(scaled[:, 3], (latents[:, 3] - means[3]) / stds[3], atol=1e-6)
     assert torch.allclose(backbone.denormalise(scaled), latents, atol=1e-5)
@@ -287,3 +292,110 @@ def test_adapters_of_the_published_model():
     assert sum(sizes.values()) / own == pytest.approx(0.085, abs=5e-4)
     assert len(backbone.blocks) == 30
     assert backbone.hidden_size == 1536
+
+
+# -- text and images as the network takes them ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_shorter_text_is_padded_as_the_pipeline_does_it(folders):
+    """20 tokens without padding gave a velocity that was 5 % off: the network has no mask."""
+    backbone = WanConfig(pretrained=str(folders["wan"])).build()
+    x, sigma, cond = inputs(backbone)
+    tokens = int(cond["prompt_embeds"][0].any(1).sum())
+    assert 0 < tokens < 100
+    short = {"prompt_embeds": cond["prompt_embeds"][:, :tokens]}
+    _, prepared = backbone.prepare(x, short)
+    assert torch.equal(prepared["prompt_embeds"], cond["prompt_embeds"])
+    assert not torch.allclose(
+        backbone.velocity(backbone.network, x, sigma, short), backbone.velocity(backbone.network, x, sigma, cond)
+    )
+    with pytest.raises(ValueError, match=r"has prompt_embeds \[513, 24\]; the model takes \[up to 512, 24\]"):
+        backbone.prepare(x, {"prompt_embeds": torch.zeros(1, 513, 24)})
+    backbone.set_null({"prompt_embeds": short["prompt_embeds"][0]})
+    assert torch.equal(backbone.null_conditioning(cond)["prompt_embeds"], cond["prompt_embeds"])
+
+
+class FromClipConfig(WanConfig):
+    """Wan 2.1 image-to-video: image latents, and an image's tokens; with `frames` those of two images."""
+
+    frames = None
+
+    def tiny_network(self):
+        images = {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 32, "pos_embed_seq_len": self.frames}
+        return {**super().tiny_network(), **images}
+
+
+class FirstAndLastConfig(FromClipConfig):
+    frames = 514
+
+
+@pytest.mark.parametrize("config", [FromClipConfig, FirstAndLastConfig])
+@torch.no_grad()
+def test_what_image_to_video_needs_follows_from_the_architecture(config):
+    """Without `image_embeds` a velocity came out that was 36 % off."""
+    backbone = config(pretrained=None).tiny().build()
+    tokens = 514 if config.frames else 257
+    layout = backbone.config.layout()
+    assert layout.required() == ["prompt_embeds", "image_latents", "image_embeds"]
+    x = torch.randn(2, *backbone.latent_shape(), generator=torch.Generator().manual_seed(0))
+    images = {"image_latents": torch.randn(2, 20, *x.shape[2:]), "image_embeds": torch.randn(2, tokens, 8)}
+    cond = {"prompt_embeds": backbone.encode([PROMPT, "a cat"])["prompt_embeds"], **images}
+    sigma = torch.tensor([0.9, 0.4])
+    v = backbone.velocity(backbone.network, x, sigma, cond)
+    one = backbone.velocity(backbone.network, x[1:], sigma[1:], {name: value[1:] for name, value in cond.items()})
+    torch.testing.assert_close(v[1:], one, atol=1e-5, rtol=1e-5)
+    seen = images["image_embeds"].view(4, 257, 8) if config.frames else images["image_embeds"]
+    stock = backbone.network(
+        hidden_states=torch.cat([x, images["image_latents"]], 1), timestep=1000 * sigma,
+        encoder_hidden_states=cond["prompt_embeds"], encoder_hidden_states_image=seen,
+    ).sample  # fmt: skip
+    assert torch.equal(v, stock)
+    for name in images:
+        lacking = {key: value for key, value in cond.items() if key != name}
+        with pytest.raises(ValueError, match=rf"has no {name}, which the model takes"):
+            backbone.prepare(x, lacking)
+        with pytest.raises(ValueError, match=f"makes videos from images; store {name} with the samples"):
+            backbone.velocity(backbone.network, x, sigma, lacking)
+    other = {**cond, "image_latents": images["image_latents"][:, :, 1:]}
+    with pytest.raises(ValueError, match=r"has image_latents \[20, 4, 4, 6\] for latents \[16, 5, 4, 6\]"):
+        backbone.prepare(x, other)
+    with pytest.raises(ValueError, match=rf"has image_embeds \[5, 8\]; the model takes \[{tokens}, 8\]"):
+        backbone.prepare(x, {**cond, "image_embeds": torch.zeros(2, 5, 8)})
+
+
+def test_a_right_set_for_image_to_video_is_checked_and_has_no_note(tmp_path, monkeypatch):
+    images = {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 32}
+    original = WanConfig.tiny_network
+    monkeypatch.setattr(WanConfig, "tiny_network", lambda self: original(self) | images)
+    shape = WanConfig(pretrained=None).tiny().latent_shape()
+
+    def sample_with(**images):
+        generator = torch.Generator().manual_seed(0)
+        return Sample(torch.randn(shape, generator=generator), {"prompt_embeds": torch.zeros(12, 24), **images})
+
+    right = {"image_latents": torch.ones(20, *shape[1:]), "image_embeds": torch.ones(257, 8)}
+    negative = {"prompt_embeds": torch.zeros(12, 24)}
+    write_latents(tmp_path / "right", [sample_with(**right)] * 2, negative=negative)
+    write_latents(tmp_path / "wrong", [sample_with(**right), sample_with(image_latents=right["image_latents"])])
+
+    def stored(name):
+        recipe = pipeline_recipe("wan", "x")
+        recipe["backbone"] |= {"pretrained": None, "video": {"num_frames": 17, "height": 32, "width": 48}}
+        return {**recipe, "data": {"kind": "latents", "path": str(tmp_path / name)}, "stages": recipe["stages"][:1]}
+
+    report = check_set(tmp_path / "right", load_recipe(stored("right")))
+    assert (report.problems, report.notes) == ([], [])
+    run(stored("right"), output=tmp_path / "run", device="cpu")
+    with pytest.raises(UserError, match=r"sample 1 has no image_embeds, which the model takes"):
+        run(stored("wrong"), output=tmp_path / "run2", device="cpu")
+
+
+def test_a_prompt_that_is_cut_is_said_in_one_line(folders):
+    backbone = WanConfig(pretrained=str(folders["wan"])).build()
+    with pytest.warns(UserWarning, match=r"^a prompt of 601 tokens is cut after 512, .* reads: a a a.*…") as warned:
+        backbone.encode(["a " * 600])
+    assert [str(one.message).count("\n") for one in warned] == [0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.encode(["a " * 511])

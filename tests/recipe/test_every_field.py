@@ -1110,6 +1110,38 @@ def test_size_of_videos():
         assert backbone.decode(noise).shape == (1, 3, video.num_frames, video.height, video.width)
 
 
+@observes(*(f"backbone.{kind}.fps" for kind in ("wan", "hunyuan_video", "hunyuan_video_15", "cogvideox", "ltx")))
+@pytest.mark.parametrize(
+    ("config", "own"),
+    [
+        (WanConfig(pretrained=None), 16),
+        (HunyuanVideoConfig(pretrained=None), 24),
+        (HunyuanVideo15Config(pretrained=None), 24),
+        (CogVideoXConfig(pretrained=None, model="1.5-5b"), 16),
+        (CogVideoXConfig(pretrained=None), 8),
+        (LTXConfig(pretrained=None), 25),
+    ],
+)
+def test_frame_rate(config, own, tmp_path):
+    """In the files, and where a model is told: LTX-Video, in training and in its pipeline."""
+    assert config.tiny().build().fps == own
+    backbone = config.replace(fps=5.0).tiny().build()
+    assert backbone.fps == 5.0
+    if config.kind != "ltx":
+        return
+    x, cond = torch.ones(1, *backbone.latent_shape()), backbone.encode(["rain"])
+    with torch.no_grad():
+        slow, fast = (b.velocity(b.network, x, torch.ones(1), cond) for b in (backbone, config.tiny().build()))
+    assert not torch.allclose(slow, fast, atol=1e-4)
+    assert backbone.pipeline_arguments()["frame_rate"] == 5.0
+    teacher = ["router.experts=[teacher]", "router.boundaries=[]", "experts={}"]
+    recipe = load_recipe("dcm_ltx", ["backbone.fps=5", "stages=[{name: s, kind: sample, prompts: [rain]}]", *teacher])
+    folder = run(recipe, smoke=True, output=tmp_path, device="cpu").output
+    with av.open(folder / "s" / "000.mp4") as file:
+        assert file.streams.video[0].average_rate == 5
+    assert json.loads((folder / "s" / "samples.json").read_text())["fps"] == 5.0
+
+
 @observes("expert.*.base")
 @pytest.mark.parametrize("kind", kinds("expert"))
 def test_base_of_an_expert(kind):

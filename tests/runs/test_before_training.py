@@ -181,7 +181,7 @@ def test_text_of_another_width_stops_a_run_that_leaves_no_folder(tmp_path):
     backbone = smoke("dcm_wan_1_3b").backbone.tiny().build()
     samples = [Sample(torch.randn(backbone.latent_shape()), {"prompt_embeds": torch.randn(12, 4096)}) for _ in range(2)]
     write_latents(tmp_path / "data", samples)
-    with pytest.raises(UserError, match=r"sample 0 has prompt_embeds \[12, 4096\]; the model takes \[any, 24\]"):
+    with pytest.raises(UserError, match=r"sample 0 has prompt_embeds \[12, 4096\]; the model takes \[up to 12, 24\]"):
         run(smoke("dcm_wan_1_3b", f"data.path={tmp_path / 'data'}"), output=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
@@ -216,7 +216,9 @@ def test_a_backbone_of_any_kind_misses_the_text_that_its_layout_names():
     sample = Sample(torch.zeros(16, 4, 4, 6), {"label": torch.zeros(3)})
     backbone = SimpleNamespace(prepare=lambda latents, cond: (latents, cond))
     layout = SampleLayout(16, (2, 2, 2), {"words": Input("text", (5, 3), any_length=True)})
-    recipe = SimpleNamespace(backbone=SimpleNamespace(layout=lambda: layout), data=SimpleNamespace(kind="mine"))
+    recipe = SimpleNamespace(
+        backbone=SimpleNamespace(layout=lambda: layout, unpack=dict), data=SimpleNamespace(kind="mine")
+    )
     mixture = SimpleNamespace(backbone=backbone)
 
     class One(Dataset):

@@ -20,6 +20,7 @@ TEXT = {
     "prompt_embeds": Input("text", (6, 8), any_length=True),
     "prompt_attention_mask": Input("mask", (6,), any_length=True),
 }
+UNFIT = "times a sample is not as digits takes it"
 LAYOUT = SampleLayout(4, (1, 2, 2), TEXT)
 """What the samples of test_latents.py are: [4, 3 or 5, 2, 2] with text [6, 8]."""
 
@@ -165,16 +166,23 @@ def test_the_stored_negative_prompt(tmp_path, check):
 @pytest.mark.parametrize(
     ("layout", "message", "place"),
     [
-        (SampleLayout(16, (1, 2, 2), {}), "have not the 16 channels of digits", f"/latent/{NAMES[0]}: 4"),
-        (SampleLayout(4, (1, 2, 4), {}), "must be multiples of (1, 2, 4)", f"/latent/{NAMES[0]}: [3, 2, 2]"),
-        (SampleLayout(4, (3, 1, 1), {}), "must be multiples of (3, 1, 1)", f"/latent/{NAMES[1]}: [5, 2, 2]"),
+        (SampleLayout(16, (1, 2, 2), {}), UNFIT, ": sample 0 has latents [4, 3, 2, 2]; the model's have 16 channels"),
+        (
+            SampleLayout(4, (1, 2, 4), {}),
+            UNFIT, ": sample 0 has latents [4, 3, 2, 2]: (T, H, W) must be multiples of (1, 2, 4)",
+        ),
+        (SampleLayout(4, (3, 1, 1), {}), "must be multiples of (3, 1, 1)", ": [5, 2, 2]"),
         (
             SampleLayout(4, (1, 1, 1), {"prompt_embeds": Input("text", (1, 9), any_length=True)}),
-            "have not the shape that digits takes", f"/latent/{NAMES[0]}: prompt_embeds [6, 8], not [any, 9]",
+            UNFIT, ": sample 0 has prompt_embeds [6, 8]; the model takes [any, 9]",
         ),
         (
             SampleLayout(4, (1, 1, 1), {"prompt_embeds": Input("text", (8,))}),
-            "have not the shape that digits takes", f"/latent/{NAMES[0]}: prompt_embeds [6, 8], not [8]",
+            UNFIT, ": sample 0 has prompt_embeds [6, 8]; the model takes [8]",
+        ),
+        (
+            SampleLayout(4, (1, 1, 1), {"prompt_embeds": Input("text", (5, 8), padded=True)}),
+            UNFIT, ": sample 0 has prompt_embeds [6, 8]; the model takes [up to 5, 8]",
         ),
     ],
 )  # fmt: skip
@@ -182,27 +190,26 @@ def test_what_does_not_fit_the_backbone(tmp_path, check, layout, message, place)
     publish(tmp_path)
     found, places = problem(check(layout=layout))
     assert message in found
-    assert places[0] == f"{tmp_path}{place}"
+    first = NAMES[1] if "3, 1" in message else NAMES[0]
+    assert places[0] == f"{tmp_path}/latent/{first}{place}"
     assert found.startswith(f"{len(places)} ")
     assert check(layout=None).fits
 
 
 def test_conditioning_that_is_not_stored_or_not_read(tmp_path, check):
-    """A published set may have several tensors packed in one; our own layout names each."""
     write_own(tmp_path / "own")
     publish(tmp_path)
     layout = SampleLayout(
         4, (1, 1, 1), {"prompt_embeds": Input("text", (6, 8)), "pooled_prompt_embeds": Input("pooled", (8,))}
     )
-    published = check(layout=layout)
-    assert published.fits
-    assert published.notes == [
-        "stored, but no input of digits: prompt_attention_mask",
-        "not stored by itself, so digits must find it in the rest: pooled_prompt_embeds",
-    ]
-    message, places = problem(check(layout=layout, path=tmp_path / "own"))
-    assert message == "3 conditioning tensors that digits takes are not stored"
-    assert places[1] == f"{tmp_path}/own/00000001.safetensors: pooled_prompt_embeds"
+    for path in (tmp_path, tmp_path / "own"):
+        report = check(layout=layout, path=path)
+        assert "stored, but no input of digits: prompt_attention_mask" in report.notes
+        message, places = problem(report)
+        assert message == f"3 {UNFIT}"
+        assert places[1].endswith(
+            ": sample 1 has no pooled_prompt_embeds, which the model takes; encode it and store it"
+        )
 
 
 def test_frames_after_the_cut_of_each_stage(tmp_path, check):
@@ -278,7 +285,7 @@ def test_a_backbone_that_cannot_tell(tmp_path, check, monkeypatch):
 
 
 def test_the_command(tmp_path, call):
-    write_latents(tmp_path / "set", [Sample(torch.zeros(12, 8, 4, 4), {"digit": torch.tensor(i)}) for i in range(9)])
+    write_latents(tmp_path / "set", [Sample(torch.ones(12, 8, 4, 4), {"digit": torch.tensor(i)}) for i in range(9)])
     recipe = tmp_path / "recipe.json"
     changes = {"data": {"kind": "latents", "path": str(tmp_path / "set")}, "training.batch_size": 9}
     recipe.write_text(json.dumps(tiny_recipe([distil()], changes)))

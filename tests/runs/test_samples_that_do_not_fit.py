@@ -10,7 +10,7 @@ from moedistill.errors import UserError
 from moedistill.recipe.yaml_tree import dump_yaml
 from moedistill.runs.loop import run
 
-TAKES = "[any, 24]"
+TAKES = "[up to 12, 24]"
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ MESSAGES = {
     "integers": "sample 0 has latents of torch.int64; they must be floating-point numbers, such as torch.float32",
     "channels": "sample 0 has latents [8, 5, 4, 6]; the model's have 16 channels",
     "odd": "sample 0 has latents [16, 5, 4, 5]: (T, H, W) must be multiples of (1, 2, 2)",
-    "no text": "sample 0 has no prompt_embeds, which the model takes; encode its text and store it",
-    "other text": "sample 0: stored text has words, but no prompt_embeds; encode it again",
+    "no text": "sample 0 has no prompt_embeds, which the model takes; encode it and store it",
+    "other text": "sample 0 has no prompt_embeds, which the model takes; encode it and store it",
     "strings": "sample 0 has prompt_embeds that is a str; it must be a tensor, without a batch dimension",
     "no mapping": "sample 0 has conditioning that is a list; it must be a mapping of names to tensors",
     "no conditioning": "sample 0 has conditioning that is a NoneType; it must be a mapping of names to tensors",

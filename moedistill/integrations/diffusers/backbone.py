@@ -10,6 +10,7 @@ diffusers itself is imported when a model is built, not before: a recipe is chec
 import gc
 import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moedistill.errors import shorten
 from moedistill.integrations.diffusers.loading import (
     cast,
     from_pretrained,
     keep_float32_islands,
+    load_model,
+    load_text_encoders,
     read_json,
     transformers_of,
+    variant_in,
 )
 from moedistill.integrations.diffusers.pipeline import Pass, attach, expert_at, refuse_eta
 from moedistill.model import conditioning
@@ -54,6 +59,10 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
     """Components of the pipeline that encode prompts."""
     vae_dtype: ClassVar[torch.dtype | None] = None
     """Of the VAE; None for that of the network."""
+    ignored_weights: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """By the name of a component: regular expressions of the tensors that its files may lack, or have beside its own.
+    Anything else that is missing or left over stops the loading.
+    """
     _architecture: ClassVar[Mapping[str, Any] | None] = None
     """Set in the config that a backbone holds: that of its own network."""
 
@@ -129,7 +138,35 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
             return self.tiny_network()
         found = self.find()
         file = found / self.bases()[0] / "config.json" if found else None
-        return read_json(file) if file is not None and file.is_file() else self.real_network()
+        return {**self.real_network(), **(read_json(file) if file is not None and file.is_file() else {})}
+
+    @cached_property
+    def vae_config(self) -> Mapping[str, Any]:
+        """The VAE's config: how its latents are scaled."""
+        if self.pretrained is None:
+            vae: Any = self.tiny_vae()
+            return dict(vae.config)
+        file = self.locate() / "vae" / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the latents' scaling is read from it; get the whole model's folder")
+        # What the file leaves out is the class's default.
+        cls = type(self.tiny_vae())
+        defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
+        return {**defaults, **read_json(file)}
+
+    def latent_moments(self) -> tuple[Tensor, Tensor]:
+        """See `LatentVideoConfig.latent_moments`; by default mean 0, and what the VAE's `scaling_factor` makes 1."""
+        std = torch.full([self.channels()], 1 / self.vae_config["scaling_factor"])
+        return torch.zeros_like(std), std
+
+    def from_file(self) -> str:
+        cls = self.network_class()
+        if not hasattr(cls, "from_single_file"):
+            return super().from_file()
+        return (
+            "where it has the original code's names, make the network's folder of it, beside the model's others: "
+            f"{cls.__name__}.from_single_file(FILE).save_pretrained('FOLDER/{self.bases()[0]}')"
+        )
 
     def _random(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -146,9 +183,10 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
             raise ValueError(f"pretrained {self.pretrained}: {base} is a {found}, not a {wanted}; it is another model")
         self.check_folder(folder)
         what = f"pretrained {self.pretrained}: cannot load its {base}"
-        network: nn.Module = from_pretrained(
-            self.network_class(), folder / base, what, torch_dtype=getattr(torch, self.dtype), variant=self.variant
-        )
+        network: nn.Module = load_model(
+            self.network_class(), folder / base, what, ignored=self.ignored_weights.get(base, ()),
+            torch_dtype=getattr(torch, self.dtype), variant=self.variant,
+        )  # fmt: skip
         # They lie wherever they do in the mapped file. A CPU multiplies with other last bits at other addresses, and a
         # fresh expert's own weights must give what these give.
         for parameter in network.parameters():
@@ -180,6 +218,11 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
     @abstractmethod
     def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning of prompts by a pipeline that has text encoders and nothing else."""
+
+    text_limits: Mapping[str, int] = {}
+    """By the name of the pipeline's tokenizers: how many tokens of a prompt `encode_with` reads. Of a longer one the
+    rest is cut off, which a warning says.
+    """
 
     prediction_type: ClassVar[str] = "flow_prediction"
 
@@ -391,20 +434,6 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
 
     # -- the other components -----------------------------------------------------------------------------------------
 
-    @cached_property
-    def vae_config(self) -> Mapping[str, Any]:
-        """The VAE's config: how its latents are scaled."""
-        if self.config.pretrained is None:
-            config: Mapping[str, Any] = self.config.tiny_vae().config
-            return config
-        file = self.config.locate() / "vae" / "config.json"
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: the latents' scaling is read from it; get the whole model's folder")
-        # What the file leaves out is the class's default.
-        cls = type(self.config.tiny_vae())
-        defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
-        return {**defaults, **read_json(file)}
-
     def pipeline(self) -> Any:
         """The model's pipeline around the bare networks, without text encoders; on the network's device."""
         cls: Any = self.config.pipeline_class()
@@ -436,10 +465,11 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
                 # Not by the class's own `to`, which warns about dtypes even where it changes none.
                 vae: Any = nn.Module.to(self.config.tiny_vae(), dtype)
         else:
-            folder, variant = self.config.locate() / "vae", self.config.variant
-            variant = variant if any(folder.glob(f"*.{variant}.*")) else None
-            what = f"pretrained {self.config.pretrained}: cannot load its VAE"
-            vae = from_pretrained(type(self.config.tiny_vae()), folder, what, torch_dtype=dtype, variant=variant)
+            folder, what = self.config.locate() / "vae", f"pretrained {self.config.pretrained}: cannot load its VAE"
+            vae = load_model(
+                type(self.config.tiny_vae()), folder, what, ignored=self.config.ignored_weights.get("vae", ()),
+                torch_dtype=dtype, variant=variant_in(folder, self.config.variant),
+            )  # fmt: skip
         vae.enable_tiling()
         module: nn.Module = vae.eval().requires_grad_(False)
         return module
@@ -458,15 +488,32 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
                 f"a prompt must be encoded, but {folder} has no {' and no '.join(missing)}; give the whole model's "
                 "folder, or data with stored embeddings (for the negative prompt too)"
             )
+        what = f"pretrained {self.config.pretrained}: cannot load its text encoders"
+        encoders = load_text_encoders(
+            folder, self.config.text_components, what, ignored=self.config.ignored_weights,
+            variant=self.config.variant, dtype=self.dtype,
+        )  # fmt: skip
         pipeline = from_pretrained(
-            cls, folder, f"pretrained {self.config.pretrained}: cannot load its text encoders",
+            cls, folder, what, **encoders,
             **(dict.fromkeys([*transformers_of(cls), "vae", "scheduler"]) | self.config.text_pipeline_options()),
             torch_dtype=self.dtype, variant=self.config.variant,
         )  # fmt: skip
         pipeline.to(self.device)
+        for prompt in prompts:
+            self._warn_of_cuts(pipeline, prompt.text)
         encoded = [self.encode_with(pipeline, [prompt.text]) for prompt in prompts]
         del pipeline
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [{name: value[0].cpu() for name, value in one.items()} for one in encoded]
+
+    def _warn_of_cuts(self, pipeline: Any, text: str) -> None:
+        for name, limit in self.text_limits.items():
+            tokens = len(getattr(pipeline, name)(text, verbose=False).input_ids)
+            if tokens > limit:
+                warnings.warn(
+                    f"a prompt of {tokens} tokens is cut after {limit}, all that the model's {name} reads: "
+                    f"{shorten(text, 60)}",
+                    stacklevel=2,
+                )

@@ -2,22 +2,44 @@
 
 import inspect
 import json
+import re
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moedistill.errors import shorten
+from moedistill.integrations.diffusers.misfit import misfit
+
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file; ValueError where it cannot be read."""
+    """The object in a JSON file; ValueError where there is none."""
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {file}: {shorten(str(error), 200)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold an object, not {shorten(repr(content), 60)}; get the file again")
     return content
+
+
+def read_tensors(folder: Path, names: Sequence[str]) -> list[Tensor]:
+    """Tensors out of a folder's safetensors files, by name, without the rest; ValueError where one is not there."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tensors.get_tensor(name) for name in set(names) & set(tensors.keys())}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read {file}: {shorten(str(error), 200)}") from error
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"no safetensors file in {folder} has {' or '.join(missing)}; get the whole model's folder")
+    return [found[name] for name in names]
 
 
 def transformers_of(pipeline_class: Any) -> list[str]:
@@ -26,7 +48,7 @@ def transformers_of(pipeline_class: Any) -> list[str]:
 
 
 def from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
-    """What a class of diffusers loads from a folder: never pickles, never from the network.
+    """What a class of diffusers or transformers loads from a folder: never pickles, never from the network.
 
     Raises:
         ValueError: it cannot; begins with `what`.
@@ -35,8 +57,69 @@ def from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # older releases know no other
         try:
             return cls.from_pretrained(folder, **arguments, use_safetensors=True, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+        except Exception as error:  # a damaged file or config could raise anything
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first.split(" If you want to instead overwrite")[0]  # advice that would hide the fault
+            raise ValueError(f"{what}: {shorten(reason, 400)}") from error
+
+
+def load_model(cls: Any, folder: Path, what: str, *, ignored: Iterable[str] = (), **arguments: Any) -> Any:
+    """A network that a class of diffusers or transformers loads from a folder, every tensor of it and no other.
+
+    The libraries use weights that do not fit, with a warning: what is missing is then random or no number at all, and
+    what is left over has no effect.
+
+    Args:
+        what: what the message of an error begins with.
+        ignored: regular expressions of the names that may be missing or left over.
+
+    Raises:
+        ValueError: it cannot be loaded, it is quantised, or its tensors are not those of the class.
+    """
+    file = folder / "config.json"
+    if quantised := read_json(file).get("quantization_config") if file.is_file() else None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        by = f", by {method}" if method else ""
+        raise ValueError(f"{what}: it is quantised{by} ({file}); get the weights in bfloat16 or float32")
+    model, found = from_pretrained(cls, folder, what, **arguments, output_loading_info=True)
+    allowed = [re.compile(pattern) for pattern in ignored]
+    missing, left_over = (
+        sorted(name for name in found[key] if not any(pattern.search(name) for pattern in allowed))
+        for key in ("missing_keys", "unexpected_keys")
+    )
+    if missing or left_over:
+        raise ValueError(f"{what}: {misfit(cls, folder, missing, left_over)}")
+    return model
+
+
+def variant_in(folder: Path, variant: str | None) -> str | None:
+    """`variant`, if the folder has files of it: a model's other components may have none."""
+    return variant if variant is not None and any(folder.glob(f"*.{variant}.*")) else None
+
+
+def load_text_encoders(
+    folder: Path,
+    names: Iterable[str],
+    what: str,
+    *,
+    ignored: Mapping[str, Sequence[str]],
+    variant: str | None,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Those components of a saved pipeline, of the ones named, that are networks of transformers."""
+    import transformers
+
+    file, loaded = folder / "model_index.json", {}
+    index = read_json(file) if file.is_file() else {}  # without one the pipeline's class says what is wrong
+    for name in names:
+        library, class_name = (*index.get(name, ()), None, None)[:2]
+        cls: Any = getattr(transformers, str(class_name), None) if library == "transformers" else None
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            loaded[name] = load_model(
+                cls, folder / name, f"{what} ({name})", ignored=ignored.get(name, ()), torch_dtype=dtype,
+                variant=variant_in(folder / name, variant),
+            )  # fmt: skip
+    return loaded
 
 
 def _islands(network: nn.Module) -> list[str]:

@@ -1,0 +1,109 @@
+"""Is a stored set like what its model was trained on? What is said here is likely wrong, so a run may go on with it."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moedistill.errors import counted
+
+FAR, VERY_FAR = 0.35, 1.0
+"""How far latents may be from what the VAE gives, in the logarithm of their deviation: beyond FAR they are said to be
+scaled already, if that fits much better; beyond VERY_FAR to be wrong in any case.
+"""
+USUAL_MEAN = 0.6
+"""How far from 0, in deviations, the channels' means of a small set may be: videos differ."""
+SAME_PIXELS = 1.2
+"""By what factor the pixels of a frame may differ among buckets of one size."""
+
+
+class Spread:
+    """Mean and standard deviation of each channel of all latents that were added."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self._sum = torch.zeros(channels, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64)
+
+    def add(self, latents: Tensor) -> None:
+        """Takes latents `[C, T, H, W]` of so many channels into account."""
+        flat = latents.double().flatten(1)
+        self.count += flat.shape[1]
+        self._sum += flat.sum(1)
+        self._squares += flat.square().sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of each channel, `[C]`."""
+        return self._sum / self.count
+
+    @property
+    def std(self) -> Tensor:
+        """Of each channel, `[C]`."""
+        return (self._squares / self.count - self.mean**2).clamp(min=0).sqrt()
+
+
+def spread_warning(spread: Spread, mean: Tensor, std: Tensor) -> Iterator[str]:
+    """Whether latents are far from what a VAE gives, whose channels have `mean` and `std` `[C]`."""
+    found = _distance((spread.mean - mean.double()) / std.double(), spread.std / std.double())
+    scaled = _distance(spread.mean, spread.std)
+    if found.far <= FAR:
+        return
+    what = f"the latents have mean {found.mean:.3g} and deviation {found.std:.3g} a channel after scaling, not 0 and 1"
+    if scaled.far < found.far / 3:
+        yield f"{what}: they look scaled already; store what the VAE gives"
+    elif found.far > VERY_FAR:
+        yield f"{what}: they are not what this VAE gives; encode the videos with it, and store that unscaled"
+
+
+@dataclass
+class _Distance:
+    """Of channels' means and deviations from 0 and 1: root mean square, median, and both in one number."""
+
+    mean: float
+    std: float
+    far: float
+
+
+def _distance(mean: Tensor, std: Tensor) -> _Distance:
+    rms, median = mean.square().mean().sqrt().item(), std.median().item()
+    return _Distance(rms, median, abs(math.log(max(median, 1e-9))) + max(0.0, rms - USUAL_MEAN))
+
+
+def padding_warning(name: str, unpadded: int, padded: int) -> Iterator[str]:
+    """Texts that no mask ends, whose places after the last token hold something.
+
+    Args:
+        name: of the text.
+        unpadded, padded: how many of full length end in something, and in zeros.
+    """
+    if unpadded and not padded:
+        yield (
+            f"{name} of {unpadded} samples, all that were read, is of full length and does not end in zeros: after the "
+            "last token the model expects zeros, not what its encoder makes of padding"
+        )
+
+
+def size_warning(
+    latents: Iterable[Sequence[int]], video: tuple[int, int, int], compression: tuple[int, int]
+) -> Iterator[str]:
+    """Videos of other sizes than what is sampled; turned ones, of as many pixels, are right.
+
+    Args:
+        latents: shapes (C, T, H, W).
+        video: what is sampled: frames, height, width.
+        compression: of the VAE, in time and in space.
+    """
+    frames, height, width = video
+    other: Counter[str] = Counter()
+    for _, *grid in latents:
+        t, h, w = (grid[0] - 1) * compression[0] + 1, *(n * compression[1] for n in grid[1:])
+        pixels = h * w / (height * width)
+        if t != frames or not 1 / SAME_PIXELS <= pixels <= SAME_PIXELS:
+            other[f"{t}×{h}×{w}"] += 1
+    if other:
+        wanted = f"{frames}×{height}×{width}"
+        yield f"{other.total()} videos have not the size of backbone.video, {wanted}, that is sampled: {counted(other)}"
