@@ -192,7 +192,7 @@ class _Runner:
         file = self.folder / RESULT
         if self.where.checkpoint is None or self.where.branch or not file.is_file():
             return {}
-        reported: dict[str, Any] = json.loads(file.read_text())
+        reported: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return reported
 
     def _train(self, number: int, config: TrainingStageConfig, step: int, checkpoint: Path | None) -> None:
@@ -268,7 +268,7 @@ class _Runner:
 
     def _write_cost(self) -> None:
         file, text = self.folder / COST, json.dumps(self.run.cost, indent=1)
-        if self.run.cost and not (file.is_file() and file.read_text() == text):
+        if self.run.cost and not (file.is_file() and file.read_text(encoding="utf-8") == text):
             write_text(file, text)
 
     def _any_rank(self, signum: int) -> int:

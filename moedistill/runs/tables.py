@@ -172,7 +172,9 @@ def _read(folder: Path, plugins: Plugins) -> Record:
     cost = folder / COST
     with user_errors(str(folder)):
         metrics = {metric.kind: metric.build() for stage in done for metric in stage.metrics}
-    return Record(folder, recipe, rows, metrics, json.loads(cost.read_text()) if cost.is_file() else {}, noises[0])
+    return Record(
+        folder, recipe, rows, metrics, json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}, noises[0]
+    )
 
 
 def _differing(noises: Sequence[dict[str, Any]]) -> str:

@@ -297,7 +297,9 @@ class EvaluateStage(Stage):
     ) -> None:
         config, folder = self.config, run.output / self.config.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps({"samples": config.samples, "candidates": table}, indent=1))
+        (folder / "metrics.json").write_text(
+            json.dumps({"samples": config.samples, "candidates": table}, indent=1), encoding="utf-8"
+        )
         save_tensors(folder / ROWS, {name: measured.contiguous() for name, measured in rows.items()})
         if config.save_latents:
             # Copies: a backbone's conditioning may be views of one tensor, which cannot be saved.

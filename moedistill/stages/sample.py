@@ -92,7 +92,7 @@ class SampleStage(Stage):
 def _remove_earlier(folder: Path) -> None:
     """The videos that an earlier `samples.json` names: more than are written now would lie beside them."""
     try:
-        files = json.loads((folder / "samples.json").read_text())["files"]
+        files = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     for file in files:
@@ -147,5 +147,5 @@ def write_samples(
         "width": shown.shape[4],
         "torch": torch.__version__,
     }
-    (folder / "samples.json").write_text(json.dumps(sidecar, indent=1))
+    (folder / "samples.json").write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
     return videos if keep else []
