@@ -3,6 +3,7 @@
 import codecs
 import io
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -357,10 +358,11 @@ def report(
     json_file: Path | None,
     plugin_files: tuple[str, ...],
 ) -> None:
-    """Compare finished runs; each RUN is a run's folder, or one that holds runs.
+    """List runs, or compare them in a table; each RUN is a run's folder, or one that holds runs.
 
-    Runs of one recipe that differ in their seed only are one method. Without --table the runs are listed with their
-    cost.
+    Runs of one recipe that differ in their seed only are one method; of two runs of one seed the newer one counts.
+    Without --table every run is listed with its cost and how far it came, also miniatures and unfinished ones; the
+    table is of those that have evaluated, on equal noise.
 
     \b
     Example:
@@ -372,18 +374,21 @@ def report(
         raise click.UsageError("--against and --metric are of the table: add --table or --json")
     import json
 
-    from moedistill.runs.tables import methods, read_records, tabulate
-
-    records = read_records(folders, _plugins(plugin_files))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    plugins = _plugins(plugin_files)
     if not table and json_file is None:
-        for method, alike in methods(records).items():
-            for record in alike:
-                cost = ", ".join(f"{record.total(what):.0f} {what}" for what in ("steps", "forwards", "seconds"))
-                click.echo(f"{method}  seed {record.recipe.seed}  {cost}  {record.folder}")
+        from moedistill.runs.listing import list_runs, packed
+
+        for parts in list_runs(folders, plugins):
+            click.echo("\n".join(packed(parts, width)))
         return
-    result = tabulate(records, against=against, metrics=metrics or None, resamples=resamples)
+    from moedistill.runs.tables import read_records, tabulate
+
+    result = tabulate(read_records(folders, plugins), against=against, metrics=metrics or None, resamples=resamples)
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
     if table:
-        click.echo(result.markdown())
+        click.echo(result.markdown(width))
     if json_file is not None:
         _write(json_file, json.dumps(result.plain(), indent=1))
         click.echo(str(json_file), err=table)

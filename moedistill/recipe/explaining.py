@@ -119,11 +119,9 @@ def _dataclasses_in(hint: Any) -> list[type]:
     base, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if any(isinstance(mark, Component) for mark in marks) or get_origin(base) is Literal:
         return []
-    return (
-        [base]
-        if dataclasses.is_dataclass(base)
-        else [found for arg in get_args(base) for found in _dataclasses_in(arg)]
-    )
+    if isinstance(base, type) and dataclasses.is_dataclass(base):
+        return [base]
+    return [found for arg in get_args(base) for found in _dataclasses_in(arg)]
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
@@ -162,5 +160,6 @@ def _args(cls: type) -> dict[str, str]:
 
 
 def _wrapped(text: str, indent: int, hanging: int = 0) -> list[str]:
-    starts = {"initial_indent": " " * indent, "subsequent_indent": " " * (indent + hanging)}
-    return textwrap.wrap(text.replace("`", ""), WIDTH, break_on_hyphens=False, **starts)
+    first, other = " " * indent, " " * (indent + hanging)
+    text = text.replace("`", "")
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=other, break_on_hyphens=False)

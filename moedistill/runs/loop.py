@@ -27,7 +27,7 @@ from moedistill.runtime.sharding import whole, whole_tree
 from moedistill.runtime.signals import Interruption
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
-from moedistill.stages.run import COST, METRICS, RESULT
+from moedistill.stages.run import COST, METRICS, MINIATURE, RESULT
 from moedistill.stages.training import Training
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class _Runner:
         if self.run.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints.remove_leftovers()
-            write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
             self._write_cost()
         self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
         for observer in self.observers:
