@@ -13,6 +13,7 @@ import click
 
 from moedistill import __version__
 from moedistill.errors import Interrupted, Problem, RecipeError, UserError, shorten, suggest
+from moedistill.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from moedistill.components.plugins import Plugins
@@ -571,7 +572,8 @@ def main(args: Sequence[str] | None = None) -> None:
     _speak_utf8()
     try:
         # Without standalone mode click returns the exit code of --help and raises all else.
-        code = cli.main(args=args, prog_name="moedistill", standalone_mode=False)
+        with quiet_libraries():
+            code = cli.main(args=args, prog_name="moedistill", standalone_mode=False)
     except click.Abort:
         click.echo("interrupted", err=True)
         code = 130

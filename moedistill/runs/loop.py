@@ -236,6 +236,7 @@ class _Runner:
                 if batch.boundary:
                     training.step += 1
                     cost["steps"] += 1
+                    self.progress.advance(training)
                     self._end_step(number, training, monitor)
         if self.run.main:
             self._write_cost()

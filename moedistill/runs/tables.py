@@ -356,8 +356,9 @@ def _finish(estimates: Mapping[str, Estimate], metrics: Mapping[str, Metric], sa
 
 def _sharing(records: Sequence[Record]) -> str:
     """The folders of those that have the noise of the most."""
-    groups = [[other.folder for other in records if other.noise == record.noise] for record in records]
-    return " ".join(map(str, max(groups, key=lambda folders: len(folders))))
+    groups = [[str(other.folder) for other in records if other.noise == record.noise] for record in records]
+    _, largest = max((len(group), group) for group in groups)
+    return " ".join(largest)
 
 
 Values = Tensor

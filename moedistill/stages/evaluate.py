@@ -26,7 +26,7 @@ from moedistill.model.conditioning import Conditioning
 from moedistill.model.ema import WhichWeights
 from moedistill.model.sample_in_batches import sample_in_batches
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
-from moedistill.recipe.sampling import notes_on, sampling_sigmas, trajectory_of
+from moedistill.recipe.sampling import notes_on, sampling_sigmas, trained_before, trajectory_of, untrained_notes
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.randomness import Draws, generator
 from moedistill.stages.base import Stage
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 ROWS = "rows.safetensors"
 """In the stage's folder: what each metric made of each sample, float64 `[N, D]`, as "kind/candidate"."""
+
+WIDTH = 80
+"""Characters of a printed table where there is no terminal to ask."""
 
 ORIGIN = "evaluation"
 """In the metadata of stored samples: seed, number, and what made each candidate's, as JSON."""
@@ -225,8 +228,11 @@ class EvaluateStage(Stage):
                 latents[candidate.name] = stored.to(noise.device)
                 continue
             run.say(f"  sampling {config.samples} × {candidate.name}")
-            if candidate.model == "student" and not candidate.stand_ins:
-                for note in notes_on(run.recipe, candidate.chosen(run.recipe)):
+            if candidate.model == "student":
+                trained, (sigmas, _) = trained_before(run.recipe, config.name), candidate.path(run.recipe)
+                notes = untrained_notes(run.recipe, trained, sigmas, candidate.stand_ins)
+                notes += notes_on(run.recipe, candidate.chosen(run.recipe)) if not candidate.stand_ins else []
+                for note in notes:
                     run.say(f"    note: {note}")
             latents[candidate.name] = self._sample(run, candidate, noise, cond)
         videos = {name: backbone.decode(samples).cpu() for name, samples in latents.items()}
@@ -373,15 +379,34 @@ def stored_samples(config: EvaluateConfig, recipe: "Recipe", cond: Mapping[str, 
 
 
 def show_table(title: str, table: dict[str, dict[str, float]]) -> None:
-    """Prints metrics by model."""
+    """Prints metrics by model: a column for each metric, or where that is too wide, a line for each."""
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
-    grid = Table(title=title)
-    grid.add_column("model")
-    columns = list(next(iter(table.values())))
-    for column in columns:
-        grid.add_column(column.replace("_", " "), justify="right")
-    for name, row in table.items():
-        grid.add_row(name, *(f"{row[column]:.4g}" for column in columns))
-    Console(width=None if Console().is_terminal else 140).print(grid)
+    def grid(models: list[str], *, upright: bool) -> Table:
+        kinds = list(table[models[0]])
+        rows, columns = (kinds, models) if upright else (models, kinds)
+        drawn = Table(title=title, title_justify="left")
+        drawn.add_column("metric" if upright else "model", overflow="fold")
+        for column in columns:
+            drawn.add_column(column if upright else column.replace("_", " "), justify="right", overflow="fold")
+        for row in rows:
+            values = [table[column][row] if upright else table[row][column] for column in columns]
+            drawn.add_row(row.replace("_", " ") if upright else row, *(f"{value:.4g}" for value in values))
+        return drawn
+
+    console = Console(width=None if Console().is_terminal else WIDTH)
+
+    def fits(drawn: Table) -> bool:
+        return Measurement.get(console, console.options.update(width=10_000), drawn).maximum <= console.width
+
+    models = list(table)
+    if fits(whole := grid(models, upright=False)):
+        console.print(whole)
+        return
+    while models:
+        # As many models side by side as there is room for.
+        some = next((n for n in range(len(models), 1, -1) if fits(grid(models[:n], upright=True))), 1)
+        console.print(grid(models[:some], upright=True))
+        models = models[some:]

@@ -16,7 +16,7 @@ from moedistill.model.backbone import TEACHER
 from moedistill.model.ema import WhichWeights
 from moedistill.model.generate import generate
 from moedistill.recipe.keys import StageConfig
-from moedistill.recipe.sampling import sampling_sigmas
+from moedistill.recipe.sampling import sampling_sigmas, trained_before, untrained_notes
 from moedistill.stages.base import Stage
 
 SHOWN = 8
@@ -81,8 +81,11 @@ class SampleStage(Stage):
         folder.mkdir(parents=True, exist_ok=True)
         prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
         asked = [prompt for prompt in (prompts[:1] if run.smoke else prompts) for _ in range(config.num)]
+        sigmas = sampling_sigmas(recipe)
+        for note in untrained_notes(recipe, trained_before(recipe, config.name), sigmas):
+            run.say(f"  note: {note}")
         write_samples(
-            folder, recipe, run.mixture, asked, sampling_sigmas(recipe),
+            folder, recipe, run.mixture, asked, sigmas,
             seed=config.seed, weights=config.weights, eta=recipe.sample.eta, made_from=str(run.output),
         )  # fmt: skip
         run.metrics[config.name] = {"folder": str(folder)}

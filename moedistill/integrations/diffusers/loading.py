@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moedistill.integrations.diffusers.bars import bars_as_switched
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file; ValueError where it cannot be read."""
@@ -31,7 +33,7 @@ def from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
     Raises:
         ValueError: it cannot; begins with `what`.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), bars_as_switched():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # older releases know no other
         try:
             return cls.from_pretrained(folder, **arguments, use_safetensors=True, local_files_only=True)
