@@ -357,8 +357,7 @@ def _finish(estimates: Mapping[str, Estimate], metrics: Mapping[str, Metric], sa
 def _sharing(records: Sequence[Record]) -> str:
     """The folders of those that have the noise of the most."""
     groups = [[str(other.folder) for other in records if other.noise == record.noise] for record in records]
-    _, largest = max((len(group), group) for group in groups)
-    return " ".join(largest)
+    return " ".join(sorted(groups, key=len)[-1])
 
 
 Values = Tensor

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -32,6 +33,8 @@ from moedistill.runtime.randomness import Draws, generator
 from moedistill.stages.base import Stage
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from moedistill.recipe.keys import Recipe
     from moedistill.stages.run import Run
 
@@ -41,6 +44,8 @@ ROWS = "rows.safetensors"
 
 WIDTH = 80
 """Characters of a printed table where there is no terminal to ask."""
+NUMBER = 10
+"""Characters of the widest number that is printed."""
 
 ORIGIN = "evaluation"
 """In the metadata of stored samples: seed, number, and what made each candidate's, as JSON."""
@@ -379,34 +384,40 @@ def stored_samples(config: EvaluateConfig, recipe: "Recipe", cond: Mapping[str, 
 
 
 def show_table(title: str, table: dict[str, dict[str, float]]) -> None:
-    """Prints metrics by model: a column for each metric, or where that is too wide, a line for each."""
+    """Prints metrics by model: a line for each model; where that is too wide, a line for each metric."""
     from rich.console import Console
     from rich.measure import Measurement
-    from rich.table import Table
-
-    def grid(models: list[str], *, upright: bool) -> Table:
-        kinds = list(table[models[0]])
-        rows, columns = (kinds, models) if upright else (models, kinds)
-        drawn = Table(title=title, title_justify="left")
-        drawn.add_column("metric" if upright else "model", overflow="fold")
-        for column in columns:
-            drawn.add_column(column if upright else column.replace("_", " "), justify="right", overflow="fold")
-        for row in rows:
-            values = [table[column][row] if upright else table[row][column] for column in columns]
-            drawn.add_row(row.replace("_", " ") if upright else row, *(f"{value:.4g}" for value in values))
-        return drawn
 
     console = Console(width=None if Console().is_terminal else WIDTH)
 
-    def fits(drawn: Table) -> bool:
+    def fits(drawn: "Table") -> bool:
         return Measurement.get(console, console.options.update(width=10_000), drawn).maximum <= console.width
 
-    models = list(table)
-    if fits(whole := grid(models, upright=False)):
-        console.print(whole)
+    def by_metric(models: Sequence[str]) -> "Table":
+        folded = ["\n".join(textwrap.wrap(model, NUMBER, break_long_words=False)) for model in models]
+        rows = [
+            (kind.replace("_", " "), *(f"{table[model][kind]:.4g}" for model in models)) for kind in table[models[0]]
+        ]
+        return _drawn(title, ["metric", *folded], rows)
+
+    models, kinds = list(table), list(next(iter(table.values())))
+    lines = [(model, *(f"{table[model][kind]:.4g}" for kind in kinds)) for model in models]
+    if fits(drawn := _drawn(title, ["model", *(kind.replace("_", " ") for kind in kinds)], lines)):
+        console.print(drawn)
         return
     while models:
         # As many models side by side as there is room for.
-        some = next((n for n in range(len(models), 1, -1) if fits(grid(models[:n], upright=True))), 1)
-        console.print(grid(models[:some], upright=True))
+        some = next((n for n in range(len(models), 1, -1) if fits(by_metric(models[:n]))), 1)
+        console.print(by_metric(models[:some]))
         models = models[some:]
+
+
+def _drawn(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left")
+    for number, column in enumerate(head):
+        drawn.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn

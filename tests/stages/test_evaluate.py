@@ -1,7 +1,6 @@
 """The evaluate stage: the same noise for all, honest candidates, files that open, numbers that are the metrics'."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -233,7 +232,7 @@ def test_the_table_holds_what_the_metrics_say(trained):
 
 
 def test_printed_tables_fit_80_columns(capsys):
-    """With all metrics and models of shipped recipes, and long numbers; nothing is folded or left out."""
+    """With all metrics and models of shipped recipes, and long numbers; no word is cut or left out."""
     for name in ("dcm_digits", "evidence_digits", "ablations/digits_three_experts", "baselines/digits_lcm"):
         [stage] = [stage for stage in load_recipe(name).stages if isinstance(stage, EvaluateConfig)]
         kinds = [metric.kind for metric in stage.metrics]
@@ -244,8 +243,8 @@ def test_printed_tables_fit_80_columns(capsys):
         for values in table.values():
             for value in values.values():
                 assert out.count(f"{value:.4g}") >= len(table)
-        for word in (*table, *(kind.replace("_", " ") for kind in kinds)):
-            assert re.search(rf"[│┃] +{re.escape(word)} +[│┃]", out), word
+        assert set(" ".join(table).split()) <= set(out.split())
+        assert all(f" {kind.replace('_', ' ')} " in out for kind in kinds)
 
 
 def test_a_small_table_has_a_line_for_each_model(capsys):
