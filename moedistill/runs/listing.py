@@ -4,7 +4,7 @@ import json
 import os
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,15 @@ class ListedRun:
         folder: the run's.
         recipe: as it was run.
         smoke: whether it was a miniature.
-        state: `finished`, or `unfinished: ` and where it stands; and what else is worth saying.
-        cost: of the training stages that ended, as `RunResult.cost`.
+        state: `finished`, or `unfinished: ` and where it stands.
+        cost: steps, forwards and seconds of all training stages that ended.
     """
 
     folder: Path
     recipe: Recipe
     smoke: bool
     state: str
-    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    cost: dict[str, float]
 
 
 def list_runs(folders: Sequence[str | Path], plugins: Plugins | None = None) -> list[list[str]]:
@@ -64,8 +64,7 @@ def list_runs(folders: Sequence[str | Path], plugins: Plugins | None = None) -> 
     parts = []
     for method, alike in grouped.items():
         for run in alike:
-            spent = {what: sum(stage[what] for stage in run.cost.values()) for what in ("steps", "forwards", "seconds")}
-            cost = ", ".join(f"{number:.0f} {what}" for what, number in spent.items())
+            cost = ", ".join(f"{number:.0f} {what}" for what, number in run.cost.items())
             older = [f"older than {others[run.folder]} of the same seed: not counted"] if run.folder in others else []
             parts.append([method, f"seed {run.recipe.seed}", cost, run.state, *older, str(run.folder)])
     return parts + unreadable
@@ -110,7 +109,11 @@ def _is_run(folder: Path) -> bool:
 
 def _read(folder: Path, plugins: Plugins) -> ListedRun:
     recipe = read_saved(folder / "recipe.yaml", plugins)
-    cost, reported = _json(folder / COST), _json(folder / RESULT)
+    stages, reported = _json(folder / COST).values(), _json(folder / RESULT)
+    try:
+        cost = {what: sum(float(stage[what]) for stage in stages) for what in ("steps", "forwards", "seconds")}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{COST} is damaged (a stage lacks its numbers)") from error
     return ListedRun(folder, recipe, was_miniature(folder), _state(folder, recipe, reported), cost)
 
 

@@ -357,7 +357,7 @@ def _finish(estimates: Mapping[str, Estimate], metrics: Mapping[str, Metric], sa
 def _sharing(records: Sequence[Record]) -> str:
     """The folders of those that have the noise of the most."""
     groups = [[str(other.folder) for other in records if other.noise == record.noise] for record in records]
-    return " ".join(sorted(groups, key=len)[-1])
+    return " ".join(sorted(groups, key=len, reverse=True)[0])
 
 
 Values = Tensor

@@ -86,6 +86,7 @@ def test_a_run_that_has_only_begun(runs, tmp_path):
     [
         ("result.json", '{"evaluate": {', "result.json is damaged (Expecting"),
         ("cost.json", "[]", "cost.json is damaged (it is no mapping)"),
+        ("cost.json", '{"semantic": {"steps": 3}}', "cost.json is damaged (a stage lacks its numbers)"),
         ("recipe.yaml", "name: [", "recipe.yaml: "),
         ("recipe.yaml", "name: x\nbackbone: {kind: gone}\n", "recipe.yaml: unknown backbone 'gone'; allowed: "),
     ],
