@@ -145,7 +145,7 @@ class Job:
     def metrics(self) -> dict[str, dict[str, float]] | None:
         """What its evaluation said; None if it is not done."""
         file = self.folder / "result.json"
-        results = json.loads(file.read_text()) if file.is_file() else {}
+        results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         metrics: dict[str, dict[str, float]] | None = results.get("evaluate")
         if metrics is None:
             return None
@@ -165,7 +165,7 @@ class Job:
         begun = max(checkpoints, default=None)
         if begun is None or changed_keys(self.load(), load_tree(begun, "state"))[0]:
             return self
-        first, *_ = json.loads((other.folder / COST).read_text()).values()
+        first, *_ = json.loads((other.folder / COST).read_text(encoding="utf-8")).values()
         return replace(self, begun=begun, forwards=self.forwards - first["forwards"])
 
     def execute(self) -> None:
@@ -176,7 +176,7 @@ class Job:
         elif self.begun is not None:
             command.append(f"--resume-from={self.begun}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.txt").open("a") as log, subprocess.Popen(command, stdout=log, stderr=log) as child:
+        with (self.folder / "log.txt").open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log) as child:
             CHILDREN.append(child)
         if child.returncode:
             raise SystemExit(f"{' '.join(command)}\nfailed; see {self.folder / 'log.txt'}")
@@ -266,7 +266,7 @@ class Evidence:
 
     def seconds_per_forward(self) -> float:
         """As measured in the runs that are done."""
-        costs = [json.loads(file.read_text()).values() for file in self.folder.rglob(COST)]
+        costs = [json.loads(file.read_text(encoding="utf-8")).values() for file in self.folder.rglob(COST)]
         timed = [sum(s["seconds"] for s in cost) / sum(s["forwards"] for s in cost) for cost in costs if cost]
         return statistics.median(timed) if timed else SECONDS_PER_FORWARD
 
@@ -423,8 +423,8 @@ def every_run(table: Table, folder: Path) -> str:
 def write(folder: Path, name: str, table: Table, parts: Sequence[str]) -> None:
     """`parts` and all of `table` as Markdown, and the table as JSON."""
     parts = [*parts, "## Every run", every_run(table, folder)]
-    (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n")
-    (folder / f"{name}.json").write_text(as_json(table, folder))
+    (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(as_json(table, folder), encoding="utf-8")
     print(f"{folder / name}.md")
 
 
@@ -534,7 +534,9 @@ def run_baselines(evidence: Evidence, seeds: Sequence[int], rates: Sequence[floa
     evidence.state_cost(_distinct(plan), "in all, with what is done already, if no grid is extended")
     evidence.execute(evidence.teachers())
     tuned, grids = evidence.tune(METHODS, rates, extensions)
-    (folder / "rates.json").write_text(json.dumps({method.title: rate for method, rate in tuned.items()}, indent=1))
+    (folder / "rates.json").write_text(
+        json.dumps({method.title: rate for method, rate in tuned.items()}, indent=1), encoding="utf-8"
+    )
     # Seed by seed: should it be stopped, all methods have as many.
     finals = [job for seed in seeds for method, rate in tuned.items() for job in evidence.finals(method, rate, [seed])]
     evidence.execute(finals)
@@ -562,7 +564,7 @@ def tuned_rates(folder: Path) -> dict[str, float]:
     file = folder / "rates.json"
     if not file.is_file():
         raise SystemExit(f"{file} is missing: run evidence.py first, without --ablations; it finds the rates")
-    rates: dict[str, float] = json.loads(file.read_text())
+    rates: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return rates
 
 

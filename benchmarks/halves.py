@@ -153,8 +153,8 @@ def main() -> None:
     records = [cross(*pair, reference, kept) for pair in zip(jobs[DCM], jobs[PCM_EDGES], strict=True)]
     shown, table = tables(records)
     file = folder / "halves.md"
-    file.write_text(f"{shown}\n")
-    file.with_suffix(".json").write_text(as_json(table, folder))
+    file.write_text(f"{shown}\n", encoding="utf-8")
+    file.with_suffix(".json").write_text(as_json(table, folder), encoding="utf-8")
     print(file)
 
 

@@ -1,5 +1,9 @@
 """The command line. Everything of weight is imported by the command that needs it: `--help` is instant."""
 
+import codecs
+import io
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +13,21 @@ import click
 
 from moedistill import __version__
 from moedistill.errors import Interrupted, Problem, RecipeError, UserError, shorten, suggest
+from moedistill.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from moedistill.components.plugins import Plugins
 
 KINDS = ("backbone", "trajectory", "router", "expert", "dataset", "loss", "stage", "metric", "recipe")
 
+
+def _in_utf8(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Arguments as UTF-8, which a locale of another encoding leaves as raw bytes."""
+    return tuple(value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for value in values)
+
+
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=_in_utf8,
     help="Change a value, e.g. stages.detail.steps=10. A list's item goes by its name, kind or number. Repeatable.",
 )  # fmt: skip
 plugin_option = click.option(
@@ -118,9 +129,10 @@ def show(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...])
 
 @cli.command(name="list")
 @click.argument("kind", required=False)
+@click.argument("name", required=False)
 @plugin_option
-def list_(kind: str | None, plugin_files: tuple[str, ...]) -> None:
-    """List what there is, and broken plugins.
+def list_(kind: str | None, name: str | None, plugin_files: tuple[str, ...]) -> None:
+    """List what there is, and broken plugins; or explain NAME: what it is, and what each of its keys means.
 
     KIND is one of backbone, trajectory, router, expert, dataset, loss, stage, metric, recipe; all if not given.
 
@@ -128,15 +140,21 @@ def list_(kind: str | None, plugin_files: tuple[str, ...]) -> None:
     Example:
       moedistill list
       moedistill list loss
+      moedistill list loss gan
+      moedistill list recipe dcm_digits
     """
     if kind is not None and kind not in KINDS:
         raise click.BadParameter(f"{kind!r} is no kind of component; {suggest(kind, KINDS)}", param_hint="KIND")
     from moedistill.components.plugins import load_plugins
 
     plugins = load_plugins(plugin_files)
-    for name in KINDS if kind is None else (kind,):
-        rows = _recipes() if name == "recipe" else _entries(plugins, name)
-        click.echo(f"{name}:" if rows else f"{name}: none")
+    if name is not None and kind is not None:
+        lines = _about_recipe(plugins, name) if kind == "recipe" else _about_component(plugins, kind, name)
+        click.echo("\n".join(lines))
+        return
+    for each in KINDS if kind is None else (kind,):
+        rows = _recipes() if each == "recipe" else _entries(plugins, each)
+        click.echo(f"{each}:" if rows else f"{each}: none")
         widths = [max((len(row[k]) for row in rows), default=0) for k in range(2)]
         for row in rows:
             click.echo(f"  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip())
@@ -148,6 +166,23 @@ def list_(kind: str | None, plugin_files: tuple[str, ...]) -> None:
 
 def _entries(plugins: "Plugins", registry: str) -> list[tuple[str, str, str]]:
     return [(entry.name, entry.plugin, entry.description) for entry in plugins.components.entries(registry)]
+
+
+def _about_component(plugins: "Plugins", kind: str, name: str) -> list[str]:
+    from moedistill.errors import user_errors
+    from moedistill.recipe.explaining import explain
+
+    with user_errors("list"):
+        cls = plugins.components.get(kind, name)
+    [entry] = [entry for entry in plugins.components.entries(kind) if entry.name == name]
+    return [f"{kind} {name}, of plugin {entry.plugin}", "", *explain(cls, entry.description)]
+
+
+def _about_recipe(plugins: "Plugins", name: str) -> list[str]:
+    from moedistill.recipe.explaining import outline
+    from moedistill.recipe.loading import find_recipe, load_recipe
+
+    return [f"recipe {name}, {find_recipe(name)}", "", *outline(load_recipe(name, (), plugins).resolved())]
 
 
 def _recipes() -> list[tuple[str, str, str]]:
@@ -179,28 +214,34 @@ def schema(plugin_files: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("recipe")
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path())
 @click.option("--force", is_flag=True, help="Overwrite DEST.")
-def cp(recipe: str, dest: Path, force: bool) -> None:
+def cp(recipe: str, dest: str, force: bool) -> None:
     """Copy RECIPE to DEST, a file or a folder, to change it there. What it extends is written out.
+
+    A DEST that ends in / is a folder, and is made if it is not there.
 
     \b
     Example:
       moedistill cp dcm_digits mine.yaml
+      moedistill cp dcm_digits mine/
     """
     from moedistill.recipe.loading import find_recipe
 
     source = find_recipe(recipe)
-    dest = dest / source.name if dest.is_dir() else dest
-    if dest.exists() and not force:
-        raise UserError(f"{dest} exists; choose another name, or add --force to overwrite it")
-    text = _copy_text(source)
+    target = Path(dest) / source.name if dest.endswith(("/", os.sep)) or Path(dest).is_dir() else Path(dest)
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; choose another name, or add --force to overwrite it")
+    _write(target, _copy_text(source))
+    click.echo(f"{source} → {target}")
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        dest.write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {dest}: {error.strerror}") from error
-    click.echo(f"{source} → {dest}")
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _copy_text(source: Path) -> str:
@@ -232,7 +273,9 @@ class _Sigmas(click.ParamType):
 
 @cli.command()
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
-@click.option("--prompt", "prompts", multiple=True, help="What to sample, in the backbone's words. Repeatable.")
+@click.option(
+    "--prompt", "prompts", multiple=True, callback=_in_utf8, help="What to sample, in the backbone's words. Repeatable."
+)
 @click.option("--prompts", "prompt_files", multiple=True, metavar="FILE", help="A file with a prompt per line.")
 @click.option("--num", type=click.IntRange(min=1), default=1, metavar="N", help="Videos of each prompt.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of the initial noise.")
@@ -316,10 +359,11 @@ def report(
     json_file: Path | None,
     plugin_files: tuple[str, ...],
 ) -> None:
-    """Compare finished runs; each RUN is a run's folder, or one that holds runs.
+    """List runs, or compare them in a table; each RUN is a run's folder, or one that holds runs.
 
-    Runs of one recipe that differ in their seed only are one method. Without --table the runs are listed with their
-    cost.
+    Runs of one recipe that differ in their seed only are one method; of two runs of one seed the newer one counts.
+    Without --table every run is listed with its cost and how far it came, also miniatures and unfinished ones; the
+    table is of those that have evaluated, on equal noise.
 
     \b
     Example:
@@ -331,21 +375,23 @@ def report(
         raise click.UsageError("--against and --metric are of the table: add --table or --json")
     import json
 
-    from moedistill.runs.tables import methods, read_records, tabulate
-
-    records = read_records(folders, _plugins(plugin_files))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    plugins = _plugins(plugin_files)
     if not table and json_file is None:
-        for method, alike in methods(records).items():
-            for record in alike:
-                cost = ", ".join(f"{record.total(what):.0f} {what}" for what in ("steps", "forwards", "seconds"))
-                click.echo(f"{method}  seed {record.recipe.seed}  {cost}  {record.folder}")
+        from moedistill.runs.listing import list_runs, packed
+
+        for parts in list_runs(folders, plugins):
+            click.echo("\n".join(packed(parts, width)))
         return
-    result = tabulate(records, against=against, metrics=metrics or None, resamples=resamples)
+    from moedistill.runs.tables import read_records, tabulate
+
+    result = tabulate(read_records(folders, plugins), against=against, metrics=metrics or None, resamples=resamples)
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
     if table:
-        click.echo(result.markdown())
+        click.echo(result.markdown(width))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result.plain(), indent=1))
+        _write(json_file, json.dumps(result.plain(), indent=1))
         click.echo(str(json_file), err=table)
 
 
@@ -510,11 +556,24 @@ def _with_seed(overrides: Sequence[str], seed: int | None) -> list[str]:
     return [*overrides, *([] if seed is None else [f"seed={seed}"])]
 
 
+def _speak_utf8() -> None:
+    """Output to files and pipes is UTF-8 in every locale; what a terminal of another encoding lacks is escaped.
+
+    A locale that knows ASCII alone is taken for one that nobody has set.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            own = stream.isatty() and codecs.lookup(stream.encoding).name != "ascii"
+            stream.reconfigure(encoding=stream.encoding if own else "utf-8", errors="backslashreplace")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command and exits: 0 done, 2 the user's mistake, 128 + signal interrupted, 1 anything else."""
+    _speak_utf8()
     try:
         # Without standalone mode click returns the exit code of --help and raises all else.
-        code = cli.main(args=args, prog_name="moedistill", standalone_mode=False)
+        with quiet_libraries():
+            code = cli.main(args=args, prog_name="moedistill", standalone_mode=False)
     except click.Abort:
         click.echo("interrupted", err=True)
         code = 130

@@ -31,7 +31,7 @@ def write_report(
     """Everything into `analysis.output`."""
     folder = analysis.output
     numbers = {**asdict(analysis), "output": None}
-    (folder / "analysis.json").write_text(json.dumps(numbers, indent=1))
+    (folder / "analysis.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     files = ["analysis.json", *draw(analysis)]
     write_recipe(folder / "suggestion.yaml", analysis, recipe, source, overrides, trajectory, plugins)
     show(analysis)

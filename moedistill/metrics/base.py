@@ -7,7 +7,7 @@ intervals and paired differences, without sampling a video again. A metric of pa
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moedistill.components.fields import Config
 
@@ -37,7 +37,13 @@ class MetricInputs:
 
 
 class Metric(ABC):
-    """A number about generated samples."""
+    """A number about generated samples.
+
+    Attributes:
+        share: whether it is a proportion, in [0, 1]: intervals then do not go beyond.
+    """
+
+    share: ClassVar[bool] = False
 
     @abstractmethod
     def rows(self, inputs: MetricInputs) -> "Tensor":

@@ -4,6 +4,7 @@ Reliable Fidelity and Diversity Metrics for Generative Models (Naeem et al., 202
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ class Coverage(Density):
 
     It grows with the number of samples: compare equal numbers. Rows name a sample's balls, as bits of integers.
     """
+
+    share: ClassVar[bool] = True
 
     def rows(self, inputs: MetricInputs) -> Tensor:
         inside = self._inside(inputs).double()

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class MedianDistanceConfig(MetricConfig):
 
 class Flips(PairedDistance):
     """Share of samples whose mean squared difference to the reference's is above `beyond`: they are of another mode."""
+
+    share: ClassVar[bool] = True
 
     def __init__(self, beyond: float) -> None:
         self.beyond = beyond

@@ -112,5 +112,5 @@ def run_vbench(command: str, dimension: str, videos: Path, output: Path) -> list
     if not files:
         said = done.stdout.decode(errors="replace").strip()[-1000:] or "nothing"
         raise ValueError(f"metric vbench: {command} left no results of {dimension}; it said: {said}")
-    _, results = json.loads(files[-1].read_text())[dimension]
+    _, results = json.loads(files[-1].read_text(encoding="utf-8"))[dimension]
     return list(results)

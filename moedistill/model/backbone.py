@@ -46,7 +46,12 @@ class VideoSize:
 
 @dataclass(kw_only=True)
 class BackboneConfig(Config, ABC):
-    """Recipe keys common to all backbones. `dtype` is the dtype of frozen weights and of compute."""
+    """Recipe keys common to all backbones.
+
+    Args:
+        dtype: of frozen weights and of compute.
+        guidance: how the teacher is guided.
+    """
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     guidance: Guidance = field(default_factory=Guidance)

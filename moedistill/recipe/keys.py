@@ -30,7 +30,11 @@ Finding = tuple[str, str]
 
 @dataclass(kw_only=True)
 class StageConfig(Config, ABC):
-    """Recipe keys common to all stages. `needs`: what it takes from `data`, of latents and conditioning."""
+    """Recipe keys common to all stages. `needs`: what it takes from `data`, of latents and conditioning.
+
+    Args:
+        name: of the stage in messages and metrics, and of its folder; each name once.
+    """
 
     name: NonEmptyStr
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -78,7 +82,11 @@ class StageConfig(Config, ABC):
 
 @dataclass(kw_only=True)
 class Probing:
-    """Which teacher blocks are tapped: every `block_stride`-th, from the first."""
+    """Which teacher blocks are tapped.
+
+    Args:
+        block_stride: every so many blocks one, from the first.
+    """
 
     block_stride: PositiveInt = 2
 

@@ -1,6 +1,8 @@
 """Where the student of a recipe stops: the points of its own list, or of another, over the phases it is trained on."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from moedistill.flow.sampling_points import SampleConfig
@@ -71,3 +73,32 @@ def notes_on(recipe: "Recipe", sample: SampleConfig) -> list[str]:
     """What the recipe's stages have to say of a student that stops elsewhere: steps that no jump was trained for."""
     asked_for = replace(recipe, sample=sample)
     return [note for stage in recipe.stages for note in stage.notes(asked_for)]
+
+
+def trained_before(recipe: "Recipe", stage: str) -> set[str]:
+    """The experts that stages before the one of this name train."""
+    earlier = takewhile(lambda other: other.name != stage, recipe.stages)
+    return {expert for other in earlier for expert in other.trained_experts()}
+
+
+def untrained_notes(
+    recipe: "Recipe", trained: Collection[str], sigmas: "Tensor", stand_ins: Mapping[str, str] | None = None
+) -> list[str]:
+    """Which of the experts that run when sampling along `sigmas` `[n + 1]` have not been trained yet.
+
+    Args:
+        trained: names of those that are trained.
+        stand_ins: experts that run in place of others.
+    """
+    if recipe.router is None:
+        return []
+    router, experts = recipe.router.build(trajectory_of(recipe)), recipe.experts
+    routed = dict.fromkeys(router.expert_at(float(sigma)) for sigma in sigmas[:-1])
+    notes = []
+    for name in dict.fromkeys((stand_ins or {}).get(expert, expert) for expert in routed):
+        if name in experts and experts[name].trainable and name not in trained:
+            origin = name
+            while origin in experts and origin not in trained:
+                origin = experts[origin].parent
+            notes.append(f"expert {name!r} is not trained: it is still a copy of {origin!r}")
+    return notes

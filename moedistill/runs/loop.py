@@ -28,7 +28,7 @@ from moedistill.runtime.sharding import whole, whole_tree
 from moedistill.runtime.signals import Interruption
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
-from moedistill.stages.run import COST, METRICS, RESULT
+from moedistill.stages.run import COST, METRICS, MINIATURE, RESULT
 from moedistill.stages.training import Training
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class _Runner:
         if self.run.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints.remove_leftovers()
-            write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
             self._write_cost()
         self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
         for observer in self.observers:
@@ -197,7 +197,7 @@ class _Runner:
         file = self.folder / RESULT
         if self.where.checkpoint is None or self.where.branch or not file.is_file():
             return {}
-        reported: dict[str, Any] = json.loads(file.read_text())
+        reported: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return reported
 
     def _train(self, number: int, config: TrainingStageConfig, step: int, checkpoint: Path | None) -> None:
@@ -241,6 +241,7 @@ class _Runner:
                 if batch.boundary:
                     training.step += 1
                     cost["steps"] += 1
+                    self.progress.advance(training)
                     self._end_step(number, training, monitor)
         if self.run.main:
             self._write_cost()
@@ -273,7 +274,7 @@ class _Runner:
 
     def _write_cost(self) -> None:
         file, text = self.folder / COST, json.dumps(self.run.cost, indent=1)
-        if self.run.cost and not (file.is_file() and file.read_text() == text):
+        if self.run.cost and not (file.is_file() and file.read_text(encoding="utf-8") == text):
             write_text(file, text)
 
     def _any_rank(self, signum: int) -> int:

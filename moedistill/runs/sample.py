@@ -18,7 +18,7 @@ from moedistill.model.ema import WhichWeights
 from moedistill.model.mixture import Mixture, Weights
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words, load_model, load_recipe
-from moedistill.recipe.sampling import notes_on, sampling_sigmas
+from moedistill.recipe.sampling import notes_on, sampling_sigmas, untrained_notes
 from moedistill.runs.build import build_mixture
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree
 from moedistill.runtime.devices import cpu_threads, find_device, make_folder
@@ -33,7 +33,8 @@ class SampleResult:
     Attributes:
         output: the folder with the files.
         videos: `[N, C, T, H, W]` in [0, 1]; None if they were not to be kept.
-        notes: where the steps asked for are not those that the experts were trained for.
+        notes: where the steps asked for are not those that the experts were trained for; and which experts are not
+            trained, as in a checkpoint of an earlier stage.
     """
 
     output: Path
@@ -123,9 +124,13 @@ def load_mixture(
         UserError: as `read_trained`.
     """
     recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
+    return recipe, _loaded(recipe, experts, averages, source, device)
+
+
+def _loaded(recipe: Recipe, experts: Weights, averages: Weights, source: str | Path, device: str) -> Mixture:
     mixture = build_mixture(recipe, find_device(device), inference=True)
     mixture.load(experts, averages, str(source))
-    return recipe, mixture
+    return mixture
 
 
 def sample_run(
@@ -164,9 +169,11 @@ def sample_run(
     """
     if not prompts:
         raise UserError("there is no prompt to sample; give at least one")
-    recipe, mixture = load_mixture(source, device=device, weights=weights, plugins=plugins)
+    recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
+    mixture = _loaded(recipe, experts, averages, source, device)
     path, config = sampling_steps(recipe, steps, sigmas), sampling_config(recipe, steps, sigmas, eta)
-    notes = notes_on(recipe, config) if steps is not None or sigmas is not None else []
+    notes = untrained_notes(recipe, experts, path)
+    notes += notes_on(recipe, config) if steps is not None or sigmas is not None else []
     asked = [prompt for prompt in prompts for _ in range(num)]
     folder = Path(output) if output is not None else _free(Path(source) / "samples")
     with cpu_threads(recipe.training.num_threads), user_errors("sample"):

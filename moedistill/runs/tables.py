@@ -5,18 +5,21 @@ nothing is sampled again. Runs of one recipe that differ in their seed are one m
 
 An interval is mean ± sqrt(a² + b²). a is 1.96 bootstrap standard deviations (Efron, 1979) over the evaluation's
 samples, drawn with replacement, the same ones for every method and seed because all have the same noise. b is Student's
-t times the standard error over training seeds; with one seed there is none, and the interval is of the samples alone.
+t times the standard error over training seeds; with one seed there is none, and the interval is of the samples alone:
+the table marks it. An interval of a share ends at 0 and 1, and one of a difference of shares at -1 and 1: what is cut
+off cannot be the truth, so that the rest holds it as often.
 A difference is formed within each draw of samples and, where both methods have the same seeds, within each seed, so
 that what they share cancels.
 """
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -29,7 +32,7 @@ from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import read_saved
 from moedistill.runs.resume import comparable
 from moedistill.stages.evaluate import ROWS, EvaluateConfig
-from moedistill.stages.run import COST
+from moedistill.stages.run import COST, MINIATURE
 
 LEVEL = 0.95
 """Of all intervals."""
@@ -49,6 +52,8 @@ class Record:
         metrics: by kind: what turns rows into a number.
         cost: of the training stages, as `RunResult.cost`; empty if the run trained nothing.
         noise: what decides noise and conditioning of the samples; runs that share it can be compared in pairs.
+        untrained: the candidates in which no expert runs: training seeds change nothing of theirs.
+        smoke: whether it was a miniature.
     """
 
     folder: Path
@@ -57,6 +62,8 @@ class Record:
     metrics: dict[str, Metric]
     cost: dict[str, dict[str, float]]
     noise: dict[str, Any]
+    untrained: frozenset[str] = frozenset()
+    smoke: bool = False
 
     def total(self, what: str) -> float:
         """`steps`, `forwards` or `seconds` of all training stages."""
@@ -71,12 +78,15 @@ class Estimate:
         mean: over training seeds.
         low, high: 95 % interval, of samples and training seeds together.
         seeds: the number for each training seed.
+        samples_only: whether something trained was there with one seed alone, so that the interval is of the
+            evaluation's samples and not of training.
     """
 
     mean: float
     low: float
     high: float
     seeds: list[float]
+    samples_only: bool = False
 
     def __str__(self) -> str:
         mean, low, high = (f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}" for x in (self.mean, self.low, self.high))
@@ -101,19 +111,28 @@ class Table:
     Attributes:
         lines: in the order of the runs.
         against: the method that differences were taken to, if any.
-        runs: every run read: its method, seed, folder and cost.
+        runs: every run that counts: its method, seed, folder and cost.
+        notes: which runs do not count, and why.
     """
 
     lines: list[Line]
     runs: list[dict[str, Any]]
     against: str | None = None
+    notes: list[str] = field(default_factory=list)
 
-    def markdown(self) -> str:
-        """The table as Markdown; differences, where there are any, in a second one."""
-        parts = [_markdown([(line, line.values) for line in self.lines])]
+    def markdown(self, width: int | None = None) -> str:
+        """The table as Markdown; differences, where there are any, in a second one.
+
+        What is wider than `width` is a list instead: a metric to a line, below the name of the model.
+        """
+        parts = [_shown([(line, line.values) for line in self.lines], width)]
         compared = [(line, line.differences) for line in self.lines if line.differences]
         if compared:
-            parts.append(f"Difference to {self.against}:\n\n{_markdown(compared)}")
+            parts.append(f"Difference to {self.against}:\n\n{_shown(compared, width)}")
+        if any(
+            value.samples_only for line in self.lines for value in [*line.values.values(), *line.differences.values()]
+        ):
+            parts.append(ONE_SEED if width is None else "\n".join(textwrap.wrap(ONE_SEED, width)))
         return "\n\n".join(parts)
 
     def plain(self) -> dict[str, Any]:
@@ -131,6 +150,7 @@ class Table:
                 for line in self.lines
             ],
             "runs": self.runs,
+            "notes": self.notes,
         }
 
 
@@ -158,9 +178,15 @@ def _read(folder: Path, plugins: Plugins) -> Record:
     done = [stage for stage in stages if (folder / stage.name / ROWS).is_file()]
     data = recipe.resolved()["data"]
     noises = [{"samples": s.samples, "seed": s.seed, "prompts": s.prompts, "data": data} for s in done]
+    if not done:
+        raise UserError(f"{folder}: its recipe.yaml is of another run: it has no stage of the evaluation that is there")
     if any(noise != noises[0] for noise in noises):
-        raise UserError(f"{folder}: its evaluations have different noise or prompts: {_differing(noises)}")
+        raise UserError(
+            f"{folder}: its evaluations have different noise or prompts ({_differing(noises)}), so no table can hold "
+            "them all; give them the same and evaluate again, or read each one's metrics.json"
+        )
     rows: dict[str, dict[str, Tensor]] = {}
+    untrained = set()
     for stage in done:
         tensors = load_file(folder / stage.name / ROWS)
         prefix = f"{stage.name}: " if len(done) > 1 else ""
@@ -169,10 +195,18 @@ def _read(folder: Path, plugins: Plugins) -> Record:
             found = {kind: tensors.get(f"{kind}/{candidate.name}") for kind in kinds}
             if measured := {kind: value for kind, value in found.items() if value is not None}:
                 rows[prefix + candidate.name] = measured
+                untrained |= {prefix + candidate.name} if candidate.model != "student" else set()
     cost = folder / COST
     with user_errors(str(folder)):
         metrics = {metric.kind: metric.build() for stage in done for metric in stage.metrics}
-    return Record(folder, recipe, rows, metrics, json.loads(cost.read_text()) if cost.is_file() else {}, noises[0])
+    spent = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
+    return Record(folder, recipe, rows, metrics, spent, noises[0], frozenset(untrained), was_miniature(folder))
+
+
+def was_miniature(folder: Path) -> bool:
+    """Whether the run in this folder was one; of earlier ones only the folder's name says so."""
+    with (folder / "recipe.yaml").open(encoding="utf-8") as file:
+        return file.readline() == MINIATURE or folder.absolute().parent.name.endswith("-smoke")
 
 
 def _differing(noises: Sequence[dict[str, Any]]) -> str:
@@ -181,32 +215,57 @@ def _differing(noises: Sequence[dict[str, Any]]) -> str:
     return "; ".join(f"{key} {' and '.join(values)}" for key, values in found.items() if len(values) > 1)
 
 
+ONE_SEED = (
+    "† of one training seed: the interval is that of the evaluation's samples alone (bootstrap); "
+    "a model of another seed may lie outside."
+)
+
+
 IGNORED = ("seed", "description", "reference_samples")
 """Ends of keys that do not make another method."""
 
 
-def methods(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records by method: the recipe's name, and what else differs, apart from the seed, among those of that name."""
-    named: dict[str, list[Record]] = {}
-    for record in records:
-        named.setdefault(record.recipe.name, []).append(record)
-    grouped: dict[str, list[Record]] = {}
-    for name, alike in named.items():
-        settings = [comparable(record.recipe.resolved()) for record in alike]
+class OfARecipe(Protocol):
+    """What is told apart by method: a run."""
+
+    folder: Path
+    recipe: Recipe
+    smoke: bool
+
+
+RunT = TypeVar("RunT", bound=OfARecipe)
+
+
+def methods(runs: Sequence[RunT]) -> dict[str, list[RunT]]:
+    """Runs by method: the recipe's name, and what else differs, apart from the seed, among those of that name."""
+    named: dict[tuple[str, bool], list[RunT]] = {}
+    for run in runs:
+        named.setdefault((run.recipe.name, run.smoke), []).append(run)
+    grouped: dict[str, list[RunT]] = {}
+    for (name, smoke), alike in named.items():
+        settings = [comparable(run.recipe.resolved()) for run in alike]
         keys = {key for one in settings for key in one}
         keys = {key for key in keys if not key.endswith(IGNORED)}
         differing = sorted(key for key in keys if len({repr(one.get(key)) for one in settings}) > 1)
-        for record, setting in zip(alike, settings, strict=True):
-            extra = ", ".join(f"{key}={setting.get(key)}" for key in differing)
-            grouped.setdefault(f"{name} ({extra})" if extra else name, []).append(record)
-    for method, alike in grouped.items():
-        seeds = [record.recipe.seed for record in alike]
-        if len(set(seeds)) != len(seeds):
-            raise UserError(
-                f"{method}: seed {next(s for s in seeds if seeds.count(s) > 1)} is there twice, in "
-                f"{' and '.join(str(record.folder) for record in alike)}; a seed counts once: name one of them"
-            )
+        for run, setting in zip(alike, settings, strict=True):
+            extra = [*(["miniature"] if smoke else []), *(f"{key}={setting.get(key)}" for key in differing)]
+            grouped.setdefault(f"{name} ({', '.join(extra)})" if extra else name, []).append(run)
     return grouped
+
+
+def newest_of_each_seed(grouped: Mapping[str, Sequence[RunT]]) -> tuple[dict[str, list[RunT]], dict[Path, Path]]:
+    """Of a method's runs of one seed that which was evaluated last; and by folder, which one the others yield to."""
+    counted: dict[str, list[RunT]] = {}
+    others: dict[Path, Path] = {}
+    for method, alike in grouped.items():
+        last = {run.recipe.seed: run for run in sorted(alike, key=lambda run: (_evaluated(run.folder), run.folder))}
+        counted[method] = [run for run in alike if last[run.recipe.seed] is run]
+        others |= {run.folder: last[run.recipe.seed].folder for run in alike if last[run.recipe.seed] is not run}
+    return counted, others
+
+
+def _evaluated(folder: Path) -> float:
+    return max((rows.stat().st_mtime for rows in folder.glob(f"*/{ROWS}")), default=0.0)
 
 
 def tabulate(
@@ -232,13 +291,15 @@ def tabulate(
     Raises:
         UserError: `against` is no method of theirs, or the runs cannot be compared because their noise differs.
     """
-    grouped = methods(records)
+    grouped, others = newest_of_each_seed(methods(records))
+    records = [record for alike in grouped.values() for record in alike]
     if against is not None and against not in grouped:
         raise UserError(f"--against {against}: there is no such method; there are {', '.join(grouped)}")
     noises = [record.noise for record in records]
     if any(noise != noises[0] for noise in noises):
         raise UserError(
-            f"the runs were evaluated on different noise ({_differing(noises)}): report those that share it together"
+            f"the runs were evaluated on different noise ({_differing(noises)}), and one table would compare chance. "
+            f"Name those that share it, such as {_sharing(records)}; without --table all are listed"
         )
     known = list(dict.fromkeys(kind for record in records for kind in record.metrics))
     unknown = [kind for kind in metrics or () if kind not in known]
@@ -253,10 +314,14 @@ def tabulate(
         forwards = fmean(record.total("forwards") for record in alike)
         for candidate, values in measured[method].items():
             line = Line(method, candidate, forwards, {kind: _estimate(value) for kind, value in values.items()})
+            single = len(alike) == 1 and _trained(alike, candidate)
             if against is not None and (method, candidate) != (against, counterpart(candidate)):
                 base = measured[against].get(counterpart(candidate), {})
                 paired = seeds[method] == seeds[against]
                 line.differences = {k: _difference(v, base[k], paired) for k, v in values.items() if k in base}
+                other = len(grouped[against]) == 1 and _trained(grouped[against], counterpart(candidate))
+                _finish(line.differences, alike[0].metrics, single or other, low=-1.0)
+            _finish(line.values, alike[0].metrics, single, low=0.0)
             lines.append(line)
     runs = [
         {
@@ -270,7 +335,29 @@ def tabulate(
         for method, alike in grouped.items()
         for record in alike
     ]
-    return Table(lines, runs, against)
+    notes = [
+        f"{older} is not counted: {newer} is of the same method and seed, and newer" for older, newer in others.items()
+    ]
+    return Table(lines, runs, against, notes)
+
+
+def _trained(alike: Sequence[Record], candidate: str) -> bool:
+    """Whether training has a part in a candidate of these runs."""
+    return candidate not in alike[0].untrained and any(record.total("steps") for record in alike)
+
+
+def _finish(estimates: Mapping[str, Estimate], metrics: Mapping[str, Metric], samples_only: bool, low: float) -> None:
+    """Marks estimates, and ends the intervals of shares where shares, or their differences, end."""
+    for kind, estimate in estimates.items():
+        estimate.samples_only = samples_only
+        if metrics[kind].share:
+            estimate.low, estimate.high = max(low, estimate.low), min(1.0, estimate.high)
+
+
+def _sharing(records: Sequence[Record]) -> str:
+    """The folders of those that have the noise of the most."""
+    groups = [[str(other.folder) for other in records if other.noise == record.noise] for record in records]
+    return " ".join(sorted(groups, key=len, reverse=True)[0])
 
 
 Values = Tensor
@@ -333,6 +420,22 @@ def _with_interval(each: Tensor, sampling: float, training: float, freedom: int)
     return Estimate(mean, mean - half, mean + half, each.tolist())
 
 
+def _shown(lines: Sequence[tuple[Line, Mapping[str, Estimate]]], width: int | None) -> str:
+    """As Markdown, or where that is wider than `width`, as a list."""
+    table = _markdown(lines)
+    if width is None or max(map(len, table.splitlines())) <= width:
+        return table
+    names = {kind: kind.replace("_", " ") for _, values in lines for kind in values}
+    longest = max(map(len, names.values()), default=0)
+    blocks = []
+    for line, values in lines:
+        title = f"{line.method}, {line.candidate}: {line.forwards:,.0f} forwards, {_seeds(values)} seed(s)"
+        block = textwrap.wrap(title, width, subsequent_indent="    ")
+        block += [f"  {names[kind]:{longest}}  {_cell(value)}" for kind, value in values.items()]
+        blocks.append("\n".join(block))
+    return "\n".join(blocks)
+
+
 def _markdown(lines: Sequence[tuple[Line, Mapping[str, Estimate]]]) -> str:
     kinds = list(dict.fromkeys(kind for _, values in lines for kind in values))
     head = ["method", "candidate", "forwards", "seeds", *(kind.replace("_", " ") for kind in kinds)]
@@ -341,9 +444,17 @@ def _markdown(lines: Sequence[tuple[Line, Mapping[str, Estimate]]]) -> str:
             line.method,
             line.candidate,
             f"{line.forwards:,.0f}",
-            str(max(len(value.seeds) for value in values.values())),
-            *(str(values[kind]) if kind in values else "" for kind in kinds),
+            str(_seeds(values)),
+            *(_cell(values[kind]) if kind in values else "" for kind in kinds),
         ]
         for line, values in lines
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _seeds(values: Mapping[str, Estimate]) -> int:
+    return max(len(value.seeds) for value in values.values())
+
+
+def _cell(value: Estimate) -> str:
+    return f"{value}{ONE_SEED[0] if value.samples_only else ''}"

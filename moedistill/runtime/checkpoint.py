@@ -75,7 +75,7 @@ def save_tree(folder: Path, name: str, tree: Any) -> None:
     if tensors:
         save_tensors(folder / f"{name}.safetensors", tensors)
         sync(folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(packed, indent=1))
+    (folder / f"{name}.json").write_text(json.dumps(packed, indent=1), encoding="utf-8")
     sync(folder / f"{name}.json")
 
 
@@ -88,7 +88,7 @@ def load_tree(folder: Path, name: str) -> Any:
     file = folder / f"{name}.safetensors"
     try:
         tensors = load_file(file) if file.exists() else {}
-        return _unpack(json.loads((folder / f"{name}.json").read_text()), tensors)
+        return _unpack(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"the checkpoint {folder} is not complete or damaged ({name}: {type(error).__name__}: {error}); "
@@ -99,7 +99,7 @@ def load_tree(folder: Path, name: str) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by one with this content, all at once."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
 

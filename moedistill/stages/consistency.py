@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PhasePoints:
-    """Inner edges of the phases, as trajectory points; none for a single phase."""
+    """Where phases meet.
+
+    Args:
+        points: their inner edges, as trajectory points; none for a single phase.
+    """
 
     points: list[NonNegativeInt]
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -26,18 +27,25 @@ from moedistill.model.conditioning import Conditioning
 from moedistill.model.ema import WhichWeights
 from moedistill.model.sample_in_batches import sample_in_batches
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
-from moedistill.recipe.sampling import notes_on, sampling_sigmas, trajectory_of
+from moedistill.recipe.sampling import notes_on, sampling_sigmas, trained_before, trajectory_of, untrained_notes
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.randomness import Draws, generator
 from moedistill.stages.base import Stage
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from moedistill.recipe.keys import Recipe
     from moedistill.stages.run import Run
 
 
 ROWS = "rows.safetensors"
 """In the stage's folder: what each metric made of each sample, float64 `[N, D]`, as "kind/candidate"."""
+
+WIDTH = 80
+"""Characters of a printed table where there is no terminal to ask."""
+NUMBER = 10
+"""Characters of the widest number that is printed."""
 
 ORIGIN = "evaluation"
 """In the metadata of stored samples: seed, number, and what made each candidate's, as JSON."""
@@ -225,8 +233,11 @@ class EvaluateStage(Stage):
                 latents[candidate.name] = stored.to(noise.device)
                 continue
             run.say(f"  sampling {config.samples} × {candidate.name}")
-            if candidate.model == "student" and not candidate.stand_ins:
-                for note in notes_on(run.recipe, candidate.chosen(run.recipe)):
+            if candidate.model == "student":
+                trained, (sigmas, _) = trained_before(run.recipe, config.name), candidate.path(run.recipe)
+                notes = untrained_notes(run.recipe, trained, sigmas, candidate.stand_ins)
+                notes += notes_on(run.recipe, candidate.chosen(run.recipe)) if not candidate.stand_ins else []
+                for note in notes:
                     run.say(f"    note: {note}")
             latents[candidate.name] = self._sample(run, candidate, noise, cond)
         videos = {name: backbone.decode(samples).cpu() for name, samples in latents.items()}
@@ -297,7 +308,9 @@ class EvaluateStage(Stage):
     ) -> None:
         config, folder = self.config, run.output / self.config.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps({"samples": config.samples, "candidates": table}, indent=1))
+        (folder / "metrics.json").write_text(
+            json.dumps({"samples": config.samples, "candidates": table}, indent=1), encoding="utf-8"
+        )
         save_tensors(folder / ROWS, {name: measured.contiguous() for name, measured in rows.items()})
         if config.save_latents:
             # Copies: a backbone's conditioning may be views of one tensor, which cannot be saved.
@@ -371,15 +384,40 @@ def stored_samples(config: EvaluateConfig, recipe: "Recipe", cond: Mapping[str, 
 
 
 def show_table(title: str, table: dict[str, dict[str, float]]) -> None:
-    """Prints metrics by model."""
+    """Prints metrics by model: a line for each model; where that is too wide, a line for each metric."""
     from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(width=None if Console().is_terminal else WIDTH)
+
+    def fits(drawn: "Table") -> bool:
+        return Measurement.get(console, console.options.update(width=10_000), drawn).maximum <= console.width
+
+    def by_metric(models: Sequence[str]) -> "Table":
+        folded = ["\n".join(textwrap.wrap(model, NUMBER, break_long_words=False)) for model in models]
+        rows = [
+            (kind.replace("_", " "), *(f"{table[model][kind]:.4g}" for model in models)) for kind in table[models[0]]
+        ]
+        return _drawn(title, ["metric", *folded], rows)
+
+    models, kinds = list(table), list(next(iter(table.values())))
+    lines = [(model, *(f"{table[model][kind]:.4g}" for kind in kinds)) for model in models]
+    if fits(drawn := _drawn(title, ["model", *(kind.replace("_", " ") for kind in kinds)], lines)):
+        console.print(drawn)
+        return
+    while models:
+        # As many models side by side as there is room for.
+        some = next((n for n in range(len(models), 1, -1) if fits(by_metric(models[:n]))), 1)
+        console.print(by_metric(models[:some]))
+        models = models[some:]
+
+
+def _drawn(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
     from rich.table import Table
 
-    grid = Table(title=title)
-    grid.add_column("model")
-    columns = list(next(iter(table.values())))
-    for column in columns:
-        grid.add_column(column.replace("_", " "), justify="right")
-    for name, row in table.items():
-        grid.add_row(name, *(f"{row[column]:.4g}" for column in columns))
-    Console(width=None if Console().is_terminal else 140).print(grid)
+    drawn = Table(title=title, title_justify="left")
+    for number, column in enumerate(head):
+        drawn.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn

@@ -95,7 +95,7 @@ class ExportStage(Stage):
             "provenance": _provenance(run, self.config.weights),
             "recipe": recipe.resolved(),
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=1))
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
         run.metrics[self.config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
 
@@ -138,7 +138,7 @@ def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tenso
         UserError: a file is missing or broken, or the format is a newer one.
     """
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         version, experts, _ = int(index["format"]), index["experts"], index["recipe"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / INDEX} is not the index of an export, or is broken; export again") from error

@@ -20,6 +20,9 @@ METRICS = "metrics.jsonl"
 RESULT = "result.json"
 """What the stages reported, by name; written anew after every stage that trains nothing."""
 
+MINIATURE = "# A miniature (--smoke): small numbers in place of the recipe's own.\n"
+"""Begins the recipe.yaml of a run that was one."""
+
 COST = "cost.json"
 """What the training stages cost, by name: see `RunResult.cost`."""
 

@@ -16,7 +16,7 @@ from moedistill.model.backbone import TEACHER
 from moedistill.model.ema import WhichWeights
 from moedistill.model.generate import generate
 from moedistill.recipe.keys import StageConfig
-from moedistill.recipe.sampling import sampling_sigmas
+from moedistill.recipe.sampling import sampling_sigmas, trained_before, untrained_notes
 from moedistill.stages.base import Stage
 
 SHOWN = 8
@@ -81,8 +81,11 @@ class SampleStage(Stage):
         folder.mkdir(parents=True, exist_ok=True)
         prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
         asked = [prompt for prompt in (prompts[:1] if run.smoke else prompts) for _ in range(config.num)]
+        sigmas = sampling_sigmas(recipe)
+        for note in untrained_notes(recipe, trained_before(recipe, config.name), sigmas):
+            run.say(f"  note: {note}")
         write_samples(
-            folder, recipe, run.mixture, asked, sampling_sigmas(recipe),
+            folder, recipe, run.mixture, asked, sigmas,
             seed=config.seed, weights=config.weights, eta=recipe.sample.eta, made_from=str(run.output),
         )  # fmt: skip
         run.metrics[config.name] = {"folder": str(folder)}
@@ -92,7 +95,7 @@ class SampleStage(Stage):
 def _remove_earlier(folder: Path) -> None:
     """The videos that an earlier `samples.json` names: more than are written now would lie beside them."""
     try:
-        files = json.loads((folder / "samples.json").read_text())["files"]
+        files = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     for file in files:
@@ -147,5 +150,5 @@ def write_samples(
         "width": shown.shape[4],
         "torch": torch.__version__,
     }
-    (folder / "samples.json").write_text(json.dumps(sidecar, indent=1))
+    (folder / "samples.json").write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
     return videos if keep else []

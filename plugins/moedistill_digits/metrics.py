@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,8 @@ class Accuracy(Metric):
         part: which of the 64 features that head reads.
         null: what stands for nothing.
     """
+
+    share: ClassVar[bool] = True
 
     def __init__(self, name: Literal["digit", "direction"], part: slice, null: int) -> None:
         self.name, self.part, self.null = name, part, null

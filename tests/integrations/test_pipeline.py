@@ -402,6 +402,15 @@ def test_applying_twice(trained, loaded):
         assert state(pipeline) != inside
 
 
+def test_applying_an_early_checkpoint_says_who_is_not_trained(trained, loaded):
+    early = sorted((trained("wan") / "checkpoints").iterdir())[0]
+    assert early.name.startswith("00_")
+    note = "expert 'detail' is not trained: it is still a copy of 'semantic'"
+    with pytest.warns(UserWarning, match=note):
+        applied = apply(loaded("wan"), early)
+    assert applied.notes == [note]
+
+
 def test_applying_other_steps_says_which_were_not_trained_for(trained, loaded):
     pipeline = loaded("wan")
     with warnings.catch_warnings():

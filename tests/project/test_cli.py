@@ -193,6 +193,18 @@ def test_cp_keeps_the_text(call, tmp_path):
     assert call("cp", SHIPPED, target / "below_a_file")[0] == 2
 
 
+def test_cp_makes_a_folder(call, tmp_path):
+    """Where DEST ends in a slash; another name is a file's."""
+    code, out, _ = call("cp", SHIPPED, f"{tmp_path}/new/dir/")
+    assert code == 0
+    assert [path.name for path in (tmp_path / "new" / "dir").iterdir()] == [f"{SHIPPED}.yaml"]
+    assert out.strip().endswith(f" → {tmp_path}/new/dir/{SHIPPED}.yaml")
+    assert call("cp", SHIPPED, f"{tmp_path}/file")[0] == 0
+    code, _, err = call("cp", SHIPPED, f"{tmp_path}/file/")
+    assert (code, (tmp_path / "file").is_file()) == (2, True)
+    assert err == f"error: cannot write {tmp_path}/file/{SHIPPED}.yaml: File exists\n"
+
+
 def test_cp_writes_out_what_is_extended(call, tmp_path):
     child = tmp_path / "child.yaml"
     base = shipped_recipes()[SHIPPED]

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,45 @@ def test_progress_is_a_live_bar_in_a_terminal(width):
     assert text.count("\x1b[?25l") == 1  # the cursor was hidden …
     assert text.count("\x1b[?25h") == 1  # … and is back
     progress.stop()  # after an error it is stopped twice
+
+
+def test_the_bar_moves_at_every_step_and_keeps_what_was_measured_on_fixed_draws(tmp_path, monkeypatch):
+    """Lines of metrics are written at steps 0, 3, 6 and 7, and the monitor measures at 0, 4 and 7."""
+    seen = []
+
+    class Watched(Progress):
+        def __init__(self):
+            super().__init__(Console(file=io.StringIO(), force_terminal=True))
+
+        def advance(self, training):
+            super().advance(training)
+            seen.append((self._bar.tasks[0].completed, self._bar.numbers))
+
+    monkeypatch.setattr("moedistill.runs.loop.Progress", Watched)
+    monitor = {"every": 4, "samples": 1, "levels": 1}
+    changes = {"training.log_every": 3, "training.monitor": monitor, "training.checkpoint_every": None}
+    run(tiny_recipe([distil(steps=7)], changes), output=tmp_path, device="cpu")
+    assert list(dict.fromkeys(step for step, _ in seen)) == [0, 1, 2, 3, 4, 5, 6, 7]
+    at = {line["step"]: line["monitor"] for line in lines(tmp_path) if "monitor" in line}
+    assert list(at) == [0, 4, 7]
+    measured = {step: f"monitor {value:.3g} (step {step})" for step, value in at.items()}
+    last = dict(seen)  # of each step, what was shown in the end
+    assert [numbers.rpartition("  ")[2] for numbers in last.values()] == [
+        *[measured[0]] * 4, *[measured[4]] * 3, measured[7],
+    ]  # fmt: skip
+    losses = {line["step"]: f"loss {line['loss']:.3g}" for line in lines(tmp_path) if "loss" in line}
+    assert losses[3] in last[3]
+    assert losses[4] in last[5]
+
+
+def test_moving_the_bar_costs_next_to_nothing():
+    console = Console(file=io.StringIO(), force_terminal=True)
+    progress, stage = show(console)
+    begun = time.process_time()
+    for stage.step in range(1000):
+        progress.advance(stage)
+    assert time.process_time() - begun < 0.5  # of 1000 steps; it is drawn no more often for that
+    progress.stop()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from moedistill.cli import main
 from moedistill.errors import UserError
 from moedistill.model import conditioning
 from moedistill.recipe.loading import load_recipe
+from moedistill.recipe.sampling import sampling_sigmas, untrained_notes
 from moedistill.runs.loop import run
 from moedistill.runs.sample import load_mixture, sample_run
 from moedistill.runtime.randomness import Draws
@@ -108,6 +109,36 @@ def test_other_steps_take_the_edges_that_are_trained(tmp_path):
             ("detail", f"from sigma {at(4):.4g} to 0 (ends at {at(1):.4g})"),
         )
     ]
+
+
+def test_an_expert_that_is_not_trained_is_named(folder, tmp_path, capsys):
+    """Where it runs: not in a whole run or an export, and not where every step is another's."""
+
+    def notes(source, **options):
+        return sample_run(source, output=tmp_path / "samples", **options).notes
+
+    early = folder / "checkpoints" / "00_semantic_00000002"
+    note = "expert 'detail' is not trained: it is still a copy of 'semantic'"
+    assert notes(early) == [note]
+    assert notes(early, weights="ema") == [note]
+    assert notes(folder) == notes(folder / "export") == []
+    assert note not in notes(early, sigmas=[1.0])
+    with pytest.raises(SystemExit):
+        main(["sample", str(early), "--output", str(tmp_path / "out")])
+    assert capsys.readouterr().err == f"note: {note}\n"
+
+
+def test_untrained_experts_are_copies_of_the_nearest_trained_one():
+    recipe = load_recipe(tiny_recipe([distil(), distil("detail")]))
+    sigmas = sampling_sigmas(recipe)
+    assert untrained_notes(recipe, {"semantic", "detail"}, sigmas) == []
+    assert untrained_notes(recipe, set(), sigmas) == [
+        "expert 'semantic' is not trained: it is still a copy of 'teacher'",
+        "expert 'detail' is not trained: it is still a copy of 'teacher'",
+    ]
+    assert untrained_notes(recipe, {"semantic"}, sigmas, {"detail": "teacher"}) == []
+    frozen = load_recipe(tiny_recipe([distil()], {"experts.detail": {"kind": "frozen", "from": "semantic"}}))
+    assert untrained_notes(frozen, {"semantic"}, sigmas) == []
 
 
 def test_files(folder, tmp_path):

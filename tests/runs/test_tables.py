@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import textwrap
 
 import pytest
 import torch
@@ -11,9 +13,23 @@ from helpers import distil, evaluate, tiny_recipe
 from safetensors.torch import load_file, save_file
 
 from moedistill.cli import main
+from moedistill.components.plugins import load_plugins
 from moedistill.errors import UserError
+from moedistill.recipe.loading import load_recipe
 from moedistill.runs.loop import run
-from moedistill.runs.tables import Estimate, Record, _estimate, _sampling_error, methods, read_records, tabulate
+from moedistill.runs.tables import (
+    ONE_SEED,
+    Estimate,
+    Line,
+    Record,
+    Table,
+    _estimate,
+    _sampling_error,
+    methods,
+    read_records,
+    tabulate,
+)
+from moedistill.stages.evaluate import EvaluateConfig
 
 SAMPLES = 400
 
@@ -203,8 +219,8 @@ def test_what_cannot_be_compared_is_refused(finished, tmp_path):
     copy_of(finished, tmp_path / "b", name="other", rows=normal(1))
     refuse([tmp_path], ["different noise (samples 4 and 400)"])
     refuse([tmp_path / "a"], ["--metric nothing", "paired_distance, digit_accuracy"], metrics=["nothing"])
-    copy_of(finished, tmp_path / "again" / "a")
-    refuse([tmp_path / "a", tmp_path / "again"], ["seed 0 is there twice", str(tmp_path / "again" / "a")])
+    ways = f"Name those that share it, such as {tmp_path / 'a'}; without --table all are listed"
+    refuse([tmp_path], [ways])
     refuse([tmp_path / "nowhere"], ["nowhere", "no such folder"])
     (tmp_path / "empty").mkdir()
     refuse([tmp_path / "empty"], ["empty", "rows.safetensors"])
@@ -223,6 +239,7 @@ def test_the_command(finished, tmp_path, capsys):
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == ["base", "other"]
     assert "5 steps" in listed[0]
+    assert listed[0].endswith(f"finished  {tmp_path / 'a'}")
 
     assert command(tmp_path, "--table", "--against", "base", "--json", tmp_path / "new" / "table.json") == 0
     shown = capsys.readouterr().out
@@ -240,6 +257,97 @@ def test_the_command(finished, tmp_path, capsys):
     assert command(tmp_path, "--against", "base") == 2
     assert command(tmp_path, "--table", "--against", "nobody") == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_of_two_runs_of_a_seed_the_newer_one_counts(finished, tmp_path, capsys):
+    for name, written, mean in (("new", 2000, 5.0), ("old", 1000, 9.0)):
+        folder = copy_of(finished, tmp_path / name, rows=normal(1, mean))
+        os.utime(folder / "evaluate" / "rows.safetensors", (written, written))
+    table = tabulate(read_records([tmp_path]), resamples=10)
+    [line] = table.lines
+    assert line.values["paired_distance"].seeds == [pytest.approx(5.0, abs=0.5)]
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert table.notes == [f"{old} is not counted: {new} is of the same method and seed, and newer"]
+    assert command(tmp_path, "--table", "--json", tmp_path / "table.json") == 0
+    assert f"note: {table.notes[0]}\n" in capsys.readouterr().err
+    assert json.loads((tmp_path / "table.json").read_text())["notes"] == table.notes
+    assert command(tmp_path) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0].endswith(f"finished  {new}")
+    assert listed[1].endswith(f"finished  older than {new} of the same seed: not counted  {old}")
+
+
+def test_an_interval_of_one_seed_says_so(finished, tmp_path):
+    """Not the teacher's, in which no seed has a part; and differences to a method of one seed."""
+    rows = normal(1)
+    for name, seeds in (("one", (0,)), ("two", (0, 1))):
+        for seed in seeds:
+            folder = copy_of(finished, tmp_path / f"{name}{seed}", name=name, seed=seed, rows=rows)
+            values = {f"paired_distance/{model}": rows[:, None].clone() for model in ("student", "teacher")}
+            save_file(values, folder / "evaluate/rows.safetensors")
+    table = tabulate(read_records([tmp_path]), against="one", resamples=10)
+    marked = {(line.method, line.candidate): line.values["paired_distance"].samples_only for line in table.lines}
+    assert marked == {
+        ("one", "student"): True, ("one", "teacher"): False, ("two", "student"): False, ("two", "teacher"): False,
+    }  # fmt: skip
+    [student] = [line for line in table.lines if (line.method, line.candidate) == ("two", "student")]
+    assert student.differences["paired_distance"].samples_only
+    shown = table.markdown()
+    assert re.search(r"\| one \| student \| \d\d \| 1 \| [^|]*\]† \|", shown)
+    assert re.search(r"\| two \| student \| \d\d \| 2 \| [^|]*\] \|", shown)
+    assert shown.endswith(
+        "† of one training seed: the interval is that of the evaluation's samples alone (bootstrap); "
+        "a model of another seed may lie outside."
+    )
+    assert "†" not in tabulate(read_records([tmp_path / "two0", tmp_path / "two1"]), resamples=10).markdown()
+
+
+def test_shares_stay_shares(finished, tmp_path):
+    """399 of 400 right: mean ± 1.96 errors goes beyond 1; so does a difference of nearly 1."""
+    right = torch.ones(SAMPLES, 1, dtype=torch.float64)
+    right[0] = 0.0
+    for name, rows in (("good", right), ("bad", 1 - right)):
+        folder = copy_of(finished, tmp_path / name, name=name, rows=normal(1))
+        save_file({"digit_accuracy/student": rows}, folder / "evaluate/rows.safetensors")
+    bad, good = tabulate(read_records([tmp_path]), against="bad", resamples=200).lines
+    value, difference = good.values["digit_accuracy"], good.differences["digit_accuracy"]
+    assert (value.mean, value.high) == (399 / 400, 1.0)
+    assert 0.99 < value.low < value.mean
+    assert (bad.values["digit_accuracy"].low, difference.high) == (0.0, 1.0)
+    assert difference.mean == pytest.approx(398 / 400)
+
+
+def test_metrics_that_are_shares():
+    components = load_plugins().components
+    settings = {"fvd": {"detector": "x", "real": "x"}, "vbench": {"dimensions": ["dynamic_degree"]}}
+    kinds = components.names("metric")
+    built = {k: components.get("metric", k)(**settings.get(k, {})).build() for k in kinds if k not in ("fvd",)}
+    assert sorted(kind for kind, metric in built.items() if metric.share) == [
+        "coverage", "digit_accuracy", "direction_accuracy", "flips",
+    ]  # fmt: skip
+
+
+def test_a_wide_table_is_a_list_on_a_terminal(finished, tmp_path):
+    """With all metrics that a shipped recipe of digits has, and names as long as theirs."""
+    recipe = load_recipe("evidence_digits")
+    [stage] = [stage for stage in recipe.stages if isinstance(stage, EvaluateConfig)]
+    kinds = [metric.kind for metric in stage.metrics]
+    assert len(kinds) >= 10
+    estimate = Estimate(-0.01234, -1234.5, 12345.6, [0.0], samples_only=True)
+    values = dict.fromkeys(kinds, estimate)
+    name = "ablations/digits_two_full_experts (stages.detail.optimizer.lr=1e-05, experts.detail.rank=4)"
+    lines = [Line(name, one.name, 1234567.0, values, values) for one in stage.candidates]
+    table = Table(lines, [], against="evidence_digits")
+    assert max(map(len, table.markdown().splitlines())) > 300
+    shown = table.markdown(80)
+    assert max(map(len, shown.splitlines())) <= 80
+    for kind in kinds:
+        assert shown.count(f"  {kind.replace('_', ' ')}  ") == 2 * len(lines)
+    assert shown.count("-0.0123 [-1234, 12346]†") == 2 * len(lines) * len(kinds)
+    narrow = Table([Line("a", "b", 1.0, {"frechet": estimate})], [])
+    assert narrow.markdown(80) == "\n".join(narrow.markdown().splitlines()[:4]) + "\n" + "\n".join(
+        textwrap.wrap(ONE_SEED, 80)
+    )
 
 
 def test_records_hold_no_more_than_they_say(finished):

@@ -19,7 +19,7 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runs.loop import run
 from moedistill.runtime.randomness import Draws
-from moedistill.stages.evaluate import fingerprint
+from moedistill.stages.evaluate import EvaluateConfig, fingerprint, show_table
 from moedistill.stages.run import Run
 
 BRING = {"fvd", "vbench"}
@@ -229,6 +229,45 @@ def test_the_table_holds_what_the_metrics_say(trained):
     assert result.table["teacher"]["paired_distance"] == 0 < result.table["student"]["paired_distance"]
     stored = json.loads((result.folder / "metrics.json").read_text())
     assert stored == {"samples": 6, "candidates": result.table}
+
+
+def test_printed_tables_fit_80_columns(capsys):
+    """With all metrics and models of shipped recipes, and long numbers; no word is cut or left out."""
+    for name in ("dcm_digits", "evidence_digits", "ablations/digits_three_experts", "baselines/digits_lcm"):
+        [stage] = [stage for stage in load_recipe(name).stages if isinstance(stage, EvaluateConfig)]
+        kinds = [metric.kind for metric in stage.metrics]
+        table = {one.name: {kind: -0.00012345 * k for k, kind in enumerate(kinds, 1)} for one in stage.candidates}
+        show_table(f"{stage.name}: {stage.samples} samples", table)
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80
+        for values in table.values():
+            for value in values.values():
+                assert out.count(f"{value:.4g}") >= len(table)
+        assert set(" ".join(table).split()) <= set(out.split())
+        assert all(f" {kind.replace('_', ' ')} " in out for kind in kinds)
+
+
+def test_a_small_table_has_a_line_for_each_model(capsys):
+    show_table("evaluate: 4 samples", {"teacher": {"frechet": 1.5}, "student": {"frechet": 2.5}})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if "│" in line] == [
+        ["│", "teacher", "│", "1.5", "│"],
+        ["│", "student", "│", "2.5", "│"],
+    ]
+
+
+def test_who_is_not_trained_yet_is_named(tmp_path, capsys):
+    """Between the stages, after both, and where another expert runs in its place."""
+    candidates = [STUDENT, {"name": "semantic", "stand_ins": {"detail": "semantic"}}, TEACHER]
+    stages = [
+        distil(), evaluate(name="between", candidates=candidates),
+        distil("detail"), evaluate(name="after", candidates=candidates),
+    ]  # fmt: skip
+    run(tiny_recipe(stages), output=tmp_path, device="cpu")
+    out = capsys.readouterr().out
+    note = "    note: expert 'detail' is not trained: it is still a copy of 'semantic'\n"
+    assert f"  sampling 4 × student\n{note}  sampling 4 × semantic\n  sampling 4 × teacher\n" in out
+    assert out.count("not trained") == 1
 
 
 def test_pictures_open(trained):

@@ -15,7 +15,7 @@ from moedistill.integrations.diffusers.backbone import DiffusersBackboneConfig
 from moedistill.integrations.diffusers.loading import transformers_of
 from moedistill.integrations.diffusers.pipeline import Applied, RoutedTransformer, attach, refuse_eta
 from moedistill.model.ema import WhichWeights
-from moedistill.recipe.sampling import notes_on
+from moedistill.recipe.sampling import notes_on, untrained_notes
 from moedistill.runs.build import build_mixture
 from moedistill.runs.sample import read_trained, sampling_config, sampling_steps
 
@@ -42,7 +42,8 @@ def apply(
         weights: the experts' `trained` weights or their `ema`.
 
     Returns:
-        A handle; its `undo()` gives the pipeline back as it was, its `notes` are what was warned of.
+        A handle; its `undo()` gives the pipeline back as it was, its `notes` are what was warned of: such steps, and
+        experts that are not trained yet.
 
     Raises:
         UserError: the source is incomplete, or made for another model. The pipeline is as it was.
@@ -61,7 +62,8 @@ def apply(
     first: Any = next(iter(networks.values()))
     config = config.replace(dtype=str(first.dtype).removeprefix("torch."))
     path = sampling_steps(recipe, steps, sigmas)
-    notes = notes_on(recipe, chosen) if steps is not None or sigmas is not None else []
+    notes = untrained_notes(recipe, experts, path)
+    notes += notes_on(recipe, chosen) if steps is not None or sigmas is not None else []
     for note in notes:
         warnings.warn(note, stacklevel=2)
     with ExitStack() as undo:

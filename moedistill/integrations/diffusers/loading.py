@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moedistill.errors import shorten
+from moedistill.integrations.diffusers.bars import bars_as_switched
 from moedistill.integrations.diffusers.misfit import misfit
 
 
@@ -53,7 +54,7 @@ def from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
     Raises:
         ValueError: it cannot; begins with `what`.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), bars_as_switched():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # older releases know no other
         try:
             return cls.from_pretrained(folder, **arguments, use_safetensors=True, local_files_only=True)

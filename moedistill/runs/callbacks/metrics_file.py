@@ -31,14 +31,14 @@ class MetricsFile:
     @hookimpl
     def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
         line = {"stage": training.config.name, "step": training.step, "lr": training.learning_rate, **metrics}
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def drop_later_lines(path: Path, stages: Sequence[str], number: int, step: int) -> None:
     """Leaves what was written up to `step` of stage `number`, of `stages` by their names."""
     kept = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:  # cut off by a crash

@@ -42,15 +42,21 @@ class _Bar(RichProgress):
 
 
 class Progress:
-    """Loss terms, gradient norms, steps per second, time left and memory."""
+    """Loss terms, gradient norms, steps per second, time left and memory.
+
+    The live line moves at every step; its numbers are those of the last logged one, and of the last measurement on
+    fixed draws. It is drawn some ten times a second by a thread, whatever a step takes.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
         self._bar: _Bar | None = None
+        self._monitor = ""
 
     @hookimpl
     def on_stage_start(self, training: "Training") -> None:
         self._started, self._first = time.monotonic(), training.step
+        self._monitor = ""
         title = f"{training.config.name} ({training.config.kind}, expert {training.expert}, {training.steps} steps)"
         self._say(title)
         if self._console.is_terminal:
@@ -59,16 +65,28 @@ class Progress:
             self._task = self._bar.add_task(title, total=training.steps, completed=training.step, speed="")
             self._bar.start()
 
+    def advance(self, training: "Training") -> None:
+        """After every step, also those that are not logged; asks nothing of a GPU that would wait for it."""
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=training.step, speed=f"{self._rate(training):.2f} steps/s  {memory()}"
+            )
+
+    def _rate(self, training: "Training") -> float:
+        return (training.step - self._first) / max(1e-9, time.monotonic() - self._started)
+
     @hookimpl
     def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
-        rate = (training.step - self._first) / max(1e-9, time.monotonic() - self._started)
         shown = {name: value for name, value in metrics.items() if not name.startswith(("monitor/", "monitor_"))}
+        if "monitor" in shown and self._bar is not None:
+            self._monitor = f"monitor {shown.pop('monitor'):.3g} (step {training.step})"
         numbers = "  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in shown.items())
-        speed = f"{rate:.2f} steps/s  {memory()}"
         if self._bar is not None:
-            self._bar.numbers = numbers
-            self._bar.update(self._task, completed=training.step, speed=speed)
+            self._bar.numbers = "  ".join(part for part in (numbers, self._monitor) if part)
+            self.advance(training)
         else:
+            rate = self._rate(training)
+            speed = f"{rate:.2f} steps/s  {memory()}"
             left = f"  {speed}  {_duration((training.steps - training.step) / rate)} left" if rate else ""
             self._say(f"  {training.step}/{training.steps}  {numbers}{left}")
 

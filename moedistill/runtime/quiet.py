@@ -1,0 +1,56 @@
+"""Commands speak for themselves: bars and warnings of the libraries below them are off, unless somebody asks for them.
+
+For commands alone: where moedistill is imported, whose output it is decides its importer.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SWITCHES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "ACCELERATE_LOG_LEVEL": "ERROR",
+}
+"""The libraries' own, read when they are imported; a value that is there already stays."""
+
+LIBRARIES = r"(accelerate|diffusers|huggingface_hub|peft|safetensors|transformers)(\.|$)"
+FUSED = "Mismatch dtype between input and weight"
+"""Of torch: a norm in bfloat16 whose weights a model keeps in float32, as published, is not one kernel."""
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Turns off what the libraries print beside results; warnings that come from other code, such as a plugin, stay.
+
+    With `-W` or `PYTHONWARNINGS` all warnings are as those say.
+    """
+    form = warnings.formatwarning
+    set_here = {name: value for name, value in SWITCHES.items() if name not in os.environ}
+    os.environ.update(set_here)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=LIBRARIES)
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.filterwarnings("ignore", category=category, module=r"torch(\.|$)")
+            warnings.filterwarnings("ignore", FUSED, UserWarning, module=r"torch(\.|$)")
+            warnings.formatwarning = _in_one_line(form)
+        try:
+            yield
+        finally:
+            warnings.formatwarning = form
+            for name in set_here:
+                os.environ.pop(name, None)
+
+
+def _in_one_line(form: Callable[..., str]) -> Callable[..., str]:
+    """Writes what is for the user as a line, without the place in the code; the rest as `form` does it."""
+
+    def written(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        return f"warning: {message}\n" if category is UserWarning else form(message, category, *where, **more)
+
+    return written

@@ -1,0 +1,134 @@
+"""The list of runs: every one, whatever became of it, in lines that fit a terminal."""
+
+import json
+import shutil
+
+import pytest
+from helpers import distil, evaluate, tiny_recipe
+
+from moedistill import cli
+from moedistill.errors import UserError
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.listing import list_runs, packed
+from moedistill.runs.loop import run
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of one recipe: finished, miniature, without an evaluation."""
+    folder = tmp_path_factory.mktemp("listing")
+    stages = [distil(steps=STEPS), distil("detail", steps=STEPS), evaluate()]
+    run(tiny_recipe(stages, {"training.checkpoint_every": 2}), output=folder / "finished")
+    run(tiny_recipe([distil(steps=1)], {"name": "unseen"}), output=folder / "unseen")
+    run(tiny_recipe(stages), output=folder / "miniature", smoke=True)
+    return folder
+
+
+def cut(runs, folder, stage, step, *, checkpoints=()):
+    """The finished run as it was after this step of this stage."""
+    shutil.copytree(runs / "finished", folder, ignore=shutil.ignore_patterns("evaluate", "result.json", "checkpoints"))
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    [end] = [k for k, line in enumerate(map(json.loads, lines)) if (line["stage"], line["step"]) == (stage, step)]
+    (folder / "metrics.jsonl").write_text("".join(lines[: end + 1]) + '{"stage": "det')
+    for name in checkpoints:
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    return folder
+
+
+def listed(*folders):
+    """State by folder's name."""
+    return {parts[-1].rpartition("/")[2]: parts[3] for parts in list_runs(folders)}
+
+
+def test_every_run_is_there(runs):
+    cells = {parts[-1].rpartition("/")[2]: parts for parts in list_runs([runs])}
+    assert {name: (parts[0], parts[1], parts[3]) for name, parts in cells.items()} == {
+        "finished": ("tiny", "seed 0", "finished"),
+        "miniature": ("tiny (miniature)", "seed 0", "finished"),
+        "unseen": ("unseen", "seed 0", "finished, without an evaluation"),
+    }
+    assert cells["finished"][2].startswith("6 steps, ")
+    assert cells["unseen"][2].startswith("1 steps, ")
+    assert list_runs([runs, runs / "finished"]) == list_runs([runs])
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "checkpoints", "state"),
+    [
+        ("semantic", 1, (), "unfinished: semantic at step 1 of 3"),
+        ("semantic", 1, ("00_semantic_00000002", ".tmp-00_semantic_00000003"), "unfinished: semantic at step 2 of 3"),
+        ("semantic", 3, (), "unfinished: detail at step 0 of 3"),
+        ("detail", 2, ("00_semantic_00000003", "my_backup_7"), "unfinished: detail at step 2 of 3"),
+        ("detail", 3, (), "unfinished: before the end of evaluate"),
+    ],
+)
+def test_an_unfinished_run_says_how_far_it_came(runs, tmp_path, stage, step, checkpoints, state):
+    cut(runs, tmp_path / "run", stage, step, checkpoints=checkpoints)
+    assert listed(tmp_path) == {"run": state}
+
+
+def test_a_run_that_has_only_begun(runs, tmp_path):
+    """Its recipe has every key; somebody's own recipe.yaml is no run."""
+    (tmp_path / "begun").mkdir()
+    shutil.copy(runs / "finished" / "recipe.yaml", tmp_path / "begun")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "recipe.yaml").write_text(json.dumps(tiny_recipe([distil()])))
+    assert listed(tmp_path) == {"begun": "unfinished: semantic at step 0 of 3"}
+    for folder, words in ((tmp_path / "own", "there is no run in it"), (tmp_path / "none", "there is no such folder")):
+        with pytest.raises(UserError, match=words):
+            list_runs([folder])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("result.json", '{"evaluate": {', "result.json is damaged (Expecting"),
+        ("cost.json", "[]", "cost.json is damaged (it is no mapping)"),
+        ("cost.json", '{"semantic": {"steps": 3}}', "cost.json is damaged (a stage lacks its numbers)"),
+        ("recipe.yaml", "name: [", "recipe.yaml: "),
+        ("recipe.yaml", "name: x\nbackbone: {kind: gone}\n", "recipe.yaml: unknown backbone 'gone'; allowed: "),
+    ],
+)
+def test_what_is_damaged_is_listed_too(runs, tmp_path, name, content, words):
+    shutil.copytree(runs / "finished", tmp_path / "a")
+    shutil.copytree(runs / "finished", tmp_path / "b")
+    (tmp_path / "a" / name).write_text(content)
+    whole, damaged = list_runs([tmp_path])
+    assert whole[-1] == str(tmp_path / "b")
+    assert damaged[0] == "?"
+    assert damaged[1].startswith("cannot be read: ")
+    assert words in damaged[1]
+    assert damaged[2] == str(tmp_path / "a")
+
+
+def test_the_miniature_says_so_itself(runs):
+    text = (runs / "miniature" / "recipe.yaml").read_text()
+    assert text.startswith("# A miniature (--smoke)")
+    assert load_recipe(runs / "miniature" / "recipe.yaml").name == "tiny"
+    assert not (runs / "finished" / "recipe.yaml").read_text().startswith("#")
+
+
+def test_lines_fit_a_terminal():
+    name = "tiny (experts.detail.rank=2, stages.detail.optimizer.lr=1e-05, training.batch_size=64, trajectory.shift=5)"
+    folder = "runs/" + "x" * 90
+    lines = packed([name, "seed 0", "600 steps, 4321 forwards, 12345 seconds", "finished", folder], 80)
+    assert lines == [
+        "tiny (experts.detail.rank=2, stages.detail.optimizer.lr=1e-05,",
+        "  training.batch_size=64, trajectory.shift=5)  seed 0",
+        "  600 steps, 4321 forwards, 12345 seconds  finished",
+        f"  {folder}",
+    ]
+    assert packed(["a", "seed 0", "b" * 100], None) == [f"a  seed 0  {'b' * 100}"]
+
+
+def test_the_command(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", str(runs)])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("tiny") for line in lines) == 2
+    assert all(len(line) <= 80 or str(runs) in line for line in lines)
