@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 SWITCHES = {
@@ -48,9 +49,12 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _in_one_line(form: Callable[..., str]) -> Callable[..., str]:
-    """Writes what is for the user as a line, without the place in the code; the rest as `form` does it."""
+    """Writes what moedistill says to its users as a line, without the place in the code; the rest as `form` does it."""
 
-    def written(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-        return f"warning: {message}\n" if category is UserWarning else form(message, category, *where, **more)
+    def written(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> str:
+        ours = any(part.startswith("moedistill") for part in Path(filename).parent.parts)
+        if category is UserWarning and ours:
+            return f"warning: {message}\n"
+        return form(message, category, filename, *where, **more)
 
     return written

@@ -42,7 +42,8 @@ def test_what_is_for_the_user_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "warnoptions", [])
     before = warnings.formatwarning
     with quiet_libraries():
-        assert warnings.formatwarning("cut", UserWarning, "file.py", 1) == "warning: cut\n"
+        assert warnings.formatwarning("cut", UserWarning, "x/moedistill_wan/a.py", 1) == "warning: cut\n"
+        assert "file.py:1: UserWarning: x" in warnings.formatwarning("x", UserWarning, "file.py", 1)
         assert "file.py:1: RuntimeWarning: x" in warnings.formatwarning("x", RuntimeWarning, "file.py", 1)
     assert warnings.formatwarning is before
 
