@@ -71,7 +71,7 @@ def plan(
             ways += f"; use --resume-from {checkpoint} with a new --output, where what comes later may differ"
         if home is not None and (home / "recipe.yaml").is_file():
             theirs = replace(command, smoke=state.get("smoke", command.smoke))
-            ways += f"; or go on with its own recipe: {theirs.go_on(home, checkpoint)}"
+            ways += f"; or, with its own recipe, go on with: {theirs.go_on(home, checkpoint)}"
         raise UserError(
             f"the recipe is not the one that {checkpoint} was made with: {', '.join(sorted(keys))} differ. {ways}"
         )
@@ -176,7 +176,7 @@ def _checkpoint(
                 raise
             anew = command.begin(Path(asked))
             raise UserError(
-                f"{error}; a run that was stopped before its first one starts afresh with: {anew}"
+                f"{error}; if the run was stopped before its first one, begin it anew with: {anew}"
             ) from error
     if not resume:
         return None
@@ -202,7 +202,7 @@ def _new_folder(recipe: Recipe, output: str | Path | None, command: RunCommand, 
         if checkpoint is not None:
             ways = f"{checkpoint} is not one of its: {ways}"
         elif resumable and (folder / "recipe.yaml").is_file():
-            ways += f", or go on with it: {command.go_on(folder)}"
+            ways += f", or go on with: {command.go_on(folder)}"
         raise UserError(f"{folder} already holds a run; {ways}")
     return folder
 

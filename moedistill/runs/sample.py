@@ -100,8 +100,11 @@ def _recipe_of(source: Path, saved: Mapping[str, Any], plugins: Plugins | None, 
 def _missing(saved: Mapping[str, Any], plugins: Plugins) -> list[tuple[str, str]]:
     """Registry and kind of the components that sampling needs and that are not there."""
     configs = [(registry, saved.get(registry)) for registry in ("backbone", "trajectory", "router")]
-    configs += [("expert", config) for config in (saved.get("experts") or {}).values()]
-    kinds = [(registry, config["kind"]) for registry, config in configs if config and "kind" in config]
+    experts = saved.get("experts")
+    configs += [("expert", config) for config in (experts.values() if isinstance(experts, Mapping) else ())]
+    kinds = [
+        (registry, config["kind"]) for registry, config in configs if isinstance(config, Mapping) and "kind" in config
+    ]
     return [(registry, kind) for registry, kind in kinds if kind not in plugins.components.names(registry)]
 
 

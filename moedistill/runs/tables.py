@@ -10,7 +10,6 @@ A difference is formed within each draw of samples and, where both methods have 
 that what they share cancels.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moedistill.components.plugins import Plugins, load_plugins
@@ -28,6 +26,7 @@ from moedistill.metrics.base import Metric
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import read_saved
 from moedistill.runs.resume import comparable
+from moedistill.runtime.integrity import Damaged, misfit, read_json, read_tensors
 from moedistill.stages.evaluate import ROWS, EvaluateConfig
 from moedistill.stages.run import COST
 
@@ -162,17 +161,26 @@ def _read(folder: Path, plugins: Plugins) -> Record:
         raise UserError(f"{folder}: its evaluations have different noise or prompts: {_differing(noises)}")
     rows: dict[str, dict[str, Tensor]] = {}
     for stage in done:
-        tensors = load_file(folder / stage.name / ROWS)
+        tensors = read_tensors(folder / stage.name / ROWS)
         prefix = f"{stage.name}: " if len(done) > 1 else ""
         for candidate in stage.candidates:
             kinds = [metric.kind for metric in stage.metrics]
             found = {kind: tensors.get(f"{kind}/{candidate.name}") for kind in kinds}
             if measured := {kind: value for kind, value in found.items() if value is not None}:
                 rows[prefix + candidate.name] = measured
-    cost = folder / COST
+    cost = _read_cost(folder / COST)
     with user_errors(str(folder)):
         metrics = {metric.kind: metric.build() for stage in done for metric in stage.metrics}
-    return Record(folder, recipe, rows, metrics, json.loads(cost.read_text()) if cost.is_file() else {}, noises[0])
+    return Record(folder, recipe, rows, metrics, cost, noises[0])
+
+
+def _read_cost(file: Path) -> dict[str, dict[str, float]]:
+    """Cost of the training stages; none where none was written."""
+    cost: dict[str, dict[str, float]] = read_json(file) if file.exists() else {}
+    own = dict.fromkeys(cost, COSTS) if isinstance(cost, dict) else {}
+    if fault := misfit(cost, own):
+        raise Damaged(file, f"is damaged: {fault}")
+    return cost
 
 
 def _differing(noises: Sequence[dict[str, Any]]) -> str:
@@ -180,6 +188,9 @@ def _differing(noises: Sequence[dict[str, Any]]) -> str:
     found = {key: list(dict.fromkeys(str(noise[key]) for noise in noises)) for key in noises[0]}
     return "; ".join(f"{key} {' and '.join(values)}" for key, values in found.items() if len(values) > 1)
 
+
+COSTS = {"steps": 0, "forwards": 0, "seconds": 0.0}
+"""What is written of each stage."""
 
 IGNORED = ("seed", "description", "reference_samples")
 """Ends of keys that do not make another method."""

@@ -25,7 +25,7 @@ FORMAT = 2
 """Of a checkpoint, in its state; one of before has none, and no sums."""
 
 SUMS = "sums.json"
-_TREES = ("state", "experts", "ema", "training")
+TREES = ("state", "experts", "ema", "training")
 _NAME = re.compile(r"([0-9]{2,})_([A-Za-z0-9_-]+)_([0-9]{8,})")
 _TEMPORARY = ".tmp-"
 _PLAIN = (bool, int, float, str, type(None))
@@ -135,7 +135,7 @@ def check_files(folder: Path) -> None:
     """Sees quickly, by sizes alone, that all files of a checkpoint are there; Damaged if not."""
     sums = _sums(folder)
     if sums is None:
-        for tree in _TREES:
+        for tree in TREES:
             size_of(folder / f"{tree}.json")
         return
     if "state.json" not in sums:
@@ -162,7 +162,7 @@ def verify(folder: Path, *trees: str) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by one with this content, all at once."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
 
@@ -317,7 +317,7 @@ def newest_whole(folder: Path, but: Path) -> Path | None:
     for path in reversed(Checkpoints(folder, keep=1).all()):
         try:
             if not (path.name == but.name and path.parent.resolve() == but.parent.resolve()):
-                for tree in _TREES:
+                for tree in TREES:
                     load_tree(path, tree)
                 return path
         except Damaged:

@@ -345,7 +345,7 @@ def test_a_missing_path_is_never_a_fresh_start(tmp_path, resume):
 
 
 def test_a_folder_with_a_run_is_refused(whole, tmp_path):
-    with pytest.raises(UserError, match="already holds a run; choose another --output, or go on with it: moedistill"):
+    with pytest.raises(UserError, match="already holds a run; choose another --output, or go on with: moedistill"):
         run(recipe(), output=whole.output, device="cpu")
     shutil.copytree(whole.output, tmp_path / "run")
     with pytest.raises(UserError, match="already holds a run"):  # another one than what is resumed

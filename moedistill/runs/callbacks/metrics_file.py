@@ -36,13 +36,16 @@ class MetricsFile:
 
 
 def drop_later_lines(path: Path, stages: Sequence[str], number: int, step: int) -> None:
-    """Leaves what was written up to `step` of stage `number`, of `stages` by their names."""
+    """Leaves what was written up to `step` of stage `number`, of `stages` by their names, and what is no such line."""
     kept = []
-    for text in path.read_text().splitlines():
+    for text in path.read_bytes().decode(errors="replace").splitlines(keepends=True):
+        if not text.endswith("\n"):  # cut off by a crash
+            continue
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # cut off by a crash
-            continue
-        if (stages.index(line["stage"]), line["step"]) <= (number, step):
-            kept.append(text + "\n")
+            later = (stages.index(line["stage"]), line["step"]) > (number, step)
+        except (ValueError, KeyError, TypeError):  # not ours
+            later = False
+        if not later:
+            kept.append(text)
     write_text(path, "".join(kept))
