@@ -171,7 +171,7 @@ class Job:
     def execute(self) -> None:
         command = [sys.executable, "-m", "moedistill", "run", self.recipe, "--output", str(self.folder)]
         command += [f"--set={setting}" for setting in self.settings]
-        if Checkpoints(self.folder / "checkpoints", keep=1).all():
+        if Checkpoints(self.folder / "checkpoints", keep=1).there():
             command.append("--resume")
         elif self.begun is not None:
             command.append(f"--resume-from={self.begun}")

@@ -1,21 +1,18 @@
 """Whether a saved training state is of what a stage trains: another would be taken over in part, or end in a crash."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from moedistill.runtime.integrity import misfit
 
-if TYPE_CHECKING:
-    from moedistill.stages.training import Trainable
-
 GROUP = ("params", "lr", "initial_lr", "betas", "eps", "weight_decay")
 SCHEDULE = ("base_lrs", "last_epoch", "_step_count", "_last_lr")
 
 
-def misfit_of_state(state: Any, trained: "Mapping[str, Trainable]", scaler: Any) -> str | None:
-    """In what the `state` of a `Training` is not of what is `trained`: names, types, dtypes, shapes; None if it is."""
+def misfit_of_state(state: Any, trained: Mapping[str, Any], scaler: Any) -> str | None:
+    """In what the `state` of a `Training` is not of its `trained`: names, types, dtypes, shapes; None if it is."""
     form = {
         "trained": {name: {"optimizer": {"state": ..., "param_groups": ...}, "scheduler": ...} for name in trained},
         "critics": {name: each.bare.state_dict() for name, each in trained.items() if each.bare is not None},
@@ -27,7 +24,7 @@ def misfit_of_state(state: Any, trained: "Mapping[str, Trainable]", scaler: Any)
     return next(filter(None, faults), None)
 
 
-def _misfit(saved: Mapping[str, Any], trainable: "Trainable", where: str) -> str | None:
+def _misfit(saved: Mapping[str, Any], trainable: Any, where: str) -> str | None:
     moments, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
     own_groups = trainable.optimizer.state_dict()["param_groups"]
     own_moments = {
