@@ -234,7 +234,10 @@ class _Runner:
             )
         if checkpoint is not None:
             with ways_out(self.command):
-                training.load_state(load_tree(checkpoint, "training", verified=True), checkpoint / "training.json")
+                try:
+                    training.load_state(load_tree(checkpoint, "training", verified=True))
+                except ValueError as error:
+                    raise Damaged(checkpoint / "training.json", str(error)) from error
         with user_errors(f"stage {config.name}"):
             monitor = stage.monitor(training)
         cost = self.run.cost.setdefault(config.name, {"steps": 0, "forwards": 0, "seconds": 0.0})

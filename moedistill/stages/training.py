@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from moedistill.model.ema import EMA
 from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import TrainingStageConfig
-from moedistill.runtime.integrity import Damaged
 from moedistill.runtime.randomness import Draws
 from moedistill.runtime.sharding import cut_like, is_sharded, whole, whole_tree
 from moedistill.stages.restoring import misfit_of_state
@@ -429,14 +427,10 @@ class Training:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
         }
 
-    def load_state(self, state: Any, file: Path) -> None:
-        """Takes over what `state` gave, after `setup` built the same things.
-
-        Raises:
-            Damaged: the state, read from `file`, is of other things.
-        """
+    def load_state(self, state: Any) -> None:
+        """Takes over what `state` gave, after `setup` built the same things; ValueError if it is of others."""
         if fault := misfit_of_state(state, self.trained, self.accelerator.scaler):
-            raise Damaged(file, f"does not fit what is trained: {fault}")
+            raise ValueError(f"does not fit what is trained: {fault}")
         for name, trainable in self.trained.items():
             trainable.optimizer.load_state_dict(state["trained"][name]["optimizer"])
             for parameter, moments in trainable.optimizer.state.items():
