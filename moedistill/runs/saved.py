@@ -29,12 +29,18 @@ class _Recipe(TypedDict):
     training: dict[str, Any]
 
 
+class _Cost(TypedDict):
+    steps: float
+    forwards: float
+    seconds: float
+
+
 class _State(TypedDict):
     stage: _Count
     stage_name: str
     step: _Count
     metrics: dict[str, Any]
-    cost: dict[str, dict[str, float]]
+    cost: dict[str, _Cost]
     recipe: _Recipe
     trained: NotRequired[list[str]]
     used: NotRequired[list[str]]

@@ -38,14 +38,21 @@ class MetricsFile:
 def drop_later_lines(path: Path, stages: Sequence[str], number: int, step: int) -> None:
     """Leaves what was written up to `step` of stage `number`, of `stages` by their names, and what is no such line."""
     kept = []
-    for text in path.read_bytes().decode(errors="replace").splitlines(keepends=True):
-        if not text.endswith("\n"):  # cut off by a crash
-            continue
+    *texts, last = path.read_bytes().decode(errors="replace").split("\n")
+    for text in [*texts, last] if _is_json(last) else texts:  # a crash may have cut off the last one
         try:
             line = json.loads(text)
             later = (stages.index(line["stage"]), line["step"]) > (number, step)
         except (ValueError, KeyError, TypeError):  # not ours
             later = False
         if not later:
-            kept.append(text)
+            kept.append(text + "\n")
     write_text(path, "".join(kept))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
