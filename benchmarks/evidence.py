@@ -161,8 +161,8 @@ class Job:
 
     def branching(self, other: "Job") -> "Job":
         """The same run begun where the first stage of `other`, a finished run, ends; itself if its own is different."""
-        checkpoints = (other.folder / "checkpoints").glob("00_*")
-        begun = max(checkpoints, default=None)
+        checkpoints = Checkpoints(other.folder / "checkpoints", keep=1).all()
+        begun = max((path for path in checkpoints if path.name.startswith("00_")), default=None)
         if begun is None or changed_keys(self.load(), load_tree(begun, "state"))[0]:
             return self
         first, *_ = json.loads((other.folder / COST).read_text(encoding="utf-8")).values()
@@ -171,7 +171,7 @@ class Job:
     def execute(self) -> None:
         command = [sys.executable, "-m", "moedistill", "run", self.recipe, "--output", str(self.folder)]
         command += [f"--set={setting}" for setting in self.settings]
-        if Checkpoints(self.folder / "checkpoints", keep=1).all():
+        if Checkpoints(self.folder / "checkpoints", keep=1).there():
             command.append("--resume")
         elif self.begun is not None:
             command.append(f"--resume-from={self.begun}")

@@ -22,6 +22,7 @@ from moedistill.model.experts import Expert, ExpertConfig, FrozenExpert
 from moedistill.model.guidance import Guidance
 from moedistill.model.sample_in_batches import FreshNoise, sample_in_batches
 from moedistill.model.shared_network import SharedNetwork
+from moedistill.runtime.integrity import misfit
 from moedistill.runtime.sharding import fill, rest
 
 Weights = Mapping[str, Mapping[str, Tensor]]
@@ -247,12 +248,20 @@ class Mixture(nn.Module):
         Raises:
             UserError: they do not fit the recipe's experts; `source` says where they came from.
         """
-        for name, weights in (*experts.items(), *averages.items()):
+        kinds = [("weights", *item) for item in experts.items()] + [("average", *item) for item in averages.items()]
+        for kind, name, weights in kinds:
             expert = self.experts.get(name)
             if expert is None:
                 raise UserError(f"{source} has weights of an expert {name!r}, which the recipe does not name")
-            if _shapes(weights) != _shapes(expert.parameters):
-                raise UserError(f"the weights of expert {name!r} in {source} do not fit the recipe; use its own recipe")
+            # What is trained is float32, and saved so; for inference it may lie in the dtype of the base.
+            own = {
+                key: parameter if key in weights and weights[key].dtype == parameter.dtype else _float32(parameter)
+                for key, parameter in expert.parameters.items()
+            }
+            if fault := misfit(weights, own):
+                raise UserError(
+                    f"the {kind} of expert {name!r} in {source} do not fit the recipe: {fault}; use its own recipe"
+                )
         for name, weights in experts.items():
             expert = self.experts[name]
             for key, parameter in expert.parameters.items():
@@ -311,5 +320,6 @@ class Mixture(nn.Module):
         )
 
 
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: weight.shape for name, weight in weights.items()}
+def _float32(parameter: Tensor) -> Tensor:
+    """A tensor of the parameter's shape, without memory."""
+    return torch.empty(parameter.shape, dtype=torch.float32, device="meta")

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from moedistill.components.fields import Component
 from moedistill.components.registry import Components
 from moedistill.errors import Problem, nearest, shorten, suggest
-from moedistill.recipe.yaml_tree import INVALID, Node, describe, dotted
+from moedistill.recipe.yaml_tree import INVALID, Node, describe, dotted, reads_as_number
 
 Path = tuple[str | int, ...]
 
@@ -396,7 +396,7 @@ def _type_hint(wanted: str, value: Any) -> str:
         return f"YAML reads this as a number; put it in quotes: '{value}'"
     if wanted == "text" and isinstance(value, bool):
         return f"put it in quotes: '{str(value).lower()}'"
-    if wanted in ("an integer", "a number") and isinstance(value, str) and _is_number(value):
+    if wanted in ("an integer", "a number") and isinstance(value, str) and reads_as_number(value):
         return f"leave the quotes away: {shorten(value, 40)}"
     if wanted == "true or false" and isinstance(value, str) and value.lower() in ("on", "yes", "off", "no"):
         return f"write {'true' if value.lower() in ('on', 'yes') else 'false'}"
@@ -405,14 +405,6 @@ def _type_hint(wanted: str, value: Any) -> str:
     if wanted == "a list" and isinstance(value, dict):
         return "begin every item with a dash: `- name: …`"
     return ""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _at(raw: Any, path: Path) -> Any:

@@ -60,7 +60,9 @@ def load_model(
     """
     problems: list[Problem] = []
     kept = {key: saved[key] for key in MODEL if key in saved and not (router is not None and key == "router")}
-    stages = [stage for saved_stage in saved.get("stages", ()) if (stage := _kept(saved_stage, plugins))]
+    listed = saved.get("stages")
+    mappings = [stage for stage in (listed if isinstance(listed, list) else ()) if isinstance(stage, Mapping)]
+    stages = [stage for saved_stage in mappings if (stage := _kept(saved_stage, plugins))]
     root = read_recipe({**kept, "stages": stages or [STAND_IN]}, (), problems)
     recipe = _checked(root, problems, plugins, name, Rules.model, router)
     return recipe if stages else replace(recipe, stages=[])
@@ -117,8 +119,10 @@ def _checked(
 
 def in_todays_words(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved recipe, as a run or an export of any version saved it, with the names that its keys have now."""
-    training = {TrainingConfig.renamed.get(key, key): value for key, value in saved.get("training", {}).items()}
-    return {**saved, "training": training} if training else dict(saved)
+    training = saved.get("training")
+    if not isinstance(training, Mapping):  # none, or an edited one
+        return dict(saved)
+    return {**saved, "training": {TrainingConfig.renamed.get(key, key): value for key, value in training.items()}}
 
 
 def read_saved(file: Path, plugins: Plugins | None = None) -> Recipe:

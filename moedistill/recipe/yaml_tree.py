@@ -219,6 +219,12 @@ def _float(text: str) -> float:
     return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
 
 
+def reads_as_number(text: str) -> bool:
+    """Whether `text` is a finite number in a recipe, where it has no quotes; `nan` and `1_000` are text."""
+    numbers = (pattern for name, pattern, _ in _SCALARS if name in ("int", "float"))
+    return any(re.fullmatch(pattern, text) for pattern in numbers) and math.isfinite(_float(text))
+
+
 def _has_surrogate(text: str) -> bool:
     return any(0xD800 <= ord(char) < 0xE000 for char in text)
 

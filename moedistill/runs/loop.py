@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,12 @@ from moedistill.recipe.miniature import miniature
 from moedistill.runs.build import build_run, make_accelerator
 from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.runs.check import check_before
-from moedistill.runs.resume import Plan, belongs_to, plan
-from moedistill.runtime.checkpoint import Checkpoints, load_tree, write_text
+from moedistill.runs.commands import RunCommand
+from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
+from moedistill.runs.saved import read_weights
+from moedistill.runtime.checkpoint import FORMAT, Checkpoints, checkpoint_name, load_tree, write_text
 from moedistill.runtime.devices import cpu_threads, make_folder
+from moedistill.runtime.integrity import Damaged, read_json
 from moedistill.runtime.randomness import torch_seed
 from moedistill.runtime.sharding import whole, whole_tree
 from moedistill.runtime.signals import Interruption
@@ -92,12 +95,13 @@ def run(
         recipe = miniature(recipe)
     accelerator = make_accelerator(recipe, device)
     checked = check_before(recipe)
-    where = plan(recipe, output=output, resume=resume, resume_from=resume_from, smoke=smoke)
+    command = RunCommand(smoke, device, tuple(plugins.files))
+    where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
     accelerator.wait_for_everyone()  # nobody writes there before all have looked
     make_folder(where.folder)
     try:
         with cpu_threads(recipe.training.num_threads):
-            runner = _Runner(recipe, where, accelerator, plugins, smoke)
+            runner = _Runner(recipe, where, accelerator, plugins, command)
             for warning in checked.warnings if checked is not None else ():
                 runner.run.say(f"warning: {warning}")
             return runner.go()
@@ -108,11 +112,15 @@ def run(
 
 
 class _Runner:
-    def __init__(self, recipe: Recipe, where: Plan, accelerator: "Accelerator", plugins: Plugins, smoke: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, where: Plan, accelerator: "Accelerator", plugins: Plugins, command: RunCommand
+    ) -> None:
         self.recipe, self.where, self.accelerator, self.plugins = recipe, where, accelerator, plugins
         self.folder = folder = where.folder
-        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.training.keep_checkpoints)
-        self.run = build_run(recipe, folder, accelerator, smoke=smoke)
+        # What goes on with a miniature is one.
+        self.command = replace(command, smoke=where.state.get("smoke", command.smoke))
+        self.run = build_run(recipe, folder, accelerator, smoke=self.command.smoke)
+        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.training.keep_checkpoints, self.run.say)
         for stage in recipe.stages:
             with user_errors(f"stage {stage.name}"):
                 stage.look_ahead(recipe)
@@ -153,7 +161,9 @@ class _Runner:
         checkpoint, state = self.where.checkpoint, self.where.state
         if checkpoint is None:
             return
-        self.run.mixture.load(load_tree(checkpoint, "experts"), load_tree(checkpoint, "ema"), str(checkpoint))
+        with ways_out(self.command):
+            experts, averages = read_weights(checkpoint, state, verified=True)
+        self.run.mixture.load(experts, averages, str(checkpoint))
         self.run.metrics.update(state["metrics"])
         self.run.cost.update(state["cost"])
         self.last_checkpoint = checkpoint
@@ -197,7 +207,12 @@ class _Runner:
         file = self.folder / RESULT
         if self.where.checkpoint is None or self.where.branch or not file.is_file():
             return {}
-        reported: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            reported: dict[str, Any] = read_json(file)
+            if not isinstance(reported, dict) or not all(isinstance(each, dict) for each in reported.values()):
+                raise Damaged(file, "is damaged: it is not what stages reported, by name")
+        except Damaged as error:
+            raise UserError(f"{error}; remove it, and what it reported is done again") from error
         return reported
 
     def _train(self, number: int, config: TrainingStageConfig, step: int, checkpoint: Path | None) -> None:
@@ -223,7 +238,11 @@ class _Runner:
                 num_workers=settings.num_workers,
             )
         if checkpoint is not None:
-            training.load_state(load_tree(checkpoint, "training"))
+            with ways_out(self.command):
+                try:
+                    training.load_state(load_tree(checkpoint, "training", verified=True))
+                except ValueError as error:
+                    raise Damaged(checkpoint / "training.json", str(error)) from error
         with user_errors(f"stage {config.name}"):
             monitor = stage.monitor(training)
         cost = self.run.cost.setdefault(config.name, {"steps": 0, "forwards": 0, "seconds": 0.0})
@@ -274,7 +293,7 @@ class _Runner:
 
     def _write_cost(self) -> None:
         file, text = self.folder / COST, json.dumps(self.run.cost, indent=1)
-        if self.run.cost and not (file.is_file() and file.read_text(encoding="utf-8") == text):
+        if self.run.cost and not (file.is_file() and file.read_bytes() == text.encode()):
             write_text(file, text)
 
     def _any_rank(self, signum: int) -> int:
@@ -286,16 +305,19 @@ class _Runner:
 
     def _where_to_go_on(self) -> str:
         if self.last_checkpoint is None:
-            return f"stopped in stage {self.under_way}; nothing is saved yet"
-        folder = self.folder if belongs_to(self.last_checkpoint, self.folder) else self.last_checkpoint
-        return f"saved is {self.last_checkpoint}; go on with --resume-from {folder}"
+            anew = self.command.begin(self.folder)
+            return f"stopped in stage {self.under_way}; nothing is saved yet; begin it anew with: {anew}"
+        branch = not belongs_to(self.last_checkpoint, self.folder)
+        newest = self.checkpoints.there()[-1:] == [self.last_checkpoint]
+        on = self.command.go_on(self.folder, None if newest else self.last_checkpoint, branch=branch)
+        return f"saved is {self.last_checkpoint}; go on with: {on}"
 
     def _trained(self, number: int) -> set[str]:
         """The experts that stages before `number` train."""
         return {expert for stage in self.recipe.stages[:number] for expert in stage.trained_experts()}
 
     def _save(self, number: int, training: Training) -> None:
-        name = f"{number:02d}_{training.config.name}_{training.step:08d}"
+        name = checkpoint_name(number, training.config.name, training.step)
         mixture = self.run.mixture
         # Every process gathers what is sharded; one writes.
         trees = {
@@ -308,6 +330,8 @@ class _Runner:
         }
         if self.run.main:
             state = {
+                "format": FORMAT,
+                "smoke": self.run.smoke,
                 "stage": number,
                 "stage_name": training.config.name,
                 "step": training.step,

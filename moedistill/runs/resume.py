@@ -1,15 +1,19 @@
 """Where a run writes, and from which checkpoint it goes on."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moedistill.errors import UserError
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words
-from moedistill.runtime.checkpoint import Checkpoints, find_checkpoint, load_tree
+from moedistill.runs.commands import RunCommand
+from moedistill.runs.saved import read_state
+from moedistill.runtime.checkpoint import Checkpoints, NoCheckpoint, find_checkpoint, newest_whole, verify
+from moedistill.runtime.integrity import Damaged
 from moedistill.stages.run import RESULT
 
 OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads", "monitor")
@@ -41,41 +45,70 @@ def plan(
     output: str | Path | None = None,
     resume: bool = False,
     resume_from: str | Path | None = None,
-    smoke: bool = False,
+    command: RunCommand | None = None,
 ) -> Plan:
     """Decides where `recipe` is run, the same on every process; looks only, and writes nothing.
 
-    The arguments are those of `run`.
+    The arguments are those of `run`; `command` is for what messages say.
 
     Raises:
-        UserError: there is no such checkpoint, the recipe cannot go on from it, or the folder holds another run.
+        UserError: there is no such checkpoint, it is damaged, the recipe cannot go on from it, or the folder holds
+            another run.
     """
-    checkpoint = _checkpoint(recipe, output, resume, resume_from, smoke)
-    if checkpoint is None:
-        return Plan(_new_folder(recipe, output, smoke))
-    state = load_tree(checkpoint, "state")
+    command = command or RunCommand()
+    with ways_out(command):
+        checkpoint = _checkpoint(recipe, output, resume, resume_from, command)
+        if checkpoint is None:
+            return Plan(_new_folder(recipe, output, command))
+        verify(checkpoint)  # all of it, before anything is built
+        state = read_state(checkpoint, verified=True)
+    home = run_of(checkpoint)
     branch = output is not None and not belongs_to(checkpoint, Path(output))
     before, after = changed_keys(recipe, state)
     if keys := before if branch else before + after:
-        ways = "Resume with the recipe.yaml in its run's folder"
+        ways = "Start a new run"
         if not before:
             ways += f"; use --resume-from {checkpoint} with a new --output, where what comes later may differ"
+        if home is not None and (home / "recipe.yaml").is_file():
+            theirs = replace(command, smoke=state.get("smoke", command.smoke))
+            ways += f"; or, with its own recipe, go on with: {theirs.go_on(home, checkpoint)}"
         raise UserError(
-            f"the recipe is not the one that {checkpoint} was made with: {', '.join(sorted(keys))} differ. "
-            f"{ways}; or start a new run"
+            f"the recipe is not the one that {checkpoint} was made with: {', '.join(sorted(keys))} differ. {ways}"
         )
     if output is not None:
-        folder = Path(output) if not branch else _new_folder(recipe, output, smoke)
-    elif checkpoint.parent.name == "checkpoints":
-        folder = checkpoint.parent.parent
+        folder = Path(output) if not branch else _new_folder(recipe, output, command, checkpoint)
     else:
-        folder = _new_folder(recipe, None, smoke)
+        folder = home if home is not None else _new_folder(recipe, None, command)
     return Plan(folder, checkpoint, state, not belongs_to(checkpoint, folder), tuple(after))
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint is one of, if it lies in one; links are followed if need be."""
+    places = (place.parent for place in (checkpoint, checkpoint.resolve()))
+    return next((place.parent for place in places if place.name == "checkpoints"), None)
+
+
 def belongs_to(checkpoint: Path, folder: Path) -> bool:
-    """Whether a checkpoint is one of the run in `folder`."""
-    return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+    """Whether a checkpoint is one of the run in `folder`, itself or by a link."""
+    own = (folder / "checkpoints").resolve()
+    return own in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
+
+
+@contextmanager
+def ways_out(command: RunCommand) -> Iterator[None]:
+    """Adds to an error about a checkpoint how to go on: the newest one of its run that is whole, and the command."""
+    try:
+        yield
+    except Damaged as error:
+        checkpoint = error.path.parent
+        home, whole = run_of(checkpoint), newest_whole(checkpoint.parent, checkpoint)
+        if whole is None:
+            way = "beside it there is no whole checkpoint to go on from"
+        elif home is None or not (home / "recipe.yaml").is_file():
+            way = f"the newest whole one is {whole}: go on from it, with --resume-from"
+        else:
+            way = f"the newest whole one is {whole}; go on with: {command.go_on(home, whole)}"
+        raise UserError(f"{error}; {way}") from error
 
 
 def changed_keys(recipe: Recipe, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -128,22 +161,33 @@ def comparable(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint(
-    recipe: Recipe, output: str | Path | None, resume: bool, resume_from: str | Path | None, smoke: bool
+    recipe: Recipe,
+    output: str | Path | None,
+    resume: bool,
+    resume_from: str | Path | None,
+    command: RunCommand,
 ) -> Path | None:
-    if resume_from is not None:
-        return find_checkpoint(Path(resume_from))
+    asked = resume_from if resume_from is not None else output if resume else None
+    if asked is not None:
+        try:
+            return find_checkpoint(Path(asked))
+        except NoCheckpoint as error:
+            if not (Path(asked) / "recipe.yaml").is_file():
+                raise
+            anew = command.begin(Path(asked))
+            raise UserError(
+                f"{error}; if the run was stopped before its first one, begin it anew with: {anew}"
+            ) from error
     if not resume:
         return None
-    if output is not None:
-        return find_checkpoint(Path(output))
-    runs = _runs(recipe, smoke)
-    found = [folder for folder in sorted(runs.glob("*")) if Checkpoints(folder / "checkpoints", keep=1).all()]
+    runs = _runs(recipe, command.smoke)
+    found = [folder for folder in sorted(runs.glob("*")) if Checkpoints(folder / "checkpoints", keep=1).there()]
     if not found:
         raise UserError(f"--resume: no run of {recipe.name!r} with a checkpoint under {runs}")
     return find_checkpoint(found[-1])
 
 
-def _new_folder(recipe: Recipe, output: str | Path | None, smoke: bool) -> Path:
+def _new_folder(recipe: Recipe, output: str | Path | None, command: RunCommand, checkpoint: Path | None = None) -> Path:
     """A folder for a run that is not there yet, the same on every process; UserError where it holds another one."""
     if output is not None:
         folder = Path(output)
@@ -151,9 +195,15 @@ def _new_folder(recipe: Recipe, output: str | Path | None, smoke: bool) -> Path:
         from accelerate.utils import broadcast_object_list
 
         stamp = [time.strftime("%Y%m%d-%H%M%S")]
-        folder = _runs(recipe, smoke) / broadcast_object_list(stamp)[0]
-    if Checkpoints(folder / "checkpoints", keep=1).all() or (folder / RESULT).exists():
-        raise UserError(f"{folder} already holds a run; add --resume to go on with it, or choose another --output")
+        folder = _runs(recipe, command.smoke) / broadcast_object_list(stamp)[0]
+    resumable = bool(Checkpoints(folder / "checkpoints", keep=1).there())
+    if resumable or (folder / RESULT).exists():
+        ways = "choose another --output"
+        if checkpoint is not None:
+            ways = f"{checkpoint} is not one of its: {ways}"
+        elif resumable and (folder / "recipe.yaml").is_file():
+            ways += f", or go on with: {command.go_on(folder)}"
+        raise UserError(f"{folder} already holds a run; {ways}")
     return folder
 
 

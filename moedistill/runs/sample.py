@@ -1,5 +1,6 @@
 """Samples from a finished run, one of its checkpoints, or an export."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -20,8 +21,10 @@ from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words, load_model, load_recipe
 from moedistill.recipe.sampling import notes_on, sampling_sigmas, untrained_notes
 from moedistill.runs.build import build_mixture
-from moedistill.runtime.checkpoint import find_checkpoint, load_tree
+from moedistill.runs.saved import read_state, read_weights
+from moedistill.runtime.checkpoint import find_checkpoint, newest_whole
 from moedistill.runtime.devices import cpu_threads, find_device, make_folder
+from moedistill.runtime.integrity import Damaged
 from moedistill.stages.export import INDEX, read_export
 from moedistill.stages.sample import write_samples
 
@@ -63,12 +66,19 @@ def read_trained(
 def _read_trained(folder: Path, plugins: Plugins | None) -> tuple[Recipe, Weights, Weights]:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give a run's, such as runs/dcm_digits/20260101-120000")
-    if (folder / INDEX).is_file():
+    if os.path.lexists(folder / INDEX):
         index, experts = read_export(folder)
         return _recipe_of(folder, index["recipe"], plugins, index), experts, {}
-    checkpoint = find_checkpoint(folder)
-    recipe = _recipe_of(checkpoint, load_tree(checkpoint, "state")["recipe"], plugins, {})
-    return recipe, load_tree(checkpoint, "experts"), load_tree(checkpoint, "ema")
+    try:
+        checkpoint = find_checkpoint(folder)
+        state = read_state(checkpoint)
+        recipe = _recipe_of(checkpoint, state["recipe"], plugins, {})
+        return recipe, *read_weights(checkpoint, state)
+    except Damaged as error:
+        damaged = error.path.parent
+        whole = newest_whole(damaged.parent, damaged)
+        way = f"the newest whole one is {whole}: take that" if whole else "beside it there is no whole checkpoint"
+        raise UserError(f"{error}; {way}") from error
 
 
 def _recipe_of(source: Path, saved: Mapping[str, Any], plugins: Plugins | None, index: Mapping[str, Any]) -> Recipe:
@@ -91,8 +101,11 @@ def _recipe_of(source: Path, saved: Mapping[str, Any], plugins: Plugins | None, 
 def _missing(saved: Mapping[str, Any], plugins: Plugins) -> list[tuple[str, str]]:
     """Registry and kind of the components that sampling needs and that are not there."""
     configs = [(registry, saved.get(registry)) for registry in ("backbone", "trajectory", "router")]
-    configs += [("expert", config) for config in (saved.get("experts") or {}).values()]
-    kinds = [(registry, config["kind"]) for registry, config in configs if config and "kind" in config]
+    experts = saved.get("experts")
+    configs += [("expert", config) for config in (experts.values() if isinstance(experts, Mapping) else ())]
+    kinds = [
+        (registry, config["kind"]) for registry, config in configs if isinstance(config, Mapping) and "kind" in config
+    ]
     return [(registry, kind) for registry, kind in kinds if kind not in plugins.components.names(registry)]
 
 

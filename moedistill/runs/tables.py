@@ -12,7 +12,6 @@ A difference is formed within each draw of samples and, where both methods have 
 that what they share cancels.
 """
 
-import json
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,6 @@ from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moedistill.components.plugins import Plugins, load_plugins
@@ -31,6 +29,7 @@ from moedistill.metrics.base import Metric
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import read_saved
 from moedistill.runs.resume import comparable
+from moedistill.runtime.integrity import Damaged, misfit, read_json, read_tensors
 from moedistill.stages.evaluate import ROWS, EvaluateConfig
 from moedistill.stages.run import COST, MINIATURE
 
@@ -188,7 +187,7 @@ def _read(folder: Path, plugins: Plugins) -> Record:
     rows: dict[str, dict[str, Tensor]] = {}
     untrained = set()
     for stage in done:
-        tensors = load_file(folder / stage.name / ROWS)
+        tensors = read_tensors(folder / stage.name / ROWS)
         prefix = f"{stage.name}: " if len(done) > 1 else ""
         for candidate in stage.candidates:
             kinds = [metric.kind for metric in stage.metrics]
@@ -196,17 +195,25 @@ def _read(folder: Path, plugins: Plugins) -> Record:
             if measured := {kind: value for kind, value in found.items() if value is not None}:
                 rows[prefix + candidate.name] = measured
                 untrained |= {prefix + candidate.name} if candidate.model != "student" else set()
-    cost = folder / COST
+    cost = _read_cost(folder / COST)
     with user_errors(str(folder)):
         metrics = {metric.kind: metric.build() for stage in done for metric in stage.metrics}
-    spent = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
-    return Record(folder, recipe, rows, metrics, spent, noises[0], frozenset(untrained), was_miniature(folder))
+    return Record(folder, recipe, rows, metrics, cost, noises[0], frozenset(untrained), was_miniature(folder))
 
 
 def was_miniature(folder: Path) -> bool:
     """Whether the run in this folder was one; of earlier ones only the folder's name says so."""
     with (folder / "recipe.yaml").open(encoding="utf-8") as file:
         return file.readline() == MINIATURE or folder.absolute().parent.name.endswith("-smoke")
+
+
+def _read_cost(file: Path) -> dict[str, dict[str, float]]:
+    """Cost of the training stages; none where none was written."""
+    cost: dict[str, dict[str, float]] = read_json(file) if file.exists() else {}
+    own = dict.fromkeys(cost, COSTS) if isinstance(cost, dict) else {}
+    if fault := misfit(cost, own):
+        raise Damaged(file, f"is damaged: {fault}")
+    return cost
 
 
 def _differing(noises: Sequence[dict[str, Any]]) -> str:
@@ -220,6 +227,8 @@ ONE_SEED = (
     "a model of another seed may lie outside."
 )
 
+COSTS = {"steps": 0, "forwards": 0, "seconds": 0.0}
+"""What is written of each stage."""
 
 IGNORED = ("seed", "description", "reference_samples")
 """Ends of keys that do not make another method."""

@@ -1,22 +1,32 @@
 """Checkpoints: written to a temporary folder, synced, then renamed, so that one either is there whole or is not there.
 
 A checkpoint is a folder of trees. A tree is nested dicts, lists and tuples of numbers, strings and tensors; its tensors
-go to `NAME.safetensors` and the rest to `NAME.json`.
+go to `NAME.safetensors` and the rest to `NAME.json`. `sums.json` has the size and the sha256 of every file: what is not
+as it was written is refused. A checkpoint of before, without sums, is read as it is.
 """
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import click
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moedistill.errors import UserError
+from moedistill.runtime.integrity import Damaged, read_json, read_tensors, size_of, sum_of
 
+FORMAT = 2
+"""Of a checkpoint, in its state; one of before has none, and no sums."""
+
+SUMS = "sums.json"
+TREES = ("state", "experts", "ema", "training")
+_NAME = re.compile(r"([0-9]{2,})_([A-Za-z0-9_-]+)_([0-9]{8,})")
 _TEMPORARY = ".tmp-"
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -79,21 +89,74 @@ def save_tree(folder: Path, name: str, tree: Any) -> None:
     sync(folder / f"{name}.json")
 
 
-def load_tree(folder: Path, name: str) -> Any:
+def load_tree(folder: Path, name: str, *, verified: bool = False) -> Any:
     """The tree that `save_tree` wrote, on the CPU, equal bit for bit.
 
+    Its files are compared with their sums, if there are any and it was not `verified` before.
+
     Raises:
-        UserError: a file is missing or damaged.
+        Damaged: a file is missing or is not as it was written.
     """
+    if not verified:
+        verify(folder, name)
     file = folder / f"{name}.safetensors"
+    tensors = read_tensors(file) if os.path.lexists(file) else {}
+    packed = read_json(folder / f"{name}.json")
     try:
-        tensors = load_file(file) if file.exists() else {}
-        return _unpack(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"the checkpoint {folder} is not complete or damaged ({name}: {type(error).__name__}: {error}); "
-            f"go on from an earlier one, with --resume-from"
-        ) from error
+        return _unpack(packed, tensors)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"is damaged: it is no tree of tensors ({type(error).__name__}: {error})"
+        raise Damaged(folder / f"{name}.json", reason) from error
+
+
+def write_sums(folder: Path) -> None:
+    """Writes size and sha256 of every file in a folder to its `sums.json`."""
+    files = {path.name: {"bytes": size_of(path), "sha256": sum_of(path)} for path in sorted(folder.iterdir())}
+    (folder / SUMS).write_text(json.dumps(files, indent=1), encoding="utf-8")
+    sync(folder / SUMS)
+
+
+def _sums(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """Size and sha256 by file; None where there are none."""
+    if not os.path.lexists(folder / SUMS):
+        return None
+    read = read_json(folder / SUMS)
+    try:
+        sums = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in read.items()}
+        same = read == {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sums.items()}
+        if not same or not all(type(size) is int and Path(name).name == name for name, (size, _) in sums.items()):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(folder / SUMS, "is damaged: it does not hold the sums of files") from error
+    return sums
+
+
+def check_files(folder: Path) -> None:
+    """Sees quickly, by sizes alone, that all files of a checkpoint are there; Damaged if not."""
+    sums = _sums(folder)
+    if sums is None:
+        for tree in TREES:
+            size_of(folder / f"{tree}.json")
+        return
+    if "state.json" not in sums:
+        raise Damaged(folder / SUMS, "is damaged: it does not name state.json")
+    for name, (expected, _) in sums.items():
+        if (found := size_of(folder / name)) != expected:
+            raise Damaged(folder / name, f"is damaged: it has {found:,} bytes, and {expected:,} were written")
+
+
+def verify(folder: Path, *trees: str) -> None:
+    """Compares the files of these trees, or all of a checkpoint, with their sums, if there are any; Damaged if not."""
+    sums = _sums(folder)
+    if sums is None:
+        return
+    wanted = [f"{tree}.{suffix}" for tree in trees for suffix in ("json", "safetensors")] if trees else list(sums)
+    for name in wanted:
+        if name not in sums:
+            if name.endswith(".json") or os.path.lexists(folder / name):
+                raise Damaged(folder / name, f"is no file of this checkpoint: {SUMS} does not name it")
+        elif sum_of(folder / name) != sums[name][1]:
+            raise Damaged(folder / name, f"is damaged: it is not what was written (its sha256 is not that of {SUMS})")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,26 +175,53 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def checkpoint_name(number: int, stage: str, step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"{number:02d}_{stage}_{step:08d}"
+
+
+def parse_name(name: str) -> tuple[int, str, int] | None:
+    """Number and name of the stage, and the step, of a checkpoint's name; None for any other name."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    parts = int(found[1]), found[2], int(found[3])
+    return parts if checkpoint_name(*parts) == name else None
+
+
 class Checkpoints:
     """The checkpoints of one run, of which the newest `keep` stay.
 
-    Their names sort by progress: `STAGE-NUMBER_STAGE-NAME_STEP`.
+    Only folders with a checkpoint's name, STAGE-NUMBER_STAGE-NAME_STEP, that hold one are looked at, and only those
+    whose files are all there count; whatever else lies beside them stays as it is.
+
+    Args:
+        say: tells the user what was set aside.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], object] = click.echo) -> None:
+        self.folder, self._keep, self._say = folder, keep, say
 
     def save(self, name: str, trees: Mapping[str, Any]) -> Path:
-        """Writes a checkpoint, then removes what is older than the newest `keep`."""
+        """Writes a checkpoint, then removes what is older than the newest `keep`.
+
+        A run that went on from an earlier one, perhaps because a later one is damaged, finds those of its first way
+        here: they are set aside under another name, neither lost nor taken for the newest.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.remove_leftovers()
         temporary, final = self.folder / f"{_TEMPORARY}{name}", self.folder / name
-        if final.exists():  # a run that was resumed from an earlier one comes past here again, with equal content
-            return final
+        if os.path.lexists(temporary):  # no leftover of ours
+            self._set_aside(temporary)
         temporary.mkdir()
         for tree_name, tree in trees.items():
             save_tree(temporary, tree_name, tree)
+        write_sums(temporary)
         sync(temporary)
+        for other in [path for path in self.there() if _progress(path) > _progress(final)]:
+            self._set_aside(other)
+        if os.path.lexists(final):
+            self._set_aside(final)
         temporary.rename(final)
         sync(self.folder)
         for old in self.all()[: -self._keep]:
@@ -140,14 +230,22 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return [path for path in self.there() if _is_complete(path)]
+
+    def there(self) -> list[Path]:
+        """All checkpoints, complete or not, oldest first."""
+        try:
+            found = list(self.folder.iterdir()) if os.path.isdir(self.folder) else []
+            return sorted(filter(_is_checkpoint, found), key=_progress)
+        except OSError as error:
+            raise UserError(f"cannot read {self.folder}: {error.strerror}") from error
 
     def remove_leftovers(self) -> None:
         """Removes what a crash left half written or half deleted."""
         for path in self.folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(path)
+            name = path.name.removeprefix(_TEMPORARY).removesuffix("-old")
+            if parse_name(name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
 
     def _remove(self, path: Path) -> None:
         # Out of sight first: a checkpoint that is being deleted must not look like one.
@@ -155,23 +253,73 @@ class Checkpoints:
         path.rename(doomed)
         shutil.rmtree(doomed)
 
+    def _set_aside(self, path: Path) -> None:
+        names = (path.with_name(f"{path.name.removeprefix(_TEMPORARY)}.set-aside-{k}") for k in count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        path.rename(aside)
+        self._say(f"{path} was there already: it is {aside.name} now, and stays until you remove it")
+
+
+def _progress(path: Path) -> tuple[int, int]:
+    """Stage and step of a checkpoint, by its name."""
+    parts = parse_name(path.name)
+    assert parts is not None, path
+    return parts[0], parts[2]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether there is a checkpoint, complete or not: a folder by its name that holds a state or sums."""
+    if parse_name(path.name) is None or path.is_symlink() or not os.path.isdir(path):
+        return False
+    return any(os.path.lexists(path / file) for file in ("state.json", SUMS))
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        check_files(path)
+    except Damaged:
+        return False
+    return True
+
+
+class NoCheckpoint(UserError):
+    """There is a folder, but no checkpoint in it."""
+
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of a run's folder.
 
     Raises:
-        UserError: there is none.
+        NoCheckpoint: there is none in the folder.
+        Damaged: not all of its files are there.
+        UserError: there is no such folder.
     """
     if path.name.startswith(_TEMPORARY):
         raise UserError(f"{path} was never finished: the run was stopped while it was written; choose another one")
-    if (path / "state.json").is_file():
-        return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"no checkpoint at {path}: there is no such folder")
-    found = Checkpoints(path / "checkpoints", keep=1).all()
-    if not found:
-        raise UserError(
-            f"no checkpoint in {path}: neither state.json nor a checkpoints folder with a complete one in it; "
-            f"a run that was stopped before its first checkpoint starts afresh, without --resume"
+    if not os.path.isdir(path / "checkpoints") and (
+        parse_name(path.name) or any(os.path.lexists(path / file) for file in ("state.json", SUMS))
+    ):
+        found = path
+    elif there := Checkpoints(path / "checkpoints", keep=1).there():
+        found = there[-1]
+    else:
+        raise NoCheckpoint(
+            f"no checkpoint in {path}: neither state.json nor a checkpoints folder with a complete one in it"
         )
-    return found[-1]
+    check_files(found)
+    return found
+
+
+def newest_whole(folder: Path, but: Path) -> Path | None:
+    """The newest checkpoint beside others in `folder` whose files are all as they were written, except `but`."""
+    for path in reversed(Checkpoints(folder, keep=1).all()):
+        try:
+            if not (path.name == but.name and path.parent.resolve() == but.parent.resolve()):
+                for tree in TREES:
+                    load_tree(path, tree)
+                return path
+        except Damaged:
+            continue
+    return None

@@ -1,23 +1,26 @@
 """Writes what was learned, to load where no recipe file, checkpoint or trainer is."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from moedistill.components.fields import Config
 from moedistill.components.plugins import BUILTIN, plugin_of
 from moedistill.errors import UserError
+from moedistill.flow.routers import TimestepRouter
 from moedistill.model.ema import WhichWeights
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import sampling_sigmas
-from moedistill.runtime.checkpoint import save_tensors
+from moedistill.runtime.checkpoint import save_tensors, write_text
+from moedistill.runtime.integrity import Damaged, read_json, read_tensors, sum_of
 from moedistill.runtime.sharding import whole
 from moedistill.stages.base import Stage
 from moedistill.stages.run import Run
@@ -25,8 +28,11 @@ from moedistill.stages.run import Run
 if TYPE_CHECKING:
     from moedistill.recipe.keys import Recipe
 
-FORMAT = 1
+FORMAT = 2
+"""Format 2 has sha256 sums: of each expert's file, and of the index itself. One of format 1 is read without."""
+
 INDEX = "export.json"
+NO_SUM = "0" * 64
 
 
 @dataclass(kw_only=True)
@@ -34,7 +40,8 @@ class ExportConfig(StageConfig):
     """Writes `export.json` (router, trajectory, sampling steps, experts, provenance) and one safetensors per expert.
 
     A full expert's file holds the weights of a plain network, under its own names. A LoRA expert's holds `lora_A`,
-    `lora_B` and the copied modules, by dotted path; rank and alpha are in export.json.
+    `lora_B` and the copied modules, by dotted path; rank and alpha are in export.json. So are sha256 sums: a changed
+    file is refused. Who edits export.json by hand sets `format` to 1; it is then read without sums.
 
     Args:
         weights: the experts' `trained` weights or, of those that have one, their `ema`.
@@ -83,10 +90,12 @@ class ExportStage(Stage):
                 weights = {key: whole(weight.detach()).cpu() for key, weight in weights.items()}
                 if run.main:
                     save_tensors(folder / file, weights, metadata={"format": "pt", "moedistill_expert": name})
+                    experts[name]["sha256"] = sum_of(folder / file)
         if not run.main:
             return
         index = {
             "format": FORMAT,
+            "sha256": NO_SUM,
             "experts": experts,
             "router": mixture.router.to_dict() if mixture.router else None,
             "trajectory": mixture.trajectory.points.tolist(),
@@ -95,7 +104,8 @@ class ExportStage(Stage):
             "provenance": _provenance(run, self.config.weights),
             "recipe": recipe.resolved(),
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        text = json.dumps(index, indent=1)
+        write_text(folder / INDEX, text.replace(NO_SUM, hashlib.sha256(text.encode()).hexdigest(), 1))
         run.metrics[self.config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
 
@@ -131,25 +141,79 @@ def _plugins(recipe: "Recipe") -> dict[str, str]:
     return {name: plugin for name, module in modules.items() if (plugin := plugin_of(module)) != BUILTIN}
 
 
+class _Expert(TypedDict):
+    file: str | None
+    sha256: NotRequired[str]
+
+
+class _Provenance(TypedDict):
+    plugins: NotRequired[dict[str, str]]
+
+
+class _Index(TypedDict):
+    format: Annotated[int, Field(ge=1)]
+    experts: dict[str, _Expert]
+    router: dict[str, Any] | None
+    trajectory: list[float]
+    sigmas: list[float] | None
+    eta: Annotated[float, Field(ge=0, le=1)]
+    provenance: _Provenance
+    recipe: dict[str, Any]
+
+
+_INDEX = TypeAdapter(_Index)
+
+
 def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """An export's index, and its experts' tensors by name.
 
     Raises:
-        UserError: a file is missing or broken, or the format is a newer one.
+        UserError: a file is missing or not what was written, or the format is a newer one.
     """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        version, experts, _ = int(index["format"]), index["experts"], index["recipe"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX} is not the index of an export, or is broken; export again") from error
-    if version > FORMAT:
-        raise UserError(f"{folder} has format {version}; this moedistill reads up to {FORMAT}: update it")
-    weights = {}
-    for name, file in ((name, folder / expert["file"]) for name, expert in experts.items() if expert["file"]):
-        if not file.is_file():
-            raise UserError(f"{folder} is not complete: {file.name} is missing; copy or export it again")
-        try:
-            weights[name] = load_file(file)
-        except SafetensorError as error:
-            raise UserError(f"{file} is broken ({error}); copy or export it again") from error
+        index = _read_index(folder / INDEX)
+        weights = {}
+        for name, expert in index["experts"].items():
+            if expert["file"] is not None:
+                file = folder / expert["file"]
+                if index["format"] > 1 and sum_of(file) != expert.get("sha256"):
+                    raise Damaged(file, f"is damaged: it is not what was written (its sha256 is not that of {INDEX})")
+                weights[name] = read_tensors(file)
+    except Damaged as error:
+        raise UserError(f"{error}; copy or export it again") from error
     return index, weights
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    index: dict[str, Any] = read_json(file)
+    if isinstance(index, dict) and isinstance(index.get("format"), int) and index["format"] > FORMAT:
+        version = index["format"]
+        raise UserError(f"{file} has format {version}; this moedistill reads up to {FORMAT}: update it")
+    try:
+        _INDEX.validate_python(index, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise Damaged(file, f"is not the index of an export, or is damaged: {where}: {first['msg']}") from error
+    if index["format"] > 1:
+        _check_sum(file, index)
+    for name, expert in index["experts"].items():
+        place = expert["file"]
+        if place is not None and (place in ("", "..") or Path(place).name != place or not place.isprintable()):
+            raise Damaged(
+                file, f"is damaged: the file of expert {name!r} is {place!r}; it must be a name, in the folder"
+            )
+    if index["router"] is not None and index["router"].get("kind") == "timestep":
+        try:
+            TimestepRouter.from_dict(index["router"])
+        except (ValueError, TypeError) as error:
+            raise Damaged(file, f"is damaged: router: {error}") from error
+    return index
+
+
+def _check_sum(file: Path, index: Mapping[str, Any]) -> None:
+    """Damaged if the text of the index is another than the one that was written."""
+    said = str(index.get("sha256"))
+    written = file.read_bytes().replace(said.encode(), NO_SUM.encode(), 1)
+    if hashlib.sha256(written).hexdigest() != said:
+        raise Damaged(file, "is damaged: it is not what was written (its own sha256 is another)")

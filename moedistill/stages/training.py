@@ -22,6 +22,7 @@ from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import TrainingStageConfig
 from moedistill.runtime.randomness import Draws
 from moedistill.runtime.sharding import cut_like, is_sharded, whole, whole_tree
+from moedistill.stages.restoring import misfit_of_state
 from moedistill.stages.run import Run
 
 STUDENT = "student"
@@ -195,6 +196,8 @@ class Training:
             return None
         average = EMA(self.mixture.experts[expert].parameters, decay)
         if self.step:  # resuming
+            if expert not in self.mixture.ema:
+                raise ValueError(f"the checkpoint's ema.json is damaged: it has no average of expert {expert!r}")
             average.load(self.mixture.ema[expert].average)
         self.mixture.ema[expert] = average
         return average
@@ -424,8 +427,10 @@ class Training:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` gave, after `setup` built the same things."""
+    def load_state(self, state: Any) -> None:
+        """Takes over what `state` gave, after `setup` built the same things; ValueError if it is of others."""
+        if fault := misfit_of_state(state, self.trained, self.accelerator.scaler):
+            raise ValueError(f"does not fit what is trained: {fault}")
         for name, trainable in self.trained.items():
             trainable.optimizer.load_state_dict(state["trained"][name]["optimizer"])
             for parameter, moments in trainable.optimizer.state.items():

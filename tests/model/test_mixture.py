@@ -213,7 +213,10 @@ def test_weights_that_do_not_fit_are_refused_with_their_source(part):
     other = {name: torch.zeros(3) for name in weights}
     kept = velocity_of(mixture, "lora", digits_inputs())
     for wrong, message in (
-        ({"lora": other}, "the weights of expert 'lora' in there do not fit the recipe"),
+        (
+            {"lora": other},
+            "of expert 'lora' in there do not fit the recipe: 'blocks.0.attn.to_q.lora_A.weight' is float32",
+        ),
         ({"ghost": weights}, "there has weights of an expert 'ghost', which the recipe does not name"),
     ):
         experts, averages = (wrong, {}) if part == "experts" else ({"lora": weights}, wrong)

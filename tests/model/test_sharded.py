@@ -207,7 +207,7 @@ def test_a_sharded_critic_is_saved_whole_and_taken_back(tmp_path):
     assert moved(live, copied(training.trained["critic"].parameters)) == live.keys()
     training.load_state(saved)
     assert not moved(live, copied(training.trained["critic"].parameters))
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(ValueError, match="are missing"):
         training.load_state({**saved, "critics": {"critic": {}}})
     training.release()
 

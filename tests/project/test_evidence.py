@@ -17,6 +17,7 @@ from moedistill.recipe.loading import load_recipe, shipped_recipes
 from moedistill.recipe.miniature import miniature
 from moedistill.runs import tables as report
 from moedistill.runs.loop import run
+from moedistill.runtime.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_a_run_goes_on_where_it_was_or_begins_where_it_branches(tmp_path, monkey
     job = evidence.Job("evidence_digits", tmp_path / "run", ("seed=3",), 0)
     job.execute()
     replace(job, begun=tmp_path / "other").execute()
-    (tmp_path / "run/checkpoints/00_semantic_00000100").mkdir(parents=True)
+    Checkpoints(tmp_path / "run/checkpoints", keep=1).save("00_semantic_00000100", {"state": {}})
     replace(job, begun=tmp_path / "other").execute()
     assert all("--set=seed=3" in command for command in commands)
     extra = [[part for part in command if part.startswith("--resume")] for command in commands]

@@ -486,6 +486,15 @@ def test_a_mistake_brings_no_others(tmp_path, plugins, case):
     assert found == expected.get(case, set())
 
 
+@pytest.mark.parametrize("written", ["nan", "inf", "'1e999'", "1_000", "１"])
+def test_no_quotes_are_blamed_where_their_absence_would_not_help(tmp_path, plugins, written):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, edited(("1e-5", written))), plugins=plugins)
+    [problem] = caught.value.problems
+    assert problem.message.startswith("must be a number, not ")
+    assert problem.hint == ""
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

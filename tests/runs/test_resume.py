@@ -345,7 +345,7 @@ def test_a_missing_path_is_never_a_fresh_start(tmp_path, resume):
 
 
 def test_a_folder_with_a_run_is_refused(whole, tmp_path):
-    with pytest.raises(UserError, match="already holds a run; add --resume"):
+    with pytest.raises(UserError, match="already holds a run; choose another --output, or go on with: moedistill"):
         run(recipe(), output=whole.output, device="cpu")
     shutil.copytree(whole.output, tmp_path / "run")
     with pytest.raises(UserError, match="already holds a run"):  # another one than what is resumed
@@ -356,7 +356,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path):
     stages = [distil(steps=1)]
     (tmp_path / "checkpoints/.tmp-00_semantic_00000001").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text('{"stage": "semantic", "step": 1, "loss": 9.0}\n{"stage": "sem')
-    with pytest.raises(UserError, match="starts afresh, without --resume"):
+    with pytest.raises(UserError, match="no checkpoint in"):
         run(tiny_recipe(stages), output=tmp_path, resume=True, device="cpu")
     run(tiny_recipe(stages), output=tmp_path, device="cpu")
     assert [line["step"] for line in lines(tmp_path)] == [1]

@@ -86,6 +86,11 @@ def lines(folder):
     return file.read_text().splitlines() if file.exists() else []
 
 
+def go_on(folder):
+    plugin = folder.parent / "plugin.py"
+    return f"go on with: moedistill run {folder}/recipe.yaml --resume-from {folder} --device cpu -p {plugin}"
+
+
 def leftovers(folder):
     return list(folder.glob("checkpoints/.tmp-*"))
 
@@ -116,7 +121,7 @@ def test_a_signal_saves_and_says_where(reference, start, tmp_path, signum, code,
     saved = find_checkpoint(folder)
     assert saved.name.endswith(f"{last['stage']}_{last['step']:08d}")
     said = command.output.splitlines()[-1]
-    where = f"saved is {saved}; go on with --resume-from {folder}"
+    where = f"saved is {saved}; {go_on(folder)}"
     assert said == f"stopped at step {last['step']} of {last['stage']}; {where}"
     assert "Traceback" not in command.output
 
@@ -135,7 +140,7 @@ def test_a_second_signal_interrupts_at_once(reference, start, tmp_path):
     assert command.exit_code() == 130
     saved = folder / "checkpoints/00_semantic_00000001"
     assert find_checkpoint(folder) == saved
-    assert command.output.splitlines()[-1] == f"saved is {saved}; go on with --resume-from {folder}"
+    assert command.output.splitlines()[-1] == f"saved is {saved}; {go_on(folder)}"
 
 
 def test_a_signal_in_an_evaluation(reference, start, tmp_path):
@@ -145,7 +150,7 @@ def test_a_signal_in_an_evaluation(reference, start, tmp_path):
     command.signal(signal.SIGTERM)
     assert command.exit_code(seconds=90) == 143
     saved = find_checkpoint(folder)
-    assert command.output.splitlines()[-1] == f"saved is {saved}; go on with --resume-from {folder}"
+    assert command.output.splitlines()[-1] == f"saved is {saved}; {go_on(folder)}"
     before = len(command.output)
     assert start("--resume", plugin=SLEEPS_IN_FIRST_EVALUATION).exit_code() == 0
     assert "stage evaluate" in command.output[before:]

@@ -1,5 +1,8 @@
 """Checkpoints: what comes back is what was saved, bit for bit; what is not complete is never taken for one."""
 
+import hashlib
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +12,8 @@ from helpers import equal
 
 from moedistill.errors import UserError
 from moedistill.runtime import checkpoint
-from moedistill.runtime.checkpoint import Checkpoints, find_checkpoint, load_tree, save_tree, write_text
+from moedistill.runtime.checkpoint import Checkpoints, find_checkpoint, load_tree, save_tree, verify, write_text
+from moedistill.runtime.integrity import Damaged
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -123,8 +127,9 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_valid_checkpoint(tmp_path, monk
         leftovers = [path.name for path in checkpoints.folder.iterdir() if path.name.startswith(".")]
         seen.add((step, bool(leftovers)))
 
-        # The run that goes on there makes the same checkpoint again, and tidies up.
-        assert is_whole(checkpoints.save("00_a_00000002", trees(2)), 2)
+        # The run that goes on there makes the next checkpoint, and tidies up.
+        if step == 1:
+            assert is_whole(checkpoints.save("00_a_00000002", trees(2)), 2)
         checkpoints.save("00_a_00000003", trees(3))
         assert [path.name for path in checkpoints.folder.iterdir()] == ["00_a_00000003"]
         if not crashed:
@@ -157,7 +162,7 @@ def test_a_checkpoint_is_found_by_itself_or_by_its_run(tmp_path):
         ([], "nowhere", "no such folder"),
         ([], ".", "no checkpoint in"),
         (["checkpoints"], ".", "no checkpoint in"),
-        (["checkpoints/.tmp-00_a_00000001"], ".", "starts afresh"),
+        (["checkpoints/.tmp-00_a_00000001"], ".", "no checkpoint in"),
         (["checkpoints/.tmp-00_a_00000001"], "checkpoints/.tmp-00_a_00000001", "never finished"),
     ],
 )
@@ -171,10 +176,229 @@ def test_no_checkpoint_is_an_error(tmp_path, folders, asked, message):
         find_checkpoint(tmp_path / asked)
 
 
-@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(f.read_bytes()[:-20]), lambda f: f.unlink()])
-@pytest.mark.parametrize("file", ["experts.safetensors", "experts.json"])
-def test_a_damaged_file_is_the_users_to_know(tmp_path, file, damage):
-    path = Checkpoints(tmp_path, keep=1).save("00_a_00000001", trees(1))
-    damage(path / file)
-    with pytest.raises(UserError, match=r"00_a_00000001 is not complete or damaged \(experts"):
-        load_tree(path, "experts")
+# -- what is not a checkpoint -----------------------------------------------------------------------------------------
+
+
+def snapshot(folder):
+    """Every file below a folder, links not followed."""
+    return {path: path.read_bytes() if path.is_file() else path.is_symlink() for path in folder.rglob("*")}
+
+
+def clutter(folder, real):
+    """What people leave beside their checkpoints, much of it with a checkpoint's content."""
+    shutil.copytree(real, folder / "my_backup_1")
+    shutil.copytree(real, folder / "my_backup_2")
+    shutil.copytree(real, folder / f"{real.name} (copy)")
+    shutil.copytree(real, folder / "99_a_1")  # too few digits
+    shutil.copytree(real, folder / "099_a_00000001")
+    shutil.copytree(real, folder / ".tmp-mine")
+    (folder / "98_a_00000001").write_text("a file")
+    (folder / "97_a_00000001").symlink_to(real, target_is_directory=True)
+    (folder / "96_a_00000001").symlink_to("nowhere")
+    (folder / "95_a_00000001").mkdir()
+    (folder / "95_a_00000001" / "notes.txt").write_text("mine")
+    (folder / ".tmp-00_a_00000009").write_text("a file")
+    (folder / "zzz").mkdir()
+
+
+def test_what_is_the_user_s_is_never_deleted_and_never_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    real = checkpoints.save("00_a_00000001", trees(1))
+    elsewhere = shutil.copytree(real, tmp_path / "elsewhere")
+    clutter(checkpoints.folder, elsewhere)
+    before = snapshot(checkpoints.folder)
+    mine = {path for path in before if real not in (path, *path.parents)}
+    assert checkpoints.all() == [real]
+    assert find_checkpoint(tmp_path) == real
+    newest = checkpoints.save("00_a_00000002", trees(2))
+    assert checkpoints.all() == [newest]
+    assert find_checkpoint(tmp_path) == newest
+    after = snapshot(checkpoints.folder)
+    assert {path: after[path] for path in mine} == {path: before[path] for path in mine}
+    assert not real.exists()
+
+
+def test_where_all_there_is_is_the_user_s_there_is_no_checkpoint_but_room_for_one(tmp_path):
+    source = Checkpoints(tmp_path / "source", keep=1).save("00_a_00000001", trees(1))
+    (tmp_path / "checkpoints").mkdir()
+    clutter(tmp_path / "checkpoints", source)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        find_checkpoint(tmp_path)
+    said = []
+    # Its name and its temporary name are taken by files.
+    Checkpoints(tmp_path / "checkpoints", keep=1, say=said.append).save("00_a_00000009", trees(9))
+    assert is_whole(find_checkpoint(tmp_path), 9)
+    aside = tmp_path / "checkpoints" / "00_a_00000009.set-aside-1"
+    assert aside.read_text() == "a file"
+    assert said == [
+        f"{tmp_path / 'checkpoints/.tmp-00_a_00000009'} was there already: it is {aside.name} now, "
+        "and stays until you remove it"
+    ]
+
+
+def test_checkpoints_go_by_progress_not_by_letters(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=9)
+    names = ["09_a_00000001", "10_Z_99999999", "10_Z_100000000", "99_b_00000001", "100_a_00000001"]
+    for number, name in enumerate(names):
+        checkpoints.save(name, trees(number))
+    assert [path.name for path in checkpoints.all()] == names
+
+
+# -- going back -------------------------------------------------------------------------------------------------------
+
+
+def test_later_checkpoints_of_a_way_not_taken_are_set_aside(tmp_path):
+    """With keep=1 the first save would otherwise delete itself, and the old ones would be resumed from."""
+    said = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3, say=said.append)
+    for step in (1, 2, 3):
+        checkpoints.save(f"00_a_0000000{step}", trees(step))
+    (checkpoints.folder / "00_a_00000002" / "experts.safetensors").write_bytes(b"damaged")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, say=said.append)
+    checkpoints.save("00_a_00000002", trees(22))  # the run went on from step 1
+    assert is_whole(find_checkpoint(tmp_path), 22)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        "00_a_00000002", "00_a_00000002.set-aside-1", "00_a_00000003.set-aside-1",
+    ]  # fmt: skip
+    assert is_whole(checkpoints.folder / "00_a_00000003.set-aside-1", 3)
+    assert is_whole(find_checkpoint(checkpoints.folder / "00_a_00000003.set-aside-1"), 3)
+    assert len(said) == 2
+
+
+def test_a_crash_at_any_point_of_writing_anew_loses_nothing(tmp_path, monkeypatch):
+    for number in range(100):
+        folder = tmp_path / str(number)
+        checkpoints = Checkpoints(folder / "checkpoints", keep=3, say=lambda _: None)
+        for step in (1, 2, 3):
+            checkpoints.save(f"00_a_0000000{step}", trees(step))
+        with monkeypatch.context() as patch:
+            crash_at(patch, number)
+            try:
+                checkpoints.save("00_a_00000002", trees(22))
+                crashed = False
+            except Crash:
+                crashed = True
+        assert is_whole(checkpoints.folder / "00_a_00000001", 1)
+        kept = [path for path in checkpoints.folder.iterdir() if not path.name.startswith(".")]
+        values = {load_tree(path, "state")["step"] for path in kept}
+        assert {1, 2, 3} <= values
+        newest = find_checkpoint(folder)
+        assert is_whole(newest, load_tree(newest, "state")["step"])
+        checkpoints.save("00_a_00000002", trees(22))
+        assert is_whole(find_checkpoint(folder), 22)
+        if not crashed:
+            break
+    assert not crashed
+    assert number > 10
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint."""
+    return Checkpoints(tmp_path / "run" / "checkpoints", keep=1).save("00_a_00000001", trees(1))
+
+
+FILES = ["state.json", "experts.json", "experts.safetensors", "training.json", "sums.json"]
+
+
+def test_the_files_of_a_checkpoint(saved):
+    assert sorted(path.name for path in saved.iterdir()) == sorted(FILES)
+    sums = json.loads((saved / "sums.json").read_text())
+    assert sums == {
+        name: {
+            "bytes": len((saved / name).read_bytes()),
+            "sha256": hashlib.sha256((saved / name).read_bytes()).hexdigest(),
+        }
+        for name in FILES[:-1]
+    }
+
+
+def found_and_verified(path):
+    verify(find_checkpoint(path))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_any_flipped_bit_is_refused(saved, file):
+    path = saved / file
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 5):  # of each byte one or two, in turn all eight
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(Damaged):
+            found_and_verified(saved)
+    path.write_bytes(whole)
+    verify(saved)
+
+
+def loop(path):
+    path.symlink_to(path)
+
+
+DAMAGE = {
+    "missing": (lambda f: None, "is missing"),
+    "empty": (lambda f: f.write_bytes(b""), "has 0 bytes"),
+    "cut": (lambda f: f.write_bytes(b"x" * 20), "has 20 bytes"),
+    "a folder": (lambda f: f.mkdir(), "is a folder, not a file"),
+    "a pipe": (os.mkfifo, "is no file"),
+    "a link to itself": (loop, "cannot be read: Too many levels of symbolic links"),
+    "a link to nothing": (lambda f: f.symlink_to("nowhere"), "is missing"),
+    "endless": (lambda f: f.symlink_to("/dev/zero"), "is no file"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("file", FILES[:-1])
+def test_a_damaged_file_is_named(saved, file, kind):
+    damage, message = DAMAGE[kind]
+    (saved / file).unlink()
+    damage(saved / file)
+    for source in (saved, saved.parent.parent):  # the run's newest checkpoint is never passed over in silence
+        with pytest.raises(Damaged, match=message) as caught:
+            find_checkpoint(source)
+        assert str(caught.value).startswith(f"{saved / file} ")
+        assert "\n" not in str(caught.value)
+    assert Checkpoints(saved.parent, keep=1).all() == []
+    with pytest.raises(Damaged):
+        load_tree(saved, file.split(".")[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{}", b'{"state.json": 3}', b"\xff\xfe", b"[" * 100_000])
+def test_damaged_sums_are_named(saved, content):
+    (saved / "sums.json").write_bytes(content)
+    with pytest.raises(Damaged, match=r"sums\.json is damaged"):
+        find_checkpoint(saved)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("method", ["stat", "open"])
+def test_what_cannot_be_read_is_named(saved, monkeypatch, file, method):
+    usual = getattr(Path, method)
+
+    def forbidden(path, *args, **options):
+        if path == saved / file:
+            raise PermissionError(13, "Permission denied")
+        return usual(path, *args, **options)
+
+    monkeypatch.setattr(Path, method, forbidden)
+    with pytest.raises(Damaged, match=rf"{file} cannot be read: Permission denied$"):
+        found_and_verified(saved)
+
+
+def test_a_checkpoint_of_before_is_read_without_sums(saved):
+    (saved / "sums.json").unlink()
+    save_tree(saved, "ema", {})
+    assert find_checkpoint(saved.parent.parent) == saved
+    assert is_whole(saved, 1)
+    (saved / "training.json").unlink()
+    with pytest.raises(Damaged, match=r"training\.json is missing"):
+        find_checkpoint(saved.parent.parent)
+
+
+def test_a_file_put_into_a_checkpoint_is_not_taken_for_its_own(saved):
+    shutil.copy(saved / "experts.safetensors", saved / "training.safetensors")
+    with pytest.raises(Damaged, match=r"training\.safetensors is no file of this checkpoint"):
+        load_tree(saved, "training")

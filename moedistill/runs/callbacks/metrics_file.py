@@ -36,13 +36,23 @@ class MetricsFile:
 
 
 def drop_later_lines(path: Path, stages: Sequence[str], number: int, step: int) -> None:
-    """Leaves what was written up to `step` of stage `number`, of `stages` by their names."""
+    """Leaves what was written up to `step` of stage `number`, of `stages` by their names, and what is no such line."""
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    *texts, last = path.read_bytes().decode(errors="replace").split("\n")
+    for text in [*texts, last] if _is_json(last) else texts:  # a crash may have cut off the last one
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # cut off by a crash
-            continue
-        if (stages.index(line["stage"]), line["step"]) <= (number, step):
+            later = (stages.index(line["stage"]), line["step"]) > (number, step)
+        except (ValueError, KeyError, TypeError):  # not ours
+            later = False
+        if not later:
             kept.append(text + "\n")
     write_text(path, "".join(kept))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
