@@ -46,6 +46,7 @@ from .integrations.diffusers.backbone import DiffusersBackbone as DiffusersBackb
 from .integrations.diffusers.backbone import DiffusersBackboneConfig as DiffusersBackboneConfig
 from .integrations.diffusers.loading import read_json as read_json
 from .integrations.diffusers.pipeline import attach as attach
+from .integrations.diffusers.scheduler import FewStepScheduler as FewStepScheduler
 from .integrations.diffusers.tiny_text import tiny_t5 as tiny_t5
 from .integrations.diffusers.tiny_text import tiny_tokenizer as tiny_tokenizer
 from .losses.base import AdversarialLoss as AdversarialLoss

@@ -33,7 +33,8 @@ def apply(
 
     Afterwards `pipeline(prompt)` samples with the experts, whatever number of steps or guidance scale it is called
     with. The pipeline's own transformer serves as the base, on its device and in its dtype. Offloading, such as
-    `pipeline.enable_model_cpu_offload()`, comes afterwards. To save the pipeline, `undo` first.
+    `pipeline.enable_model_cpu_offload()`, comes afterwards, and so does `torch.compile`. To save the pipeline, `undo`
+    first.
 
     Args:
         pipeline: of the class that the experts were distilled from, with the same weights, which is not checked.
@@ -68,8 +69,8 @@ def apply(
         for network in networks.values():
             undo.callback(_remember(network))
         backbone = config.wrap(networks)
-        for hook in backbone.hooks:
-            undo.callback(hook.remove)
+        for restore in backbone.islands:
+            undo.callback(restore)
         mixture = build_mixture(replace(recipe, backbone=config), first.device, backbone, inference=True)
         mixture.load(experts, averages, str(source))
         applied = attach(pipeline, mixture, path, weights=weights)
@@ -89,16 +90,23 @@ def _networks_of(pipeline: Any, config: DiffusersBackboneConfig, source: object)
         raise UserError(f"{source} was made for a {_named(cls)}, not a {_named(type(pipeline))}")
     components = {name: getattr(pipeline, name) for name in transformers_of(cls)}
     networks = {name: network for name, network in components.items() if network is not None}
-    if any(isinstance(network, RoutedTransformer) for network in networks.values()):
+    bare = [getattr(network, "_orig_mod", network) for network in networks.values()]  # of one that torch.compile gave
+    if any(isinstance(network, RoutedTransformer) for network in bare):
         raise UserError("the pipeline carries experts already; call undo() on the handle that `apply` gave first")
     if set(networks) != set(config.bases()):
         raise UserError(
             f"{source} was made for a model with {' and '.join(config.bases())}; this pipeline has "
             f"{' and '.join(networks) or 'no transformer'}"
         )
+    modules = [module for network in networks.values() for module in network.modules()]
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
+        raise UserError(
+            "the pipeline's networks are compiled already, and experts change them; load it anew, apply the experts "
+            "first, then compile: pipeline.transformer = torch.compile(pipeline.transformer)"
+        )
     if any(hasattr(network, "peft_config") for network in networks.values()):
         raise UserError("the pipeline carries a LoRA already; take it out first, with pipeline.unload_lora_weights()")
-    if any(hasattr(module, "_hf_hook") for network in networks.values() for module in network.modules()):
+    if any(hasattr(module, "_hf_hook") for module in modules):
         raise UserError("the pipeline's networks are offloaded already; apply the experts first, then offload")
     return {base: networks[base] for base in config.bases()}
 
