@@ -27,8 +27,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     No scheduler of diffusers keeps such a list: FlowMatchEulerDiscreteScheduler shifts the sigmas that it is given and
     forgets them at the next call, and some pipelines pass none on.
 
-    A pipeline that was saved with it is loaded like any other, after `from moedistill import FewStepScheduler`: diffusers
-    imports no module because a folder names it, and says which one is missing.
+    A pipeline that was saved with it is loaded like any other, after `from moedistill import FewStepScheduler`:
+    diffusers imports no module because a folder names it, and says which one is missing.
 
     Args:
         sigmas: `[n + 1]`, descending, the last one 0, in flow coordinates (see `moedistill.flow`).
