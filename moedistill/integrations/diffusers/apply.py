@@ -11,6 +11,7 @@ from torch import nn
 
 from moedistill.components.plugins import Plugins
 from moedistill.errors import UserError, user_errors
+from moedistill.flow.process import listed, whole
 from moedistill.integrations.diffusers.backbone import DiffusersBackboneConfig
 from moedistill.integrations.diffusers.loading import transformers_of
 from moedistill.integrations.diffusers.pipeline import Applied, RoutedTransformer, attach, refuse_eta
@@ -46,12 +47,18 @@ def apply(
         A handle; its `undo()` gives the pipeline back as it was, its `notes` are what was warned of.
 
     Raises:
-        UserError: the source is incomplete, or made for another model. The pipeline is as it was.
+        UserError: the source is incomplete, or made for another model; or steps, sigmas or weights that there are not.
+            The pipeline is as it was.
 
     Example:
         pipeline = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch_dtype=torch.bfloat16)
         moedistill.apply(pipeline, "runs/dcm_wan_1_3b/20260101-120000")
     """
+    if weights not in ("trained", "ema"):
+        raise UserError(f"weights {weights!r} are unknown: use trained or ema")
+    with user_errors("apply"):
+        steps = None if steps is None else whole("steps", steps)
+        sigmas = None if sigmas is None else listed("sigmas", sigmas)
     recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
     config, chosen = recipe.backbone, sampling_config(recipe, steps, sigmas)
     with user_errors(str(source)):
