@@ -316,6 +316,7 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         with attach(pipeline, mixture, sigmas, weights=weights):
+            pipeline.scheduler.has_warned = True  # whatever sigmas the pipeline gives, nobody has asked for them
             for k, prompt in enumerate(prompts):
                 cond = self.floats_to(conditioning.to(self.encode([prompt]), self.device), self.dtype)
                 guiding = self.guiding_arguments(pipeline, cond) if teaching else {}

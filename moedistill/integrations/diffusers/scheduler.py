@@ -41,6 +41,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         step_index: the step that is next, from 0; None before the first.
         begin_index: the step to begin with, where `set_begin_index` has said so; else the time of the first step says.
         batch: of how many samples the next step is, where that is known.
+        has_warned: that other steps were asked for is said once, unless this is set.
 
     Raises:
         ValueError: no such list.
@@ -73,7 +74,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.step_index: int | None = None
         self.begin_index: int | None = None
         self.batch: int | None = None
-        self._has_warned = False
+        self.has_warned = False
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -133,8 +134,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return len(asked)
 
     def _warn(self, what: str, argument: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
+        if not self.has_warned:
+            self.has_warned = True
             warnings.warn(
                 f"{what}, but the experts take their own {len(self._times)} steps, sigmas "
                 f"{_listed(self.sigmas.tolist()[:-1])}; others are chosen with moedistill.apply(pipeline, source, "
