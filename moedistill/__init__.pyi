@@ -47,6 +47,7 @@ from .integrations.diffusers.backbone import DiffusersBackboneConfig as Diffuser
 from .integrations.diffusers.loading import read_json as read_json
 from .integrations.diffusers.loading import read_tensors as read_tensors
 from .integrations.diffusers.pipeline import attach as attach
+from .integrations.diffusers.scheduler import FewStepScheduler as FewStepScheduler
 from .integrations.diffusers.tiny_text import tiny_t5 as tiny_t5
 from .integrations.diffusers.tiny_text import tiny_tokenizer as tiny_tokenizer
 from .losses.base import AdversarialLoss as AdversarialLoss

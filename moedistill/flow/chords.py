@@ -33,7 +33,12 @@ def sampled_power(
         landing: where the jump from a sigma lands, below it.
         power: P, the data's variance.
         eta: in [0, 1], the share of noise that is drawn anew after each step.
+
+    Raises:
+        ValueError: sigmas that do not descend within [0, 1], a negative power, or an eta outside of [0, 1].
     """
+    if not power >= 0.0 or not 0.0 <= eta <= 1.0:
+        raise ValueError(f"power {power} must be 0 or more, and eta {eta} in [0, 1]")
     levels = [as_sigma(sigma) for sigma in sigmas]
     variances = [power_at(levels[0], power)]
     for sigma, sigma_next in pairwise(levels):

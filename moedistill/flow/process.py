@@ -15,6 +15,10 @@ dimension is the batch, usually `[B, C, T, H, W]`. The arithmetic is float32 wha
 only for a float64 `x`); the result has the dtype of the first tensor. Shapes that don't fit are a ValueError.
 """
 
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -138,11 +142,42 @@ def velocity_from_vp(x_vp: Tensor, v_vp: Tensor, sigma: float | Tensor) -> Tenso
 
 
 def as_sigma(value: float | Tensor) -> float:
-    """`value` rounded to float32, the precision in which sigmas are compared; ValueError unless it is in [0, 1]."""
-    sigma = torch.as_tensor(value, dtype=torch.float32).item()
-    if not 0.0 <= sigma <= 1.0:
+    """`value` rounded to float32, the precision in which sigmas are compared.
+
+    Raises:
+        ValueError: it is no number, or not in [0, 1].
+    """
+    sigma = operand("sigma", value)
+    if sigma.numel() != 1:
+        raise ValueError(f"sigma of shape {_shape(sigma)} must be one number")
+    number: float = sigma.item()
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"sigma {float(value)} is outside [0, 1]: sigma 0 is data, 1 is noise")
-    return sigma
+    return number
+
+
+def operand(name: str, value: object) -> Tensor:
+    """A number, or a tensor or nested list of numbers, as float32; ValueError for anything else."""
+    if not isinstance(value, (bool, str)):
+        try:
+            return torch.as_tensor(value, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise ValueError(f"{name} {value!r} ({type(value).__name__}) must be a number, or a tensor of numbers")
+
+
+def listed(name: str, values: object) -> list[Any]:
+    """What a list, tuple or tensor holds; ValueError for a single value or a string."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise ValueError(f"{name} must be a list, not {values!r} ({type(values).__name__})")
+    return values.tolist() if isinstance(values, Tensor) else list(values)
+
+
+def whole(name: str, value: object, least: int = 1) -> int:
+    """A whole number from `least` up; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} {value!r} must be a whole number of at least {least}")
+    return int(value)
 
 
 def _norm(sigma: Tensor) -> Tensor:
@@ -152,6 +187,9 @@ def _norm(sigma: Tensor) -> Tensor:
 
 def _check_tensors(**tensors: Tensor) -> torch.dtype:
     """The dtype to compute in, float32 or that of a float64 first tensor; ValueError unless all shapes are the same."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         if tensor.shape != first.shape:
@@ -176,6 +214,10 @@ def _check_upward(sigma_from: Tensor, sigma_to: Tensor) -> None:
 
 def _broadcast(name: str, sigma: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A number or `[B]` values, in `dtype` and on the device of `x`, shaped to broadcast over `x`."""
+    if not isinstance(sigma, Tensor):  # of a tensor on a GPU a look at the values would wait for it
+        given = operand(name, sigma)
+        if not bool(((given >= 0.0) & (given <= 1.0)).all()):
+            raise ValueError(f"{name} {sigma} is outside [0, 1]: sigma 0 is data, 1 is noise")
     sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device)
     if sigma.ndim == 0:
         return sigma

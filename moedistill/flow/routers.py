@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moedistill.components.fields import Config, Fraction, NonNegativeFloat, NonNegativeInt
-from moedistill.flow.process import as_sigma
+from moedistill.flow.process import as_sigma, listed, whole
 from moedistill.flow.trajectory import Closed, Segment, Trajectory, check_closed
 
 
@@ -65,11 +66,9 @@ class Router(ABC):
 
     def experts_at(self, sigmas: Tensor | Sequence[float]) -> list[str]:
         """The expert of each sample, for sigmas `[B]`; ValueError if one is outside [0, 1] or NaN."""
-        if isinstance(sigmas, Tensor):
-            if sigmas.ndim != 1:
-                raise ValueError(f"sigmas of shape {list(sigmas.shape)} must be [B], one per sample")
-            sigmas = sigmas.tolist()
-        return [self.expert_at(sigma) for sigma in sigmas]
+        if isinstance(sigmas, Tensor) and sigmas.ndim != 1:
+            raise ValueError(f"sigmas of shape {list(sigmas.shape)} must be [B], one per sample")
+        return [self.expert_at(sigma) for sigma in listed("sigmas", sigmas)]
 
     def dispatch(self, sigmas: Tensor | Sequence[float]) -> list[tuple[str, Tensor]]:
         """A mixed batch by expert: pairs (expert, rows), from high to low noise; experts without a sample are left out.
@@ -143,11 +142,11 @@ class TimestepRouter(Router):
     notes: Sequence[str] = field(default=(), compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.experts, str):
-            raise ValueError(f"experts must be a list of names, not the string {self.experts!r}")
-        object.__setattr__(self, "experts", tuple(self.experts))
-        object.__setattr__(self, "boundaries", tuple(float(b) for b in self.boundaries))
-        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "experts", tuple(listed("experts", self.experts)))
+        object.__setattr__(
+            self, "boundaries", tuple(_number("boundary", b) for b in listed("boundaries", self.boundaries))
+        )
+        object.__setattr__(self, "low", _number("low", self.low))
         object.__setattr__(self, "notes", list(self.notes))
         check_closed(self.closed)
         _check_experts(self.experts, len(self.boundaries))
@@ -163,7 +162,10 @@ class TimestepRouter(Router):
         cls, trajectory: Trajectory, experts: Sequence[str], points: Sequence[int], *, closed: Closed = "low"
     ) -> "TimestepRouter":
         """Boundaries as points of `trajectory`, descending; the last segment ends at the trajectory's first point."""
-        return cls(experts, [trajectory.sigma(point) for point in points], trajectory.sigma(0), closed)
+        if not isinstance(trajectory, Trajectory):
+            raise ValueError(f"trajectory must be a Trajectory, not {_article(type(trajectory).__name__)}")
+        sigmas = [trajectory.sigma(point) for point in listed("points", points)]
+        return cls(experts, sigmas, trajectory.sigma(0), closed)
 
     @classmethod
     def from_timesteps(
@@ -175,7 +177,9 @@ class TimestepRouter(Router):
         closed: Closed = "low",
     ) -> "TimestepRouter":
         """Boundaries as native times of a flow model, `num_train_timesteps · sigma`, descending."""
-        return cls(experts, [timestep / num_train_timesteps for timestep in timesteps], low, closed)
+        count = whole("num_train_timesteps", num_train_timesteps)
+        times = [_number("timestep", timestep) for timestep in listed("timesteps", timesteps)]
+        return cls(experts, [time / count for time in times], low, closed)
 
     @classmethod
     def from_ratio(
@@ -192,7 +196,7 @@ class TimestepRouter(Router):
         cls, experts: Sequence[str], snrs: Sequence[float], low: float = 0.0, closed: Closed = "low"
     ) -> "TimestepRouter":
         """Boundaries as signal-to-noise ratios, `((1 - sigma) / sigma)²`, ascending (so that noise descends)."""
-        return cls(experts, [sigma_of_snr(snr) for snr in snrs], low, closed)
+        return cls(experts, [sigma_of_snr(snr) for snr in listed("snrs", snrs)], low, closed)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -216,8 +220,8 @@ class TimestepRouter(Router):
     def from_dict(cls, data: Mapping[str, Any]) -> "TimestepRouter":
         """The router that `to_dict` described; ValueError if `data` describes something else."""
         keys = {"kind", "experts", "boundaries", "low", "closed"}
-        if set(data) != keys or data["kind"] != "timestep":
-            raise ValueError(f"not a timestep router: {dict(data)!r}; expected kind 'timestep' and keys {sorted(keys)}")
+        if not isinstance(data, Mapping) or set(data) != keys or data["kind"] != "timestep":
+            raise ValueError(f"not a timestep router: {data!r}; expected kind 'timestep' and keys {sorted(keys)}")
         return cls(data["experts"], data["boundaries"], data["low"], data["closed"])
 
 
@@ -308,9 +312,18 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
+def _number(name: str, value: object) -> float:
+    """One plain number, with all its digits; ValueError for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} {value!r} ({type(value).__name__}) must be a number")
+    return float(value)
+
+
 def sigma_of_snr(snr: float) -> float:
     """Sigma at a signal-to-noise ratio `((1 - sigma) / sigma)²`: `1 / (1 + sqrt(snr))`."""
-    if not snr >= 0:
+    if not _number("snr", snr) >= 0:
         raise ValueError(f"snr {snr} must be 0 or above")
     return 1.0 / (1.0 + math.sqrt(snr))
 
@@ -366,7 +379,7 @@ class Boundary:
 
     def _sigma(self, trajectory: Trajectory) -> float:
         if self.timestep is not None:
-            return trajectory.sigma_of_timestep(float(self.timestep))
+            return trajectory.sigma_of_timestep(_number("timestep", self.timestep))
         if self.snr is not None:
             return sigma_of_snr(self.snr)
         [sigma] = self._given().values()

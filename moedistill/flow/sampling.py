@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from moedistill.flow.process import as_sigma, diffuse, jump
+from moedistill.flow.process import as_sigma, diffuse, jump, listed
 from moedistill.flow.routers import Router
 
 
@@ -42,10 +43,14 @@ def sample(
     Raises:
         ValueError: fewer than two sigmas, or not strictly descending within [0, 1]; `eta` outside [0, 1], or no noise.
     """
-    values = [as_sigma(sigma) for sigma in sigmas]
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x must be a tensor, batch first, not {type(x).__name__}")
+    if router is not None and not isinstance(router, Router):
+        raise ValueError(f"router must be a Router, such as TimestepRouter, not {type(router).__name__}")
+    values = [as_sigma(sigma) for sigma in listed("sigmas", sigmas)]
     if len(values) < 2 or any(not above > below for above, below in pairwise(values)):
-        raise ValueError(f"sigmas {[float(s) for s in sigmas]} must be two or more and descend strictly (in float32)")
-    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"sigmas {values} must be two or more and descend strictly (in float32)")
+    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta {eta} is outside [0, 1]: 0 draws no fresh noise, 1 draws all of it anew")
     if eta > 0 and noise is None:
         raise ValueError(f"eta {eta} needs fresh noise: give `noise`, or eta 0")

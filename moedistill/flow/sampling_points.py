@@ -66,6 +66,8 @@ class SampleConfig:
     ) -> list[tuple[float, str]]:
         values = self._values(trajectory, edges, boundaries)
         sigmas = [sigma for sigma, _ in values]
+        if not sigmas:
+            raise ValueError("there must be at least one step; give at least one value")
         for above, below in pairwise(sigmas):
             if not above > below:
                 raise ValueError(f"values must descend strictly, but sigma {above:.6g} is followed by {below:.6g}")
@@ -76,17 +78,20 @@ class SampleConfig:
     def _values(
         self, trajectory: "Trajectory", edges: Collection[int], boundaries: Collection[int]
     ) -> list[tuple[float, str]]:
+        from moedistill.flow.process import as_sigma, listed, operand, whole
+
         if self.steps is not None:
             from moedistill.flow.phases import spread
 
-            points = spread(edges, trajectory.num_steps, self.steps, boundaries)
+            points = spread(edges, trajectory.num_steps, whole("steps", self.steps), boundaries)
             return [(trajectory.sigma(point), "") for point in points]
         if self.points is not None:
-            return [(trajectory.sigma(point), "") for point in self.points]
+            return [(trajectory.sigma(point), "") for point in listed("points", self.points)]
         if self.timesteps is not None:
-            values = [(t, trajectory.sigma_of_timestep(float(t))) for t in _without_end(self.timesteps)]
-            return [_near_point(f"timestep {t:g}", sigma, trajectory) for t, sigma in values]
-        return [_near_point(f"sigma {sigma:g}", sigma, trajectory) for sigma in _without_end(self.sigmas or [])]
+            times = _without_end([operand("timestep", t).item() for t in listed("timesteps", self.timesteps)])
+            return [_near_point(f"timestep {t:g}", trajectory.sigma_of_timestep(t), trajectory) for t in times]
+        sigmas = _without_end([as_sigma(sigma) for sigma in listed("sigmas", self.sigmas)])
+        return [_near_point(f"sigma {sigma:g}", sigma, trajectory) for sigma in sigmas]
 
 
 def _without_end(values: list[float]) -> list[float]:

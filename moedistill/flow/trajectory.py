@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from moedistill.components.fields import Config, Fraction, GridSize, PositiveFloat
-from moedistill.flow.process import as_sigma
+from moedistill.flow.process import as_sigma, listed, operand, whole
 from moedistill.flow.process import shift as shift_time
 
 End = Literal["grid_min", "zero"]
@@ -42,6 +43,8 @@ class Segment:
 
     def __post_init__(self) -> None:
         check_closed(self.closed)
+        if not isinstance(self.expert, str) or not self.expert:
+            raise ValueError(f"segment of {self.expert!r}: an expert's name must be a string that is not empty")
         if not as_sigma(self.low) < as_sigma(self.high):
             raise ValueError(f"segment of {self.expert!r} is empty: low {self.low} must be below high {self.high}")
 
@@ -82,6 +85,9 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "points", _ascending("points", self.points))
+        whole("num_train_timesteps", self.num_train_timesteps)
+        if self.shift is not None:
+            _check_shift(self.shift)
         if self.native_sigmas is None:
             return
         object.__setattr__(self, "native_sigmas", _ascending("native_sigmas", self.native_sigmas))
@@ -108,8 +114,9 @@ class Trajectory:
         `p_i = g(i / num_steps)`, and `p_0 = g(1 / num_train_timesteps)`, the smallest sigma of the training grid, or
         exactly 0 with `end="zero"`.
         """
-        if num_steps < 1 or not 0 < shift < float("inf"):
-            raise ValueError(f"num_steps {num_steps} and shift {shift} must be positive")
+        whole("num_steps", num_steps)
+        whole("num_train_timesteps", num_train_timesteps)
+        _check_shift(shift)
         if end not in ("grid_min", "zero"):
             raise ValueError(f"end {end!r} is unknown: use grid_min or zero")
         if end == "grid_min" and num_steps >= num_train_timesteps:
@@ -126,7 +133,8 @@ class Trajectory:
     @classmethod
     def native(cls, native_sigmas: Tensor, num_steps: int = 50) -> "Trajectory":
         """Every (len / num_steps)-th entry of a model's table: `p_0` its first, `p_i = table[floor(i·len/N) - 1]`."""
-        if not 1 <= num_steps <= len(native_sigmas) // 2:
+        native_sigmas = _ascending("native_sigmas", native_sigmas)
+        if not 1 <= whole("num_steps", num_steps) <= len(native_sigmas) // 2:
             raise ValueError(
                 f"num_steps {num_steps} does not fit the model's table of {len(native_sigmas)} sigmas: "
                 f"use 1 to {len(native_sigmas) // 2}"
@@ -139,7 +147,7 @@ class Trajectory:
         cls, points: Sequence[float] | Tensor, *, num_train_timesteps: int = 1000, native_sigmas: Tensor | None = None
     ) -> "Trajectory":
         """The given points, ascending, the last exactly 1."""
-        return cls(torch.as_tensor(points), num_train_timesteps, native_sigmas=native_sigmas)
+        return cls(_ascending("points", points), num_train_timesteps, native_sigmas=native_sigmas)
 
     @property
     def num_steps(self) -> int:
@@ -148,6 +156,10 @@ class Trajectory:
 
     def sigma(self, point: int) -> float:
         """Sigma of a point, exactly the float32 value; ValueError if there is no such point."""
+        if isinstance(point, bool) or not isinstance(point, Integral):
+            raise ValueError(
+                f"point {point!r} must be a whole number, from 0 to {self.num_steps}; a noise level is given as a sigma"
+            )
         if not 0 <= point <= self.num_steps:
             raise ValueError(f"point {point} does not exist: the trajectory has points 0 to {self.num_steps}")
         return self.points[point].item()
@@ -184,7 +196,7 @@ class Trajectory:
         Raises:
             ValueError: sigma is outside [0, 1], or above 0 but below the table's first value.
         """
-        x = _operand(sigma)
+        x = operand("sigma", sigma)
         _check_range("sigma", x, 1.0)
         if self.native_sigmas is None:
             return _result(self.num_train_timesteps * x, sigma)
@@ -200,7 +212,7 @@ class Trajectory:
 
     def sigma_of_timestep(self, timestep: Value) -> Value:
         """Sigma of a native time, the inverse of `timestep`; ValueError beyond the last native time."""
-        t = _operand(timestep)
+        t = operand("timestep", timestep)
         if self.native_sigmas is None:
             _check_range("timestep", t, self.num_train_timesteps)
             return _result(t / self.num_train_timesteps, timestep)
@@ -210,12 +222,20 @@ class Trajectory:
         return _result(torch.lerp(table[below], table[below + 1], t - below), timestep)
 
     def shifted(self, u: Value) -> Value:
-        """Sigma of an unshifted time: `shift·u / (1 + (shift - 1)·u)`; ValueError where the grid has no shift."""
-        return _result(shift_time(_operand(u), self._known_shift()), u)
+        """Sigma of an unshifted time in [0, 1]: `shift·u / (1 + (shift - 1)·u)`.
+
+        Raises:
+            ValueError: the grid has no shift, or u is outside [0, 1].
+        """
+        x = operand("u", u)
+        _check_range("u", x, 1.0)
+        return _result(shift_time(x, self._known_shift()), u)
 
     def unshift(self, sigma: Value) -> Value:
-        """The unshifted time u of `sigma`, the inverse of `shifted`; ValueError where the grid has no shift."""
-        return _result(shift_time(_operand(sigma), 1 / self._known_shift()), sigma)
+        """The unshifted time u of `sigma`, the inverse of `shifted`; ValueError as there."""
+        x = operand("sigma", sigma)
+        _check_range("sigma", x, 1.0)
+        return _result(shift_time(x, 1 / self._known_shift()), sigma)
 
     def points_in(self, segment: Segment) -> range:
         """The points at which a step of `segment` may start: those in it, p_0 never among them."""
@@ -290,8 +310,14 @@ class Points(TrajectoryConfig):
         return Trajectory.from_sigmas(self.sigmas, native_sigmas=native_sigmas)
 
 
-def _ascending(name: str, sigmas: Tensor) -> Tensor:
+def _check_shift(shift: float) -> None:
+    if isinstance(shift, bool) or not isinstance(shift, Real) or not 0 < shift < float("inf"):
+        raise ValueError(f"shift {shift!r} must be a positive number")
+
+
+def _ascending(name: str, values: Sequence[float] | Tensor) -> Tensor:
     """A float32 copy on the CPU; ValueError unless strictly ascending from 0 or more to exactly 1."""
+    sigmas = values if isinstance(values, Tensor) else operand(name, listed(name, values))
     sigmas = sigmas.detach().to("cpu", torch.float32, copy=True)
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"{name} of shape {list(sigmas.shape)} must be a list of at least two sigmas")
@@ -308,10 +334,6 @@ def _ascending(name: str, sigmas: Tensor) -> Tensor:
             "they must start at 0 or above and end at exactly 1, which is pure noise"
         )
     return sigmas
-
-
-def _operand(value: float | Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32)
 
 
 def _result(result: Tensor, like: Value) -> Value:

@@ -12,8 +12,9 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     Both roots are taken of symmetric matrices by their eigenvalues, in float64.
 
     Raises:
-        ValueError: fewer than two samples on a side.
+        ValueError: fewer than two samples on a side, rows of other shapes, or values that are not finite.
     """
+    _check_features(features_a=features_a, features_b=features_b)
     for side in (features_a, features_b):
         if len(side) < 2:
             raise ValueError(f"the Fréchet distance needs at least 2 samples on each side, not {len(side)}")
@@ -25,6 +26,26 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     squared_distance = (mean_a - mean_b).square().sum()
     distance = squared_distance + covariance_a.trace() + covariance_b.trace() - 2.0 * cross
     return max(0.0, float(distance))  # rounding can bring equal sets to -1e-5
+
+
+def _check_features(**sides: Tensor) -> None:
+    """ValueError unless all are `[N, D]` of one D, and finite: with NaN a comparison is false, a maximum 0."""
+    for name, side in sides.items():
+        if not isinstance(side, Tensor) or side.ndim != 2:
+            shape = list(side.shape) if isinstance(side, Tensor) else type(side).__name__
+            raise ValueError(f"{name} {shape} must be a tensor [N, D], one row of features per sample")
+        if not bool(side.isfinite().all()):
+            row = int((~side.isfinite().all(1)).nonzero()[0])
+            raise ValueError(f"{name}: row {row} is not finite; look at that sample")
+    widths = {name: side.shape[1] for name, side in sides.items()}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"rows of {' and '.join(f'{name} [N, {width}]' for name, width in widths.items())} differ")
+
+
+def _check_videos(videos: Tensor) -> None:
+    if not isinstance(videos, Tensor) or videos.ndim != 5:
+        shape = list(videos.shape) if isinstance(videos, Tensor) else type(videos).__name__
+        raise ValueError(f"videos {shape} must be a tensor [N, C, T, H, W]")
 
 
 def _moments(samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,8 +61,9 @@ def in_balls(samples: Tensor, real: Tensor, neighbours: int = 5) -> Tensor:
     al., arXiv 2002.09797).
 
     Raises:
-        ValueError: not more real samples than neighbours.
+        ValueError: not more real samples than neighbours, rows of other shapes, or values that are not finite.
     """
+    _check_features(samples=samples, real=real)
     if not 1 <= neighbours < len(real):
         raise ValueError(f"neighbours {neighbours}: there must be more than that of real samples, not {len(real)}")
     real = real.double()
@@ -53,7 +75,12 @@ def in_balls(samples: Tensor, real: Tensor, neighbours: int = 5) -> Tensor:
 
 
 def edge_energy(videos: Tensor) -> Tensor:
-    """Mean square of the differences between neighbouring pixels, along both axes: float64 `[N]`."""
+    """Mean square of the differences between neighbouring pixels, along both axes: float64 `[N]`.
+
+    Raises:
+        ValueError: not `[N, C, T, H, W]`.
+    """
+    _check_videos(videos)
 
     def energy(video: Tensor) -> Tensor:
         return video.diff(dim=-1).square().mean() + video.diff(dim=-2).square().mean()
@@ -66,7 +93,11 @@ def unrest(videos: Tensor) -> Tensor:
 
     It compares how often each grey value occurs, not where. What only moves keeps its grey values, so motion counts
     nothing, and what fades, changes shape or gains speckle counts.
+
+    Raises:
+        ValueError: not `[N, C, T, H, W]`.
     """
+    _check_videos(videos)
 
     def distance(video: Tensor) -> Tensor:
         grey_values = video.flatten(2).sort(dim=-1).values

@@ -154,8 +154,7 @@ def decode(subject: Subject) -> str:
     low, high = video.min().item(), video.max().item()
     assert 0 <= low <= high <= 1, f"pixels from {low:.3g} to {high:.3g}"
     assert high - low > 1e-4, f"all pixels are {low:.3g}"
-    size = subject.teacher.backbone.video
-    if size is not None and not subject.real:  # of a real model something smaller is decoded
+    if (size := subject.video) is not None:
         found, wanted = list(video.shape[2:]), [size.num_frames, size.height, size.width]
         assert found == wanted, f"latent_shape() decodes to (T, H, W) = {found}, but the video has {wanted}"
     return f"{list(video.shape)}, {low:.2f} to {high:.2f}"
@@ -244,7 +243,8 @@ def native_steps(subject: Subject) -> str:
 @_check("the guided teacher is the model's own sampler, guided")
 @torch.no_grad()
 def guided_steps(subject: Subject) -> str:
-    mixture, (noise, _, cond) = _guided(subject, SCALE), subject.inputs
+    backbone, (noise, _, cond) = _guided(subject, SCALE, subject.teacher.backbone.networks), subject.inputs
+    mixture = Mixture(backbone, {}, guidance=_guidance(subject, SCALE)).to(subject.device)
     pairs = mixture.backbone.native_trajectory(noise, cond, NATIVE_STEPS, guided=True)
     if pairs is None:
         raise Unchecked("native_trajectory gives None, guided")
@@ -264,17 +264,24 @@ def guided_steps(subject: Subject) -> str:
     return f"scale {SCALE:g}, {len(pairs) - 1} steps, {worst:.1e}"
 
 
-def _guided(subject: Subject, scale: float) -> Mixture:
-    """A teacher guided by two forwards, on the miniature: with real weights it would need as much room again."""
-    if subject.real:
-        raise Unchecked("on the miniature only")
-    bases = subject.config.bases()
-    guidance = Guidance(mode="classifier_free", scale=scale if len(bases) == 1 else dict.fromkeys(bases, scale))
+def _guided(subject: Subject, scale: float, networks: Mapping[str, nn.Module]) -> Backbone:
+    """A backbone whose teacher is guided by two forwards: around these networks, which real weights have no room for
+    twice; where it cannot be put around any, a miniature of its own.
+    """
     try:
-        other = Subject(subject.config.replace(guidance=guidance), device=subject.device)
+        config = subject.config.replace(guidance=_guidance(subject, scale))
+        if isinstance(config, DiffusersBackboneConfig):
+            return config.wrap(networks)
+        if not subject.real:
+            return Subject(config, device=subject.device).backbone()
     except ValueError as error:
         raise Unchecked(f"the config takes no classifier-free guidance: {error}") from error
-    return Mixture(other.backbone(), {}, guidance=guidance).to(subject.device)
+    raise Unchecked("on the miniature only")
+
+
+def _guidance(subject: Subject, scale: float) -> Guidance:
+    bases = subject.config.bases()
+    return Guidance(mode="classifier_free", scale=scale if len(bases) == 1 else dict.fromkeys(bases, scale))
 
 
 @_check("text encoders: what they make of prompts is what the network takes")
@@ -283,18 +290,14 @@ def text_encoders(subject: Subject) -> str:
     config, backbone = subject.config, subject.teacher.backbone
     if not isinstance(config, DiffusersBackboneConfig) or not isinstance(backbone, DiffusersBackbone):
         raise Unchecked("no pipeline of diffusers'")
-    encoders = {} if subject.real else config.tiny_text_encoders()
-    if not encoders:
-        raise Unchecked("encode has used the real ones" if subject.real else "the config names no tiny_text_encoders")
-    assert set(encoders) == set(config.text_components), (
-        f"tiny_text_encoders gives {', '.join(encoders)}, text_components are {', '.join(config.text_components)}"
-    )
-    cls: Any = config.pipeline_class()
-    parameters = inspect.signature(cls).parameters.values()
-    needed = {p.name: None for p in parameters if p.default is p.empty}
-    pipeline = cls(**{**needed, **config.text_pipeline_options(), **encoders})
+    x, sigma, cond = subject.inputs
     prompts = prompts_for(backbone)
-    found = backbone.encode_with(pipeline, prompts)
+    if subject.real:
+        encode: Callable[[list[str]], Conditioning] = backbone.encode
+    else:
+        pipeline = _text_pipeline(config)
+        encode = lambda prompts: backbone.encode_with(pipeline, prompts)  # noqa: E731
+    found = encode(prompts)
     of_text = ("text", "mask", "pooled")
     wanted = {name: each for name, each in config.inputs().items() if each.required and each.role in of_text}
     assert set(found) == set(wanted), f"encode_with gives {', '.join(found)}, not {', '.join(wanted)}"
@@ -310,13 +313,26 @@ def text_encoders(subject: Subject) -> str:
                 f"{name} masks all of {empty[0]!r}; give `example_prompts` that it encodes, or declare may_be_empty"
             )
     for k, prompt in enumerate(prompts):
-        for name, value in backbone.encode_with(pipeline, [prompt]).items():
+        for name, value in encode([prompt]).items():
             _agree(f"{name} of prompt {k} alone", value[0].float(), found[name][k].float(), 1e-3)
-    x, sigma, _ = subject.inputs
-    cond = {**subject.inputs[2], **conditioning.to(found, subject.device)}
+    cond = {**cond, **conditioning.to(found, subject.device)}
     v = _run(subject.teacher, TEACHER, x, sigma, cond)
     assert v.isfinite().all(), "velocity of what they give is not finite"
     return ", ".join(f"{name} {list(value.shape[1:])}" for name, value in found.items())
+
+
+def _text_pipeline(config: DiffusersBackboneConfig) -> Any:
+    """A pipeline around tiny text encoders alone."""
+    encoders = config.tiny_text_encoders()
+    if not encoders:
+        raise Unchecked("the config names no tiny_text_encoders")
+    assert set(encoders) == set(config.text_components), (
+        f"tiny_text_encoders gives {', '.join(encoders)}, text_components are {', '.join(config.text_components)}"
+    )
+    cls: Any = config.pipeline_class()
+    parameters = inspect.signature(cls).parameters.values()
+    needed = {p.name: None for p in parameters if p.default is p.empty}
+    return cls(**{**needed, **config.text_pipeline_options(), **encoders})
 
 
 @_check("videos are encoded to what is stored, and decoded again")
@@ -346,18 +362,22 @@ def encode_videos(subject: Subject) -> str:
 @_check("an applied pipeline gives the same at any guidance scale")
 @torch.no_grad()
 def guided_once(subject: Subject) -> str:
-    if subject.real or not isinstance(subject.teacher.backbone, DiffusersBackbone):
-        raise Unchecked("on the miniature only" if subject.real else "no pipeline of diffusers'")
+    if not isinstance(subject.teacher.backbone, DiffusersBackbone):
+        raise Unchecked("no pipeline of diffusers'")
     found: dict[float, Tensor] = {}
     noise, _, cond = subject.inputs
     noise, cond = noise[:1], conditioning.select(cond, slice(0, 1))
     sigmas = torch.tensor([1.0, 0.8, 0.4, 0.0])
-    for scale in (1.0, *SCALES):
-        backbone: Any = _guided(subject, max(scale, SCALES[0])).backbone
-        config = LoRAConfig(rank=2, alpha=4.0, targets=list(backbone.lora_targets), base=subject.config.bases()[0])
-        mixture = Mixture(backbone, {"expert": config}, router=TimestepRouter(["expert"])).to(subject.device)
-        mixture.initialise()
-        _as_if_trained(mixture)
+    networks = subject.backbone().networks
+    scales = (1.0, *SCALES)
+    backbones: dict[float, Any] = {s: _guided(subject, max(s, SCALES[0]), networks) for s in scales}
+    first = backbones[1.0]
+    config = LoRAConfig(rank=2, alpha=4.0, targets=list(first.lora_targets), base=subject.config.bases()[0])
+    mixture = Mixture(first, {"expert": config}, router=TimestepRouter(["expert"])).to(subject.device)
+    mixture.initialise()
+    _as_if_trained(mixture)
+    for scale, backbone in backbones.items():
+        mixture.backbone = backbone
         try:
             pipeline = backbone.pipeline()
         except ValueError as error:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moedistill.model import conditioning
-from moedistill.model.backbone import Backbone, BackboneConfig
+from moedistill.model.backbone import Backbone, BackboneConfig, VideoSize
 from moedistill.model.conditioning import Conditioning
 from moedistill.model.experts import ExpertConfig, FullConfig, LoRAConfig
+from moedistill.model.latent_video import LatentVideoConfig
 from moedistill.model.mixture import Mixture
 from moedistill.runtime.randomness import Draws, generator
 
@@ -73,11 +74,18 @@ class Subject:
         return Mixture(self.backbone(), {}).to(self.device)
 
     @cached_property
+    def video(self) -> VideoSize | None:
+        """The size of the videos that are looked at, where there is one: of a real model something small."""
+        if not self.real:
+            return self.teacher.backbone.video
+        return self.config.tiny_video if isinstance(self.config, LatentVideoConfig) else None
+
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
-        """The (C, T, H, W) of the inputs; of a real model with a layout, something small that fits."""
+        """The (C, T, H, W) of the inputs; of a real model something small that fits, where that can be known."""
         layout = self.config.layout()
-        if not self.real or layout is None:
-            return self.teacher.backbone.latent_shape()
+        if not self.real or self.video is not None or layout is None:
+            return self.teacher.backbone.latent_shape(self.video)
         t, h, w = (count * step for count, step in zip((2, 3, 4), layout.multiple, strict=True))
         return layout.channels, t, h, w
 

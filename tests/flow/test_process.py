@@ -111,8 +111,10 @@ def test_integer_tensors_are_refused():
         (0.5, 0.4, "sigma_to must be at least sigma_from"),
         (torch.tensor([0.1, 0.5]), 0.4, "sigma_to must be at least sigma_from"),
         (1.0, 1.0, "must be below 1"),
-        (0.1, float("nan"), "sigma_to must be"),
-        (float("nan"), 0.1, "must be below 1"),
+        (0.1, torch.tensor(float("nan")), "sigma_to must be"),
+        (0.1, float("nan"), "sigma_to nan is outside"),
+        (torch.tensor(float("nan")), 0.1, "must be below 1"),
+        (float("nan"), 0.1, "sigma_from nan is outside"),
     ],
 )
 def test_renoise_only_goes_up(low, high, message, tensors):

@@ -113,7 +113,7 @@ def test_experts_at_wants_one_sigma_per_sample():
         ([], [], "at least one"),
         (["a", ""], [0.5], "non-empty"),
         (["a", "a"], [0.5], "must differ"),
-        ("ab", [0.5], "list of names"),
+        ("ab", [0.5], "experts must be a list, not 'ab'"),
         (["a", "b"], [], "2 experts need 1 boundaries, not 0"),
         (["a"], [0.5], "1 experts need 0 boundaries, not 1"),
         (["a", "b", "c"], [0.2, 0.5], "descend strictly"),

@@ -66,9 +66,9 @@ def test_bad_points(points, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "must be positive"),
-        ({"shift": 0.0}, "must be positive"),
-        ({"shift": float("nan")}, "must be positive"),
+        ({"num_steps": 0}, "num_steps 0 must be a whole number of at least 1"),
+        ({"shift": 0.0}, "shift 0.0 must be a positive number"),
+        ({"shift": float("nan")}, "shift nan must be a positive number"),
         ({"num_steps": 1000}, "below num_train_timesteps"),
         ({"end": "zeor"}, "use grid_min or zero"),
     ],

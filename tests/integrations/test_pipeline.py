@@ -164,6 +164,13 @@ def test_steps_sigmas_and_averages(trained, loaded, sampled):
     for options, message in (
         ({"steps": 2, "sigmas": [1.0]}, "--steps or --sigmas, not both"),
         ({"steps": 9}, "--steps: steps 9 is more than"),
+        ({"steps": 2.5}, r"apply: steps 2\.5 must be a whole number of at least 1"),
+        ({"steps": "2"}, "apply: steps '2' must be a whole number of at least 1"),
+        ({"sigmas": 0.9}, r"apply: sigmas must be a list, not 0\.9"),
+        ({"sigmas": ["1"]}, r"sigma '1' \(str\) must be a number"),
+        ({"sigmas": [1.0, float("nan")]}, "sigma nan is outside"),
+        ({"sigmas": [0.3, 1.0]}, "values must descend strictly"),
+        ({"weights": "best"}, "weights 'best' are unknown: use trained or ema"),
     ):
         with pytest.raises(UserError, match=message):
             apply(pipeline, averaged, **options)

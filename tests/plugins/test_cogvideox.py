@@ -150,7 +150,7 @@ def test_few_step_scheduler_against_ddim_at_its_own_times(model):
     for time in times:
         x, v = torch.randn(2, 1, 3, 4, 5, 6, generator=generator)
         wanted = scheduler.step(v, time, x, return_dict=False)[0]
-        assert torch.allclose(few.step(v, None, x, return_dict=False)[0], wanted.float(), atol=1e-5)
+        assert torch.allclose(few.step(v, time, x, return_dict=False)[0], wanted.float(), atol=1e-5)
 
 
 # -- the network as its pipeline calls it -----------------------------------------------------------------------------

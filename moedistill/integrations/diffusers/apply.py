@@ -11,6 +11,7 @@ from torch import nn
 
 from moedistill.components.plugins import Plugins
 from moedistill.errors import UserError, user_errors
+from moedistill.flow.process import listed, whole
 from moedistill.integrations.diffusers.backbone import DiffusersBackboneConfig
 from moedistill.integrations.diffusers.loading import transformers_of
 from moedistill.integrations.diffusers.pipeline import Applied, RoutedTransformer, attach, refuse_eta
@@ -33,7 +34,8 @@ def apply(
 
     Afterwards `pipeline(prompt)` samples with the experts, whatever number of steps or guidance scale it is called
     with. The pipeline's own transformer serves as the base, on its device and in its dtype. Offloading, such as
-    `pipeline.enable_model_cpu_offload()`, comes afterwards. To save the pipeline, `undo` first.
+    `pipeline.enable_model_cpu_offload()`, comes afterwards, and so does `torch.compile`. To save the pipeline, `undo`
+    first.
 
     Args:
         pipeline: of the class that the experts were distilled from, with the same weights, which is not checked.
@@ -46,12 +48,18 @@ def apply(
         experts that are not trained yet.
 
     Raises:
-        UserError: the source is incomplete, or made for another model. The pipeline is as it was.
+        UserError: the source is incomplete, or made for another model; or steps, sigmas or weights that there are not.
+            The pipeline is as it was.
 
     Example:
         pipeline = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch_dtype=torch.bfloat16)
         moedistill.apply(pipeline, "runs/dcm_wan_1_3b/20260101-120000")
     """
+    if weights not in ("trained", "ema"):
+        raise UserError(f"weights {weights!r} are unknown: use trained or ema")
+    with user_errors("apply"):
+        steps = None if steps is None else whole("steps", steps)
+        sigmas = None if sigmas is None else listed("sigmas", sigmas)
     recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
     config, chosen = recipe.backbone, sampling_config(recipe, steps, sigmas)
     with user_errors(str(source)):
@@ -70,8 +78,8 @@ def apply(
         for network in networks.values():
             undo.callback(_remember(network))
         backbone = config.wrap(networks)
-        for hook in backbone.hooks:
-            undo.callback(hook.remove)
+        for restore in backbone.islands:
+            undo.callback(restore)
         mixture = build_mixture(replace(recipe, backbone=config), first.device, backbone, inference=True)
         mixture.load(experts, averages, str(source))
         applied = attach(pipeline, mixture, path, weights=weights)
@@ -91,16 +99,23 @@ def _networks_of(pipeline: Any, config: DiffusersBackboneConfig, source: object)
         raise UserError(f"{source} was made for a {_named(cls)}, not a {_named(type(pipeline))}")
     components = {name: getattr(pipeline, name) for name in transformers_of(cls)}
     networks = {name: network for name, network in components.items() if network is not None}
-    if any(isinstance(network, RoutedTransformer) for network in networks.values()):
+    bare = [getattr(network, "_orig_mod", network) for network in networks.values()]  # of one that torch.compile gave
+    if any(isinstance(network, RoutedTransformer) for network in bare):
         raise UserError("the pipeline carries experts already; call undo() on the handle that `apply` gave first")
     if set(networks) != set(config.bases()):
         raise UserError(
             f"{source} was made for a model with {' and '.join(config.bases())}; this pipeline has "
             f"{' and '.join(networks) or 'no transformer'}"
         )
+    modules = [module for network in networks.values() for module in network.modules()]
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
+        raise UserError(
+            "the pipeline's networks are compiled already, and experts change them; load it anew, apply the experts "
+            "first, then compile: pipeline.transformer = torch.compile(pipeline.transformer)"
+        )
     if any(hasattr(network, "peft_config") for network in networks.values()):
         raise UserError("the pipeline carries a LoRA already; take it out first, with pipeline.unload_lora_weights()")
-    if any(hasattr(module, "_hf_hook") for network in networks.values() for module in network.modules()):
+    if any(hasattr(module, "_hf_hook") for module in modules):
         raise UserError("the pipeline's networks are offloaded already; apply the experts first, then offload")
     return {base: networks[base] for base in config.bases()}
 

@@ -12,7 +12,7 @@ import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from moedistill.errors import shorten
 from moedistill.integrations.diffusers.loading import (
@@ -123,7 +122,7 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
         config, first = self.replace(), next(iter(networks.values()))
         vars(config)["_architecture"] = first.config
         backbone = self.backbone_class(config, networks)
-        backbone.hooks = [hook for network in networks.values() for hook in keep_float32_islands(network)]
+        backbone.islands = [undo for network in networks.values() for undo in keep_float32_islands(network)]
         return backbone
 
     def channels(self) -> int:
@@ -203,7 +202,7 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
 
     def __init__(self, config: DiffusersBackboneConfig, networks: Mapping[str, nn.Module]) -> None:
         super().__init__(config, networks)
-        self.hooks: list[RemovableHandle] = []
+        self.islands: list[Callable[[], None]] = []
 
     # -- what a plugin says -------------------------------------------------------------------------------------------
 
@@ -279,7 +278,7 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
     """
 
     def which_pass(self, pipeline: Any, mark: str) -> Pass:
-        """Which pass of a call it is that a pipeline runs: experts were distilled with their guidance, once.
+        """Which pass of a guided call it is that a pipeline runs: experts were distilled with their guidance, once.
 
         Raises:
             ValueError: it cannot be told.
@@ -292,9 +291,7 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
                 f"({', '.join(name for name in self.pass_names if name) or 'none is'}), or let "
                 f"{type(self).__name__}.pass_names say which pass it is"
             )
-        found = self.pass_names[mark]
-        doubled = getattr(pipeline, "guidance_scale", 1.0) > 1.0
-        return "conditional" if found == "both" and not doubled else found
+        return self.pass_names[mark]
 
     def decoder_arguments(self) -> dict[str, Any]:
         """Further arguments of the VAE's `decode`, for one video."""
@@ -362,6 +359,7 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         with attach(pipeline, mixture, sigmas, weights=weights):
+            pipeline.scheduler.has_warned = True  # whatever sigmas the pipeline gives, nobody has asked for them
             for k, prompt in enumerate(prompts):
                 cond = self.floats_to(conditioning.to(self.encode([prompt]), self.device), self.dtype)
                 guiding = self.guiding_arguments(pipeline, cond) if teaching else {}

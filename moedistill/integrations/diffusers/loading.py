@@ -4,14 +4,13 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from moedistill.errors import shorten
 from moedistill.integrations.diffusers.bars import bars_as_switched
@@ -135,28 +134,29 @@ def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return network
 
 
-class _Island:
-    """Runs a module outside of autocast: what a model's class keeps in float32 is computed in float32."""
+class _Island(nn.Module):
+    """Runs a module outside of autocast: what a model's class keeps in float32 is computed in float32.
 
-    def __init__(self) -> None:
-        self._open: list[torch.autocast] = []
+    A mixin for the module's own class: it is copied with the module, moves no weight to another name, and can be
+    compiled, which entering autocast in one hook and leaving it in another cannot.
+    """
 
-    def enter(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
-        context = torch.autocast(device, enabled=False)
-        context.__enter__()
-        self._open.append(context)
-
-    def leave(self, _module: nn.Module, _args: object, _output: object) -> None:
-        self._open.pop().__exit__(None, None, None)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        device = next((arg.device.type for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return super().forward(*args, **kwargs)
 
 
-def keep_float32_islands(network: nn.Module) -> list[RemovableHandle]:
-    """Hooks, which are copied with the network."""
-    names, handles = set(_islands(network)), []
-    for path, module in network.named_modules():
-        if path.rpartition(".")[2] in names:
-            island = _Island()
-            handles.append(module.register_forward_pre_hook(island.enter))
-            handles.append(module.register_forward_hook(island.leave, always_call=True))
-    return handles
+def keep_float32_islands(network: nn.Module) -> list[Callable[[], None]]:
+    """Makes islands of what the network's class keeps in float32; returns what makes each again what it was."""
+    names = set(_islands(network))
+    modules = [module for path, module in network.named_modules() if path.rpartition(".")[2] in names]
+    return [_make_island(module) for module in modules if not isinstance(module, _Island)]
+
+
+def _make_island(module: nn.Module) -> Callable[[], None]:
+    cls = type(module)
+    # Under its old name: classes are known by it, such as those of blocks to be compiled or sharded.
+    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    module.__class__ = type(cls.__name__, (_Island, cls), members)
+    return lambda: setattr(module, "__class__", cls)

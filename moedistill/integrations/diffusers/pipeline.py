@@ -25,6 +25,9 @@ class RoutedTransformer(nn.Module):
     Expert and native time come from the scheduler, never from the time that a pipeline passes, which may be rounded.
     Experts were distilled with their guidance: of a guided pipeline's two passes they run the conditional one only, and
     give its result for both, which any guidance scale leaves as it is. The untouched teacher runs both.
+
+    Compiled, by `torch.compile`, its own `compile` or `compile_repeated_blocks`, it compiles the networks, once for
+    each expert; which of them runs is chosen outside.
     """
 
     def __init__(self, pipeline: Any, mixture: Mixture, scheduler: "FewStepScheduler", weights: WhichWeights) -> None:
@@ -32,7 +35,9 @@ class RoutedTransformer(nn.Module):
         self.mixture = mixture
         self._pipeline, self._scheduler, self._weights = pipeline, scheduler, weights
         self._mark = ""
-        self._conditional: tuple[int, Tensor] | None = None
+        self._is_doubled = False
+        self._step: int | None = None
+        self._conditional: Tensor | None = None
 
     @property
     def _network(self) -> Any:
@@ -62,30 +67,74 @@ class RoutedTransformer(nn.Module):
         finally:
             self._mark = ""
 
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Of every network; see diffusers' `ModelMixin.compile_repeated_blocks`."""
+        for network in self.mixture.networks:
+            network.compile_repeated_blocks(*args, **kwargs)  # type: ignore[operator]
+
+    # What a compiled one is to compile are the networks, not the choice of one.
+    @torch.compiler.disable(recursive=False)
     def forward(self, hidden_states: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
-        """The network's forward, by the expert of the current step, at the exact native time."""
-        mixture, step = self.mixture, self._scheduler.step_index
-        expert = expert_at(mixture, self._scheduler.sigmas[step].item())
+        """The network's forward, by the expert of the current step, at the exact native time.
+
+        Raises:
+            ValueError: it is not the turn of a step at `timestep`, or it cannot be told which pass this is.
+        """
+        with ExitStack() as running:
+            running_pass, network, arguments = self._choose(running, hidden_states, timestep, arguments)
+            if running_pass == "unconditional":
+                assert self._conditional is not None
+                return (_again(self._conditional),)
+            output: Tensor = network(**arguments)[0]
+        self._conditional = torch.cat([output, output]) if running_pass == "both" else output
+        return (self._conditional,)
+
+    @torch.compiler.disable
+    def _choose(
+        self, running: ExitStack, hidden_states: Tensor, timestep: Tensor, arguments: dict[str, Any]
+    ) -> tuple[Pass, nn.Module, dict[str, Any]]:
+        """What to run, with what: the pass, the network, switched to its expert for as long as `running`, arguments."""
+        mixture, scheduler = self.mixture, self._scheduler
+        if self._pipeline.scheduler is not scheduler:
+            raise ValueError(
+                f"the pipeline has a {type(self._pipeline.scheduler).__name__} now, but experts take the steps of the "
+                "scheduler that they came with; choose other steps with moedistill.apply(pipeline, source, sigmas=[…])"
+            )
+        if scheduler.step_index is None:  # a call of the pipeline begins, whose scale may change on the way
+            self._is_doubled = getattr(self._pipeline, "guidance_scale", 1.0) > 1.0
+            self._step = None
+        step = scheduler.enter(timestep)
+        if step != self._step:
+            self._step, self._conditional = step, None
+        expert = expert_at(mixture, scheduler.sigmas[step].item())
+        network = mixture.experts[expert].shared.network
         distilled = expert not in mixture.teachers
         backbone: Any = mixture.backbone
-        running: Pass = backbone.which_pass(self._pipeline, self._mark) if distilled else "conditional"
-        if running == "unconditional":
-            if self._conditional is None or self._conditional[0] != step:
+        running_pass: Pass = backbone.which_pass(self._pipeline, self._mark) if distilled else "conditional"
+        if running_pass == "both" and not self._is_doubled:
+            running_pass = "conditional"
+        if running_pass == "unconditional":
+            if self._conditional is None:
                 raise ValueError("the pipeline asks for its unconditional pass first, which an expert does not have")
-            return (self._conditional[1],)
+            return running_pass, network, {}
         arguments = {"hidden_states": hidden_states, **arguments, "return_dict": False}
-        if running == "both":  # the unconditional half comes first
+        if running_pass == "both":  # the unconditional half comes first
             arguments = _second_half(arguments, len(hidden_states))
+        batch = len(arguments["hidden_states"])
+        scheduler.batch = batch if distilled else None
         if distilled and arguments.get("guidance") is not None:
             # What the expert was told in training; the pipeline's is the caller's, and rounded: 6016 for 6000 in bf16.
             scale = mixture.guidance.student_scale or mixture.guidance.embedded_scale(mixture.bases[0])
             arguments["guidance"] = torch.full_like(arguments["guidance"], 1000.0 * scale, dtype=torch.float32)
-        time = self._scheduler.timesteps[step].to(hidden_states.device).expand(len(arguments["hidden_states"]))
-        with mixture.running(expert, self._weights), mixture.autocast(hidden_states.device):
-            output: Tensor = mixture.experts[expert].shared.network(timestep=time, **arguments)[0]
-        output = torch.cat([output, output]) if running == "both" else output
-        self._conditional = (step, output)
-        return (output,)
+        arguments["timestep"] = scheduler.timesteps[step].to(hidden_states.device).expand(batch)
+        running.enter_context(mixture.running(expert, self._weights))
+        running.enter_context(mixture.autocast(hidden_states.device))
+        return running_pass, network, arguments
+
+
+def _again(output: Tensor) -> Tensor:
+    """Equal to `output`, and computed: torch.compile(fullgraph=True) takes a call that computes nothing for a fault."""
+    return output.clone()
 
 
 def refuse_eta(eta: float) -> None:
@@ -141,4 +190,13 @@ def attach(pipeline: Any, mixture: Mixture, sigmas: Tensor, *, weights: WhichWei
     for name in backbone.networks:
         setattr(pipeline, name, routed)
     pipeline.scheduler = scheduler
+    pipeline.save_pretrained = _refuse_to_save
+    applied._undo.callback(delattr, pipeline, "save_pretrained")
     return applied
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    raise ValueError(
+        "the pipeline carries experts, and would be saved without its transformer; undo() on the handle that `apply` "
+        "gave comes first, and an `export` is what keeps experts"
+    )
