@@ -1,5 +1,6 @@
 """The command line. Everything of weight is imported by the command that needs it: `--help` is instant."""
 
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import click
 
 from moedistill import __version__
 from moedistill.errors import Interrupted, Problem, RecipeError, UserError, shorten, suggest
+from moedistill.runtime.signals import Interruption
 
 if TYPE_CHECKING:
     from moedistill.components.plugins import Plugins
@@ -44,7 +46,7 @@ def cli() -> None:
 @click.option("--smoke", is_flag=True, help="The same run in miniature: seconds, on a CPU.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
 @click.option("--resume-from", metavar="PATH", help="Go on from this run or checkpoint; with --output, elsewhere.")
-@click.option("--output", metavar="DIR", help="The run's folder; runs/NAME/TIME if not given.")
+@click.option("--output", metavar="DIR", help="The run's folder, new or empty; runs/NAME/TIME if not given.")
 @click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
 @device_option
 @plugin_option
@@ -189,6 +191,7 @@ def cp(recipe: str, dest: Path, force: bool) -> None:
       moedistill cp dcm_digits mine.yaml
     """
     from moedistill.recipe.loading import find_recipe
+    from moedistill.runtime.writing import new_file
 
     source = find_recipe(recipe)
     dest = dest / source.name if dest.is_dir() else dest
@@ -197,7 +200,8 @@ def cp(recipe: str, dest: Path, force: bool) -> None:
     text = _copy_text(source)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        dest.write_text(text, encoding="utf-8")
+        with new_file(dest) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {dest}: {error.strerror}") from error
     click.echo(f"{source} → {dest}")
@@ -248,7 +252,7 @@ class _Sigmas(click.ParamType):
 @click.option("--frames", type=click.IntRange(min=1), metavar="N", help="How many; the recipe's if not given.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Frames per second of the files.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder; a new one, RUN/samples, if not given."
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="A new or empty folder; RUN/samples if not given."
 )
 @click.option("--ema", is_flag=True, help="With the averaged weights, not the last ones.")
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to compute: cpu, cuda …")
@@ -332,6 +336,7 @@ def report(
     import json
 
     from moedistill.runs.tables import methods, read_records, tabulate
+    from moedistill.runtime.writing import make_folder, new_file
 
     records = read_records(folders, _plugins(plugin_files))
     if not table and json_file is None:
@@ -344,8 +349,9 @@ def report(
     if table:
         click.echo(result.markdown())
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result.plain(), indent=1))
+        make_folder(json_file.parent)
+        with new_file(json_file) as new:
+            new.write_text(json.dumps(result.plain(), indent=1))
         click.echo(str(json_file), err=table)
 
 
@@ -366,7 +372,7 @@ def report(
 @click.option("--student-steps", type=click.IntRange(min=1), metavar="N", help="Sampling steps; the recipe's, or 4.")
 @click.option("--smoke", is_flag=True, help="On a random miniature, with a few samples and steps: seconds, on a CPU.")
 @click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
-@click.option("--output", metavar="DIR", help="A folder without an analysis; runs/NAME-analysis/TIME if not given.")
+@click.option("--output", metavar="DIR", help="A new or empty folder; runs/NAME-analysis/TIME if not given.")
 @device_option
 @plugin_option
 def analyze(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...], **options: Any) -> None:
@@ -512,6 +518,12 @@ def _with_seed(overrides: Sequence[str], seed: int | None) -> list[str]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command and exits: 0 done, 2 the user's mistake, 128 + signal interrupted, 1 anything else."""
+    with Interruption():
+        sys.exit(_exit_code(args))
+
+
+def _exit_code(args: Sequence[str] | None) -> int:
+    code: int | None
     try:
         # Without standalone mode click returns the exit code of --help and raises all else.
         code = cli.main(args=args, prog_name="moedistill", standalone_mode=False)
@@ -527,7 +539,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         code = 2
-    sys.exit(code or 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        click.echo(f"error: cannot write: {error}; make room there, or choose another place", err=True)
+        code = 2
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from moedistill.errors import UserError
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words
 from moedistill.runtime.checkpoint import Checkpoints, find_checkpoint, load_tree
-from moedistill.stages.run import RESULT
+from moedistill.runtime.writing import refuse_used
+from moedistill.stages.run import METRICS, RESULT
 
 OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads", "monitor")
 """Keys of `training` that may differ when a run is resumed: they do not change what is learned."""
@@ -43,7 +44,7 @@ def plan(
     resume_from: str | Path | None = None,
     smoke: bool = False,
 ) -> Plan:
-    """Decides where `recipe` is run, the same on every process; looks only, and writes nothing.
+    """Decides where `recipe` is run; looks only, and writes nothing.
 
     The arguments are those of `run`.
 
@@ -144,16 +145,16 @@ def _checkpoint(
 
 
 def _new_folder(recipe: Recipe, output: str | Path | None, smoke: bool) -> Path:
-    """A folder for a run that is not there yet, the same on every process; UserError where it holds another one."""
-    if output is not None:
-        folder = Path(output)
-    else:
-        from accelerate.utils import broadcast_object_list
-
-        stamp = [time.strftime("%Y%m%d-%H%M%S")]
-        folder = _runs(recipe, smoke) / broadcast_object_list(stamp)[0]
-    if Checkpoints(folder / "checkpoints", keep=1).all() or (folder / RESULT).exists():
+    """A folder for a run that is not there yet; UserError where it holds another one, or what is no run's."""
+    if output is None:
+        return _runs(recipe, smoke) / time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(output)
+    if Checkpoints(folder / "checkpoints", keep=1).all():
         raise UserError(f"{folder} already holds a run; add --resume to go on with it, or choose another --output")
+    if (folder / RESULT).exists():
+        raise UserError(f"{folder} already holds a run's results ({RESULT}); choose another --output")
+    if not any((folder / name).exists() for name in ("checkpoints", METRICS)):  # else it is a run that did not get far
+        refuse_used(folder)
     return folder
 
 

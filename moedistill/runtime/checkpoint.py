@@ -7,7 +7,7 @@ go to `NAME.safetensors` and the rest to `NAME.json`.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moedistill.errors import UserError
+from moedistill.runtime.writing import TEMPORARY as _TEMPORARY
+from moedistill.runtime.writing import disk_errors, new_file, sync
 
-_TEMPORARY = ".tmp-"
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -57,11 +58,25 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions that other new files get; safetensors makes it private."""
-    save_file(dict(tensors), path, metadata=metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    """Writes a safetensors file with the permissions that other new files get; safetensors makes it private.
+
+    Raises:
+        WriteError: there is no room for it, or the disk refuses otherwise.
+    """
+    with disk_errors(path, size_of(tensors)):
+        save_file(dict(tensors), path, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of a tree's tensors, on all devices."""
+    if isinstance(tree, Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, Mapping):
+        tree = tree.values()
+    return sum(map(size_of, tree)) if isinstance(tree, Iterable) and not isinstance(tree, str) else 0
 
 
 def save_tree(folder: Path, name: str, tree: Any) -> None:
@@ -97,19 +112,9 @@ def load_tree(folder: Path, name: str) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by one with this content, all at once."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Replaces a file by one with this content, all at once; WriteError where the disk refuses."""
+    with new_file(path) as temporary:
+        temporary.write_text(text)
 
 
 class Checkpoints:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.sharding import whole
+from moedistill.runtime.writing import make_folder, new_file
 from moedistill.stages.base import Stage
 from moedistill.stages.run import Run
 
@@ -66,10 +68,14 @@ class ExportStage(Stage):
         self.config = config
 
     def execute(self, run: Run) -> None:
-        folder, mixture = run.output / self.config.name, run.mixture
+        with ExitStack() as files:
+            self._write(run, run.output / self.config.name, files)
+
+    def _write(self, run: Run, folder: Path, files: ExitStack) -> None:
+        mixture, recipe = run.mixture, run.recipe
         if run.main:
-            folder.mkdir(parents=True, exist_ok=True)
-        recipe = run.recipe
+            make_folder(folder)
+            index_file = files.enter_context(new_file(folder / INDEX))  # first in, so last out: it says all is there
         trained = {name for stage in recipe.stages for name in stage.trained_experts()}
         experts: dict[str, Any] = {}
         for name, config in recipe.resolved()["experts"].items():
@@ -82,7 +88,8 @@ class ExportStage(Stage):
                 # Every process gathers what is sharded; one writes.
                 weights = {key: whole(weight.detach()).cpu() for key, weight in weights.items()}
                 if run.main:
-                    save_tensors(folder / file, weights, metadata={"format": "pt", "moedistill_expert": name})
+                    new = files.enter_context(new_file(folder / file))
+                    save_tensors(new, weights, metadata={"format": "pt", "moedistill_expert": name})
         if not run.main:
             return
         index = {
@@ -95,7 +102,7 @@ class ExportStage(Stage):
             "provenance": _provenance(run, self.config.weights),
             "recipe": recipe.resolved(),
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=1))
+        index_file.write_text(json.dumps(index, indent=1))
         run.metrics[self.config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
 
