@@ -18,7 +18,7 @@ TEMPORARY = ".tmp-"
 
 _WAYS_OUT = {
     errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room there: your quota is used up",
+    errno.EDQUOT: "make room there, or raise your quota",
     errno.EFBIG: "the limit is the file system's, or that of `ulimit -f`",
     errno.EACCES: "allow writing there, or choose another place",
     errno.EPERM: "allow writing there, or choose another place",
@@ -43,9 +43,9 @@ def disk_errors(place: Path, size: int | None = None) -> Iterator[None]:
         number = _errno(error)
         if number is None:
             raise
-        facts = [] if size is None else [f"of {_bytes(size)}"]
+        facts = [] if size is None else [f"{_bytes(size)} needed"]
         if number in (errno.ENOSPC, errno.EDQUOT) and (free := _free(place)) is not None:
-            facts.append(f"{_bytes(free)} are free there")
+            facts.append(f"{_bytes(free)} free there")
         why = os.strerror(number) + (f" ({', '.join(facts)})" if facts else "")
         way_out = f"; {_WAYS_OUT[number]}" if number in _WAYS_OUT else ""
         raise WriteError(f"cannot write {_shown(place)}: {why}{way_out}") from error
@@ -109,14 +109,18 @@ def make_numbered(folder: Path) -> Path:
 
 
 def refuse_used(folder: Path) -> None:
-    """UserError where an output folder holds anything, but for hidden files."""
+    """UserError where an output folder holds anything but hidden files and logs, as of `> FOLDER/log.txt`."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output, a new or an empty folder")
-    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
+    found = sorted(path.name for path in folder.iterdir() if not _harmless(path)) if folder.exists() else []
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         names = f"{', '.join(found[:3])}{more}"
         raise UserError(f"{folder} is not empty ({names}); choose another --output, a new or an empty folder")
+
+
+def _harmless(path: Path) -> bool:
+    return path.name.startswith(".") or path.suffix in (".log", ".out", ".err") or path.name == "log.txt"
 
 
 def _errno(error: Exception) -> int | None:
