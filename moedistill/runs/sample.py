@@ -190,7 +190,7 @@ def sample_run(
 def _with_what_is_there(error: Interrupted | WriteError, folder: Path, asked: int) -> Interrupted | WriteError:
     """The error, which also says how many videos are there."""
     made = len(list(folder.glob("*.mp4")))
-    message = f"{error}; {made} of {asked} videos are in {folder}"
+    message = f"{error}; {made} of {asked} videos are in {folder}" if made else f"{error}; no video is written yet"
     return Interrupted(error.signum, message) if isinstance(error, Interrupted) else WriteError(message)
 
 

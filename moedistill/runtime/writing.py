@@ -35,7 +35,7 @@ def disk_errors(place: Path, size: int | None = None) -> Iterator[None]:
         size: in bytes, where it is known: then the room for it is looked at first.
     """
     if size is not None and (free := _free(place)) is not None and free < size:
-        message = f"it needs {_bytes(size)}, and {_bytes(free)} are free there; make room there"
+        message = f"it needs {_bytes(size)}, and {_bytes(free)} are free; make room there"
         raise WriteError(f"cannot write {_shown(place)}: {message}")
     try:
         yield

@@ -2,14 +2,13 @@
 
 import errno
 import os
-import resource
 import shutil
-import signal
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
+from small_files import files_of
 
 from moedistill import media, plotting
 from moedistill.errors import UserError, WriteError
@@ -18,19 +17,6 @@ from moedistill.runtime.writing import disk_errors, new_file, refuse_used
 
 LIMIT = 3000
 """Bytes of a file."""
-
-
-@contextmanager
-def small_files():
-    """No file of this process may grow beyond `LIMIT`: a write then fails as on a full disk, but with EFBIG."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def disk(monkeypatch, free):
@@ -56,7 +42,7 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, name):
     (tmp_path / name).write_text("old")
-    with pytest.raises(WriteError) as error, small_files(), new_file(tmp_path / name) as new:
+    with pytest.raises(WriteError) as error, files_of(LIMIT), new_file(tmp_path / name) as new:
         WRITERS[name](new)
     assert str(error.value).startswith(f"cannot write {tmp_path / name}: File too large")
     assert str(error.value).endswith("; the limit is the file system's, or that of `ulimit -f`")
@@ -68,7 +54,7 @@ def test_room_is_looked_at_first(tmp_path, monkeypatch):
     save_tensors(tmp_path / "small", {"x": torch.zeros(800_000)})
     with pytest.raises(WriteError) as error:
         save_tensors(tmp_path / "large", {"x": torch.zeros(1_000_000)})
-    room = "it needs 3.81 MiB, and 3.34 MiB are free there; make room there"
+    room = "it needs 3.81 MiB, and 3.34 MiB are free; make room there"
     assert str(error.value) == f"cannot write {tmp_path / 'large'}: {room}"
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0, total=0))  # some do not say
