@@ -336,7 +336,7 @@ def report(
     import json
 
     from moedistill.runs.tables import methods, read_records, tabulate
-    from moedistill.runtime.writing import make_folder, new_file
+    from moedistill.runtime.writing import disk_errors, new_file
 
     records = read_records(folders, _plugins(plugin_files))
     if not table and json_file is None:
@@ -349,7 +349,8 @@ def report(
     if table:
         click.echo(result.markdown())
     if json_file is not None:
-        make_folder(json_file.parent)
+        with disk_errors(json_file):
+            json_file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(json_file) as new:
             new.write_text(json.dumps(result.plain(), indent=1))
         click.echo(str(json_file), err=table)

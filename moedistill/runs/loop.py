@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -336,8 +336,9 @@ class _Runner:
             try:
                 with disk_errors(self.checkpoints.folder / name, size_of(trees)):
                     self.checkpoints.save(name, {"state": state, **trees})
-            except WriteError:
-                self.checkpoints.remove_leftovers()
+            except BaseException:
+                with suppress(OSError):
+                    self.checkpoints.remove_leftovers()
                 raise
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = self.checkpoints.folder / name

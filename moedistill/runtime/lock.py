@@ -102,14 +102,14 @@ def _take(path: Path) -> int:
             dead = not holder or (flock and holder.get("machine") == _machine())
             if not dead and _beats(path, holder):
                 raise _refusal(path, holder)
-            # One that its holder removes between our opening and locking it protects nothing.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-            os.close(descriptor)
         except BaseException:
-            with suppress(OSError):
-                os.close(descriptor)
+            os.close(descriptor)
             raise
+        # One that its holder removed between our opening and locking it protects nothing.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
 
 
 def _flock(descriptor: int) -> bool | None:

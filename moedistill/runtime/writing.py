@@ -112,7 +112,10 @@ def refuse_used(folder: Path) -> None:
     """UserError where an output folder holds anything but hidden files and logs, as of `> FOLDER/log.txt`."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output, a new or an empty folder")
-    found = sorted(path.name for path in folder.iterdir() if not _harmless(path)) if folder.exists() else []
+    if not folder.exists():
+        return
+    with disk_errors(folder):
+        found = sorted(path.name for path in folder.iterdir() if not _harmless(path))
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         names = f"{', '.join(found[:3])}{more}"

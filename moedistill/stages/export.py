@@ -20,7 +20,7 @@ from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.sharding import whole
-from moedistill.runtime.writing import make_folder, new_file
+from moedistill.runtime.writing import disk_errors, make_folder, new_file
 from moedistill.stages.base import Stage
 from moedistill.stages.run import Run
 
@@ -102,7 +102,8 @@ class ExportStage(Stage):
             "provenance": _provenance(run, self.config.weights),
             "recipe": recipe.resolved(),
         }
-        index_file.write_text(json.dumps(index, indent=1))
+        with disk_errors(folder / INDEX):
+            index_file.write_text(json.dumps(index, indent=1))
         run.metrics[self.config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
 
