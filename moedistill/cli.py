@@ -1,6 +1,7 @@
 """The command line. Everything of weight is imported by the command that needs it: `--help` is instant."""
 
 import codecs
+import errno
 import io
 import os
 import shutil
@@ -14,6 +15,7 @@ import click
 from moedistill import __version__
 from moedistill.errors import Interrupted, Problem, RecipeError, UserError, shorten, suggest
 from moedistill.runtime.quiet import quiet_libraries
+from moedistill.runtime.signals import Interruption
 
 if TYPE_CHECKING:
     from moedistill.components.plugins import Plugins
@@ -55,7 +57,7 @@ def cli() -> None:
 @click.option("--smoke", is_flag=True, help="The same run in miniature: seconds, on a CPU.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
 @click.option("--resume-from", metavar="PATH", help="Go on from this run or checkpoint; with --output, elsewhere.")
-@click.option("--output", metavar="DIR", help="The run's folder; runs/NAME/TIME if not given.")
+@click.option("--output", metavar="DIR", help="The run's folder, new or empty; runs/NAME/TIME if not given.")
 @click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
 @device_option
 @plugin_option
@@ -237,9 +239,12 @@ def cp(recipe: str, dest: str, force: bool) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    from moedistill.runtime.writing import new_file
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        with new_file(path) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
@@ -291,7 +296,7 @@ class _Sigmas(click.ParamType):
 @click.option("--frames", type=click.IntRange(min=1), metavar="N", help="How many; the recipe's if not given.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Frames per second of the files.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder; a new one, RUN/samples, if not given."
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="A new or empty folder; RUN/samples if not given."
 )
 @click.option("--ema", is_flag=True, help="With the averaged weights, not the last ones.")
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to compute: cpu, cuda …")
@@ -412,7 +417,7 @@ def report(
 @click.option("--student-steps", type=click.IntRange(min=1), metavar="N", help="Sampling steps; the recipe's, or 4.")
 @click.option("--smoke", is_flag=True, help="On a random miniature, with a few samples and steps: seconds, on a CPU.")
 @click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
-@click.option("--output", metavar="DIR", help="A folder without an analysis; runs/NAME-analysis/TIME if not given.")
+@click.option("--output", metavar="DIR", help="A new or empty folder; runs/NAME-analysis/TIME if not given.")
 @device_option
 @plugin_option
 def analyze(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...], **options: Any) -> None:
@@ -570,6 +575,12 @@ def _speak_utf8() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command and exits: 0 done, 2 the user's mistake, 128 + signal interrupted, 1 anything else."""
     _speak_utf8()
+    with Interruption():
+        sys.exit(_exit_code(args))
+
+
+def _exit_code(args: Sequence[str] | None) -> int:
+    code: int | None
     try:
         # Without standalone mode click returns the exit code of --help and raises all else.
         with quiet_libraries():
@@ -586,7 +597,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         code = 2
-    sys.exit(code or 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        click.echo(f"error: cannot write: {error}; make room there, or choose another place", err=True)
+        code = 2
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Errors that are the user's to fix, and how they are shown: no traceback, one screen, exit code 2."""
 
 import difflib
+import signal
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,18 @@ class UserError(Exception):
     """The user's mistake; the message gives the value, the rule and the way out. The command exits with code 2."""
 
 
-class Interrupted(Exception):
-    """A run was stopped by a signal and has saved its state; the command exits with code 128 + signal."""
+class WriteError(UserError):
+    """A result cannot be written: the disk is full, or nobody may write there."""
+
+
+class Interrupted(BaseException):
+    """A signal stopped what was under way, which has left nothing half-written; the command exits with 128 + signal.
+
+    Like KeyboardInterrupt it is no Exception, so that no library takes it for a failure of its own.
+    """
 
     def __init__(self, signum: int, message: str = "") -> None:
-        super().__init__(message or f"interrupted by signal {signum}")
+        super().__init__(message or f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
     @property

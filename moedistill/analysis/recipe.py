@@ -12,6 +12,7 @@ from moedistill.model.backbone import TEACHER
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import load_recipe, shipped_recipes
 from moedistill.recipe.yaml_tree import dump_yaml
+from moedistill.runtime.writing import new_file
 
 if TYPE_CHECKING:
     from moedistill.analysis.results import Analysis
@@ -72,7 +73,8 @@ def write_recipe(
         if key in changes:
             lines += [f"# {line}\n" for line in comments[key]]
         lines.append(dump_yaml({key: value}))
-    path.write_text("".join(lines), encoding="utf-8")
+    with new_file(path) as new:
+        new.write_text("".join(lines), encoding="utf-8")
     load_recipe(path, plugins=plugins)
 
 

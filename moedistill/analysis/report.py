@@ -11,6 +11,8 @@ from moedistill.analysis.recipe import write_recipe
 from moedistill.flow.trajectory import Trajectory
 from moedistill.plotting import figure, noise_axis, save
 from moedistill.recipe.keys import Recipe
+from moedistill.runtime.checkpoint import write_text
+from moedistill.runtime.writing import new_file
 
 if TYPE_CHECKING:
     from moedistill.analysis.results import Analysis
@@ -31,7 +33,7 @@ def write_report(
     """Everything into `analysis.output`."""
     folder = analysis.output
     numbers = {**asdict(analysis), "output": None}
-    (folder / "analysis.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    write_text(folder / "analysis.json", json.dumps(numbers, indent=1))
     files = ["analysis.json", *draw(analysis)]
     write_recipe(folder / "suggestion.yaml", analysis, recipe, source, overrides, trajectory, plugins)
     show(analysis)
@@ -49,7 +51,8 @@ def draw(analysis: "Analysis") -> list[str]:
     if analysis.layers is not None:
         plots["layers.png"] = _draw_layers
     for name, plot in plots.items():
-        save(plot(analysis), analysis.output / name)
+        with new_file(analysis.output / name) as new:
+            save(plot(analysis), new)
     return list(plots)
 
 

@@ -41,7 +41,9 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
 from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runs.build import build_run, make_accelerator
-from moedistill.runtime.devices import cpu_threads, make_folder
+from moedistill.runtime.devices import cpu_threads
+from moedistill.runtime.lock import claimed
+from moedistill.runtime.writing import refuse_used
 from moedistill.stages.consistency import ConsistencyConfig
 from moedistill.stages.run import Run
 
@@ -107,14 +109,14 @@ def analyze(
     if found := [name for name in ("suggestion.yaml", "analysis.json") if (folder / name).exists()]:
         raise UserError(f"{folder} already holds an analysis ({found[0]}); choose another --output, or move it away")
     plan = _Plan(recipe, experts, student_steps)
-    make_folder(folder)
-    with cpu_threads(recipe.training.num_threads):
+    with claimed(folder, numbered=output is None) as folder, cpu_threads(recipe.training.num_threads):
+        refuse_used(folder)
         work = _Work(recipe, folder, smoke, device)
         analysis = _teacher(work, plan, samples, batch_size or work.micro_batch)
         analysis.smoke, analysis.output = smoke, folder
         if has_latents:
             _training(work, plan, analysis, steps, most_points, ranges)
-    write_report(analysis, given, source, settings, plan.trajectory, plugins)
+        write_report(analysis, given, source, settings, plan.trajectory, plugins)
     return analysis
 
 

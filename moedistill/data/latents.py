@@ -25,8 +25,9 @@ from moedistill.components.fields import NonEmptyStr
 from moedistill.data.base import Dataset, DatasetConfig, Sample
 from moedistill.errors import shorten
 from moedistill.model import conditioning
-from moedistill.runtime.checkpoint import save_tensors, sync, write_text
+from moedistill.runtime.checkpoint import save_tensors, write_text
 from moedistill.runtime.randomness import Draws
+from moedistill.runtime.writing import disk_errors, sync
 
 if TYPE_CHECKING:
     from moedistill.model.backbone import Backbone
@@ -441,7 +442,8 @@ def write_latents(
         ValueError: the folder holds a set already, or a sample is not as it must be.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX).exists():
         raise ValueError(f"{folder} holds a set already; choose another folder, or remove its {INDEX}")
     entries = []

@@ -17,6 +17,7 @@ from torch import Tensor
 from moedistill.components.fields import NonEmptyStr
 from moedistill.media import write_mp4
 from moedistill.metrics.base import Metric, MetricConfig, MetricInputs
+from moedistill.runtime.writing import disk_errors
 
 Dimension = Literal[
     "subject_consistency",
@@ -70,9 +71,10 @@ class VBench(Metric):
     def rows(self, inputs: MetricInputs) -> Tensor:
         with TemporaryDirectory(prefix="moedistill-vbench-") as place:
             folder = Path(place) / "videos"
-            folder.mkdir()
-            for number, video in enumerate(inputs.videos):
-                write_mp4(folder / f"{number:06d}.mp4", video, fps=inputs.fps)
+            with disk_errors(folder):
+                folder.mkdir()
+                for number, video in enumerate(inputs.videos):
+                    write_mp4(folder / f"{number:06d}.mp4", video, fps=inputs.fps)
             columns = [
                 self._column(run_vbench(self.config.command, dimension, folder, Path(place) / dimension), dimension)
                 for dimension in self.config.dimensions

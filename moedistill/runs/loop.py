@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 
 from moedistill.components.plugins import Plugins, load_plugins
 from moedistill.data.loading import load_batches
-from moedistill.errors import Interrupted, UserError, user_errors
+from moedistill.errors import Interrupted, UserError, WriteError, user_errors
 from moedistill.recipe.keys import Recipe, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
@@ -23,12 +23,14 @@ from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
-from moedistill.runtime.checkpoint import FORMAT, Checkpoints, checkpoint_name, load_tree, write_text
-from moedistill.runtime.devices import cpu_threads, make_folder
+from moedistill.runtime.checkpoint import FORMAT, Checkpoints, bytes_of, checkpoint_name, load_tree, write_text
+from moedistill.runtime.devices import cpu_threads
 from moedistill.runtime.integrity import Damaged, read_json
+from moedistill.runtime.lock import claimed
 from moedistill.runtime.randomness import torch_seed
 from moedistill.runtime.sharding import whole, whole_tree
 from moedistill.runtime.signals import Interruption
+from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
 from moedistill.stages.run import COST, METRICS, MINIATURE, RESULT
@@ -73,7 +75,8 @@ def run(
 
     Args:
         recipe: a recipe, its file or name, or its content.
-        output: the run's folder; `runs/<name>/<time>` if not given (`runs/<name>-smoke/…` for a miniature).
+        output: the run's folder, a new or an empty one unless a run is resumed; `runs/<name>/<time>` if not given
+            (`runs/<name>-smoke/…` for a miniature), with a number where that is there.
         resume: go on with the newest checkpoint of `output`, or of the newest run of this name.
         resume_from: go on with this checkpoint, or the newest one of this run. With another `output` than its own, the
             recipe may differ in what comes later: see `changed_keys`.
@@ -83,32 +86,48 @@ def run(
         overrides: top-level keys of the recipe to replace, such as `seed=1`.
 
     Raises:
-        UserError: something is wrong with the recipe, the checkpoint or the data.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        UserError: something is wrong with the recipe, the checkpoint or the data; the disk is full; or another process
+            writes in that folder.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
     """
-    plugins = plugins or load_plugins()
-    if not isinstance(recipe, Recipe) or overrides:
-        settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-        source = recipe.resolved() if isinstance(recipe, Recipe) else recipe
-        recipe = load_recipe(source, settings, plugins)
-    if smoke:
-        recipe = miniature(recipe)
-    accelerator = make_accelerator(recipe, device)
-    checked = check_before(recipe)
-    command = RunCommand(smoke, device, tuple(plugins.files))
-    where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
-    accelerator.wait_for_everyone()  # nobody writes there before all have looked
-    make_folder(where.folder)
-    try:
+    with Interruption(lambda: "stopped before training; nothing is lost, start it again"), ExitStack() as stack:
+        plugins = plugins or load_plugins()
+        if not isinstance(recipe, Recipe) or overrides:
+            settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+            source = recipe.resolved() if isinstance(recipe, Recipe) else recipe
+            recipe = load_recipe(source, settings, plugins)
+        if smoke:
+            recipe = miniature(recipe)
+        accelerator = make_accelerator(recipe, device)
+        checked = check_before(recipe)
+        command = RunCommand(smoke, device, tuple(plugins.files))
+        where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
+        numbered = output is None and (where.checkpoint is None or where.branch)
+        folder = _claim(where.folder, numbered, accelerator, stack)
+        # Once more, now that nobody else writes there.
+        where = plan(recipe, output=folder, resume=resume, resume_from=resume_from, command=command, seen=where)
+        accelerator.wait_for_everyone()  # nobody writes there before all have looked
         with cpu_threads(recipe.training.num_threads):
             runner = _Runner(recipe, where, accelerator, plugins, command)
             for warning in checked.warnings if checked is not None else ():
                 runner.run.say(f"warning: {warning}")
             return runner.go()
-    except UserError:
-        with suppress(OSError):  # a run that could not begin leaves nothing; what holds a file stays
-            where.folder.rmdir()
-        raise
+
+
+def _claim(folder: Path, numbered: bool, accelerator: "Accelerator", stack: ExitStack) -> Path:
+    """The run's folder, the same on every process; the one that writes holds it until `stack` is closed."""
+    from accelerate.utils import broadcast_object_list
+
+    answer = ["", ""]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = str(stack.enter_context(claimed(folder, numbered=numbered)))
+        except UserError as error:  # the others must hear of it, or they would wait
+            answer[1] = str(error)
+    taken, problem = broadcast_object_list(answer)
+    if problem:
+        raise UserError(problem)
+    return Path(taken)
 
 
 class _Runner:
@@ -138,7 +157,8 @@ class _Runner:
         smoke = " (a miniature)" if self.run.smoke else ""
         self._restore()
         if self.run.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with disk_errors(self.folder):
+                self.checkpoints.folder.mkdir(exist_ok=True)  # the first thing, by which a folder is known as a run's
             self.checkpoints.remove_leftovers()
             write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
             self._write_cost()
@@ -148,6 +168,8 @@ class _Runner:
         try:
             with self.interruption:
                 self._stages()
+        except WriteError as error:
+            raise WriteError(f"{error}; {self._where_to_go_on()}") from error
         finally:
             self.progress.stop()
             self.trackers.stop()
@@ -169,8 +191,8 @@ class _Runner:
         self.last_checkpoint = checkpoint
         history = checkpoint.parent.parent / METRICS
         if self.run.main and not (self.folder / METRICS).exists() and history.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(history, self.folder / METRICS)  # a run that goes on in another folder
+            with new_file(self.folder / METRICS) as new:
+                shutil.copyfile(history, new)  # a run that goes on in another folder
             stages = [stage["name"] for stage in state["recipe"]["stages"]]
             drop_later_lines(self.folder / METRICS, stages, state["stage"], state["step"])
         self.run.say(f"resuming from {checkpoint}: stage {state['stage_name']}, step {state['step']}")
@@ -341,7 +363,13 @@ class _Runner:
                 "trained": sorted(self._trained(number + 1)),
                 "used": sorted({name for stage in self.recipe.stages[: number + 1] for name in stage.used_experts()}),
             }
-            self.checkpoints.save(name, {"state": state, **trees})
+            try:
+                with disk_errors(self.checkpoints.folder / name, bytes_of(trees)):
+                    self.checkpoints.save(name, {"state": state, **trees})
+            except BaseException:
+                with suppress(OSError):
+                    self.checkpoints.remove_leftovers()
+                raise
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = self.checkpoints.folder / name
         if self.run.main:

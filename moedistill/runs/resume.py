@@ -14,7 +14,8 @@ from moedistill.runs.commands import RunCommand
 from moedistill.runs.saved import read_state
 from moedistill.runtime.checkpoint import Checkpoints, NoCheckpoint, find_checkpoint, newest_whole, verify
 from moedistill.runtime.integrity import Damaged
-from moedistill.stages.run import RESULT
+from moedistill.runtime.writing import refuse_used
+from moedistill.stages.run import METRICS, RESULT
 
 OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads", "monitor")
 """Keys of `training` that may differ when a run is resumed: they do not change what is learned."""
@@ -46,10 +47,12 @@ def plan(
     resume: bool = False,
     resume_from: str | Path | None = None,
     command: RunCommand | None = None,
+    seen: Plan | None = None,
 ) -> Plan:
-    """Decides where `recipe` is run, the same on every process; looks only, and writes nothing.
+    """Decides where `recipe` is run; looks only, and writes nothing.
 
-    The arguments are those of `run`; `command` is for what messages say.
+    The arguments are those of `run`; `command` is for what messages say. The checkpoint of a plan that was `seen`
+    before is not compared with its sums once more.
 
     Raises:
         UserError: there is no such checkpoint, it is damaged, the recipe cannot go on from it, or the folder holds
@@ -60,7 +63,8 @@ def plan(
         checkpoint = _checkpoint(recipe, output, resume, resume_from, command)
         if checkpoint is None:
             return Plan(_new_folder(recipe, output, command))
-        verify(checkpoint)  # all of it, before anything is built
+        if seen is None or seen.checkpoint != checkpoint:
+            verify(checkpoint)  # all of it, before anything is built
         state = read_state(checkpoint, verified=True)
     home = run_of(checkpoint)
     branch = output is not None and not belongs_to(checkpoint, Path(output))
@@ -188,14 +192,10 @@ def _checkpoint(
 
 
 def _new_folder(recipe: Recipe, output: str | Path | None, command: RunCommand, checkpoint: Path | None = None) -> Path:
-    """A folder for a run that is not there yet, the same on every process; UserError where it holds another one."""
-    if output is not None:
-        folder = Path(output)
-    else:
-        from accelerate.utils import broadcast_object_list
-
-        stamp = [time.strftime("%Y%m%d-%H%M%S")]
-        folder = _runs(recipe, command.smoke) / broadcast_object_list(stamp)[0]
+    """A folder for a run that is not there yet; UserError where it holds another one, or what is no run's."""
+    if output is None:
+        return _runs(recipe, command.smoke) / time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(output)
     resumable = bool(Checkpoints(folder / "checkpoints", keep=1).there())
     if resumable or (folder / RESULT).exists():
         ways = "choose another --output"
@@ -204,6 +204,8 @@ def _new_folder(recipe: Recipe, output: str | Path | None, command: RunCommand, 
         elif resumable and (folder / "recipe.yaml").is_file():
             ways += f", or go on with: {command.go_on(folder)}"
         raise UserError(f"{folder} already holds a run; {ways}")
+    if not any((folder / name).exists() for name in ("checkpoints", METRICS)):  # else it is a run that did not get far
+        refuse_used(folder)
     return folder
 
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moedistill.components.plugins import Plugins, load_plugins
-from moedistill.errors import RecipeError, UserError, user_errors
+from moedistill.errors import Interrupted, RecipeError, UserError, WriteError, user_errors
 from moedistill.flow.routers import GivenRouterConfig
 from moedistill.flow.sampling_points import SampleConfig
 from moedistill.model.backbone import VideoSize
@@ -23,8 +22,10 @@ from moedistill.recipe.sampling import notes_on, sampling_sigmas, untrained_note
 from moedistill.runs.build import build_mixture
 from moedistill.runs.saved import read_state, read_weights
 from moedistill.runtime.checkpoint import find_checkpoint, newest_whole
-from moedistill.runtime.devices import cpu_threads, find_device, make_folder
+from moedistill.runtime.devices import cpu_threads, find_device
 from moedistill.runtime.integrity import Damaged
+from moedistill.runtime.lock import claimed
+from moedistill.runtime.writing import refuse_used
 from moedistill.stages.export import INDEX, read_export
 from moedistill.stages.sample import write_samples
 
@@ -174,35 +175,43 @@ def sample_run(
         weights: the experts' `trained` weights or their `ema`.
         video: height, width and num_frames, those that shall differ from the backbone's own.
         fps: frames per second of the files; the backbone's own, if not given.
-        output: a folder; if not given, `samples` inside `source`, or `samples-2` and so on where that is there.
+        output: a new or an empty folder; if not given, `samples` inside `source`, or `samples-2` and so on where that
+            is there.
         keep: also give the videos, all of which must then have room in memory.
 
     Raises:
-        UserError: as `read_trained`; or a prompt, a size or the steps don't fit the model.
+        UserError: as `read_trained`; or a prompt, a size or the steps don't fit the model, or `output` is not empty.
     """
     if not prompts:
         raise UserError("there is no prompt to sample; give at least one")
+    folder = Path(output) if output is not None else Path(source) / "samples"
+    if output is not None:
+        refuse_used(folder)
     recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
     mixture = _loaded(recipe, experts, averages, source, device)
     path, config = sampling_steps(recipe, steps, sigmas), sampling_config(recipe, steps, sigmas, eta)
     notes = untrained_notes(recipe, experts, path)
     notes += notes_on(recipe, config) if steps is not None or sigmas is not None else []
     asked = [prompt for prompt in prompts for _ in range(num)]
-    folder = Path(output) if output is not None else _free(Path(source) / "samples")
     with cpu_threads(recipe.training.num_threads), user_errors("sample"):
         size = _video_size(mixture, {key: value for key, value in (video or {}).items() if value is not None})
-        make_folder(folder)
-        videos = write_samples(
-            folder, recipe, mixture, asked, path,
-            seed=seed, video=size, weights=weights, eta=config.eta, fps=fps, made_from=str(source), keep=keep,
-        )  # fmt: skip
+        with claimed(folder, numbered=output is None) as folder:
+            refuse_used(folder)  # once more: it is ours now
+            try:
+                videos = write_samples(
+                    folder, recipe, mixture, asked, path,
+                    seed=seed, video=size, weights=weights, eta=config.eta, fps=fps, made_from=str(source), keep=keep,
+                )  # fmt: skip
+            except (Interrupted, WriteError) as error:
+                raise _with_what_is_there(error, folder, len(asked)) from error
     return SampleResult(folder, torch.stack(videos) if keep else None, notes)
 
 
-def _free(folder: Path) -> Path:
-    """The folder, or the first of its numbered neighbours that is not there yet."""
-    candidates = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
-    return next(candidate for candidate in chain([folder], candidates) if not candidate.exists())
+def _with_what_is_there(error: Interrupted | WriteError, folder: Path, asked: int) -> Interrupted | WriteError:
+    """The error, which also says how many videos are there."""
+    made = len(list(folder.glob("*.mp4")))
+    message = f"{error}; {made} of {asked} videos are in {folder}" if made else f"{error}; no video is written yet"
+    return Interrupted(error.signum, message) if isinstance(error, Interrupted) else WriteError(message)
 
 
 def sampling_config(

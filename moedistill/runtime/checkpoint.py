@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from moedistill.errors import UserError
 from moedistill.runtime.integrity import Damaged, read_json, read_tensors, size_of, sum_of
+from moedistill.runtime.writing import TEMPORARY as _TEMPORARY
+from moedistill.runtime.writing import disk_errors, new_file, sync
 
 FORMAT = 2
 """Of a checkpoint, in its state; one of before has none, and no sums."""
@@ -27,7 +29,6 @@ FORMAT = 2
 SUMS = "sums.json"
 TREES = ("state", "experts", "ema", "training")
 _NAME = re.compile(r"([0-9]{2,})_([A-Za-z0-9_-]+)_([0-9]{8,})")
-_TEMPORARY = ".tmp-"
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -67,11 +68,25 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions that other new files get; safetensors makes it private."""
-    save_file(dict(tensors), path, metadata=metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    """Writes a safetensors file with the permissions that other new files get; safetensors makes it private.
+
+    Raises:
+        WriteError: there is no room for it, or the disk refuses otherwise.
+    """
+    with disk_errors(path, bytes_of(tensors)):
+        save_file(dict(tensors), path, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of a tree's tensors, on all devices."""
+    if isinstance(tree, Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, Mapping):
+        tree = tree.values()
+    return sum(map(bytes_of, tree)) if isinstance(tree, Iterable) and not isinstance(tree, str) else 0
 
 
 def save_tree(folder: Path, name: str, tree: Any) -> None:
@@ -160,19 +175,9 @@ def verify(folder: Path, *trees: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by one with this content, all at once."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Replaces a file by one with this content, all at once; WriteError where the disk refuses."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def checkpoint_name(number: int, stage: str, step: int) -> str:

@@ -1,8 +1,7 @@
-"""Where torch computes, with how many CPU threads, and where results may be written."""
+"""Where torch computes, and with how many CPU threads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -40,11 +39,3 @@ def find_device(name: str | None) -> torch.device:
         if device.index is not None:
             torch.cuda.set_device(device)  # accelerate takes the current one
     return device
-
-
-def make_folder(folder: Path) -> None:
-    """Makes an output folder; UserError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error

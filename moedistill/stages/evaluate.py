@@ -4,8 +4,10 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -30,6 +32,7 @@ from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import notes_on, sampling_sigmas, trained_before, trajectory_of, untrained_notes
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.randomness import Draws, generator
+from moedistill.runtime.writing import make_folder, new_file
 from moedistill.stages.base import Stage
 
 if TYPE_CHECKING:
@@ -307,23 +310,27 @@ class EvaluateStage(Stage):
         cond: dict[str, Tensor],
     ) -> None:
         config, folder = self.config, run.output / self.config.name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(
-            json.dumps({"samples": config.samples, "candidates": table}, indent=1), encoding="utf-8"
-        )
-        save_tensors(folder / ROWS, {name: measured.contiguous() for name, measured in rows.items()})
-        if config.save_latents:
-            # Copies: a backbone's conditioning may be views of one tensor, which cannot be saved.
-            asked = {f"conditioning.{k}": v.contiguous().clone() for k, v in cond.items()}
-            made = {one.name: fingerprint(config, run.recipe, one.name) for one in config.candidates}
-            # One entry: safetensors writes several in any order, and equal runs are to write equal files.
-            origin = json.dumps({"seed": config.seed, "samples": config.samples, "made": made})
-            save_tensors(folder / "latents.safetensors", {**latents, **asked}, {ORIGIN: origin})
-        if config.pictures:
-            captions = run.mixture.backbone.captions(conditioning.select(cond, slice(config.pictures)))
-            shown = {name: video[: config.pictures] for name, video in videos.items()}
-            contact_sheet(folder / "contact_sheet.png", shown, captions)
-            side_by_side(folder / "side_by_side.webp", shown)
+        make_folder(folder)
+        with ExitStack() as files:  # all or none
+
+            def new(name: str) -> Path:
+                return files.enter_context(new_file(folder / name))
+
+            text = json.dumps({"samples": config.samples, "candidates": table}, indent=1)
+            new("metrics.json").write_text(text, encoding="utf-8")
+            save_tensors(new(ROWS), {name: measured.contiguous() for name, measured in rows.items()})
+            if config.save_latents:
+                # Copies: a backbone's conditioning may be views of one tensor, which cannot be saved.
+                asked = {f"conditioning.{k}": v.contiguous().clone() for k, v in cond.items()}
+                made = {one.name: fingerprint(config, run.recipe, one.name) for one in config.candidates}
+                # One entry: safetensors writes several in any order, and equal runs are to write equal files.
+                origin = json.dumps({"seed": config.seed, "samples": config.samples, "made": made})
+                save_tensors(new("latents.safetensors"), {**latents, **asked}, {ORIGIN: origin})
+            if config.pictures:
+                captions = run.mixture.backbone.captions(conditioning.select(cond, slice(config.pictures)))
+                shown = {name: video[: config.pictures] for name, video in videos.items()}
+                contact_sheet(new("contact_sheet.png"), shown, captions)
+                side_by_side(new("side_by_side.webp"), shown)
         show_table(f"{config.name}: {config.samples} samples", table)
         run.say(f"  {folder}")
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,9 +20,10 @@ from moedistill.flow.routers import TimestepRouter
 from moedistill.model.ema import WhichWeights
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import sampling_sigmas
-from moedistill.runtime.checkpoint import save_tensors, write_text
+from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.integrity import Damaged, read_json, read_tensors, sum_of
 from moedistill.runtime.sharding import whole
+from moedistill.runtime.writing import disk_errors, make_folder, new_file
 from moedistill.stages.base import Stage
 from moedistill.stages.run import Run
 
@@ -73,10 +75,14 @@ class ExportStage(Stage):
         self.config = config
 
     def execute(self, run: Run) -> None:
-        folder, mixture = run.output / self.config.name, run.mixture
+        with ExitStack() as files:
+            self._write(run, run.output / self.config.name, files)
+
+    def _write(self, run: Run, folder: Path, files: ExitStack) -> None:
+        mixture, recipe = run.mixture, run.recipe
         if run.main:
-            folder.mkdir(parents=True, exist_ok=True)
-        recipe = run.recipe
+            make_folder(folder)
+            index_file = files.enter_context(new_file(folder / INDEX))  # first in, so last out: it says all is there
         trained = {name for stage in recipe.stages for name in stage.trained_experts()}
         experts: dict[str, Any] = {}
         for name, config in recipe.resolved()["experts"].items():
@@ -89,8 +95,9 @@ class ExportStage(Stage):
                 # Every process gathers what is sharded; one writes.
                 weights = {key: whole(weight.detach()).cpu() for key, weight in weights.items()}
                 if run.main:
-                    save_tensors(folder / file, weights, metadata={"format": "pt", "moedistill_expert": name})
-                    experts[name]["sha256"] = sum_of(folder / file)
+                    new = files.enter_context(new_file(folder / file))
+                    save_tensors(new, weights, metadata={"format": "pt", "moedistill_expert": name})
+                    experts[name]["sha256"] = sum_of(new)
         if not run.main:
             return
         index = {
@@ -105,7 +112,9 @@ class ExportStage(Stage):
             "recipe": recipe.resolved(),
         }
         text = json.dumps(index, indent=1)
-        write_text(folder / INDEX, text.replace(NO_SUM, hashlib.sha256(text.encode()).hexdigest(), 1))
+        text = text.replace(NO_SUM, hashlib.sha256(text.encode()).hexdigest(), 1)
+        with disk_errors(folder / INDEX):
+            index_file.write_text(text, encoding="utf-8")
         run.metrics[self.config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
 

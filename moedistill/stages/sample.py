@@ -17,6 +17,8 @@ from moedistill.model.ema import WhichWeights
 from moedistill.model.generate import generate
 from moedistill.recipe.keys import StageConfig
 from moedistill.recipe.sampling import sampling_sigmas, trained_before, untrained_notes
+from moedistill.runtime.checkpoint import write_text
+from moedistill.runtime.writing import make_folder, new_file
 from moedistill.stages.base import Stage
 
 SHOWN = 8
@@ -78,7 +80,7 @@ class SampleStage(Stage):
         config, recipe = self.config, run.recipe
         assert recipe.sample is not None
         folder = run.output / config.name
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
         asked = [prompt for prompt in (prompts[:1] if run.smoke else prompts) for _ in range(config.num)]
         sigmas = sampling_sigmas(recipe)
@@ -90,16 +92,6 @@ class SampleStage(Stage):
         )  # fmt: skip
         run.metrics[config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
-
-
-def _remove_earlier(folder: Path) -> None:
-    """The videos that an earlier `samples.json` names: more than are written now would lie beside them."""
-    try:
-        files = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    for file in files:
-        (folder / Path(file).name).unlink(missing_ok=True)
 
 
 def write_samples(
@@ -119,20 +111,24 @@ def write_samples(
 ) -> list[Tensor]:
     """Samples each prompt, and writes one mp4 for each, the first few in `samples.png` and `samples.webp`, and
     `samples.json`, which says how they were made. Gives the videos `[C, T, H, W]` in [0, 1] if they are to be kept.
+
+    Every file is whole as soon as it is there; nothing else in the folder is touched.
     """
     backbone = mixture.backbone
     fps = fps or backbone.fps
     files = [f"{k:03d}.mp4" for k in range(len(prompts))]
-    _remove_earlier(folder)
     videos: list[Tensor] = []
     generated = generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights, eta=eta)
     for file, one in zip(files, generated, strict=True):
-        write_mp4(folder / file, one, fps=fps)
+        with new_file(folder / file) as new:
+            write_mp4(new, one, fps=fps)
         if keep or len(videos) < SHOWN:
             videos.append(one)
     shown = torch.stack(videos[:SHOWN])
-    contact_sheet(folder / "samples.png", {"sample": shown}, [prompt or "(no prompt)" for prompt in prompts[:SHOWN]])
-    side_by_side(folder / "samples.webp", {"sample": shown}, fps=fps)
+    with new_file(folder / "samples.png") as new:
+        contact_sheet(new, {"sample": shown}, [prompt or "(no prompt)" for prompt in prompts[:SHOWN]])
+    with new_file(folder / "samples.webp") as new:
+        side_by_side(new, {"sample": shown}, fps=fps)
     sidecar: dict[str, Any] = {
         "made_from": made_from,
         "recipe": recipe.name,
@@ -150,5 +146,5 @@ def write_samples(
         "width": shown.shape[4],
         "torch": torch.__version__,
     }
-    (folder / "samples.json").write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
+    write_text(folder / "samples.json", json.dumps(sidecar, indent=1))
     return videos if keep else []

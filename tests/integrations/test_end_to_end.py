@@ -91,7 +91,7 @@ def test_a_shipped_recipe_from_end_to_end(name, tmp_path):
 
     # The experts in a freshly loaded stock pipeline give what `sample` gives: from the run, and from its export.
     videos = [
-        sample_run(source, prompts=[PROMPT], seed=1, output=tmp_path / "samples").videos[0]
+        sample_run(source, prompts=[PROMPT], seed=1, output=tmp_path / f"of_{source.name}").videos[0]
         for source in (tmp_path / "run", tmp_path / "run/export")
     ]
     assert torch.equal(*videos)

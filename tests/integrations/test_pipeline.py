@@ -6,6 +6,7 @@ import shutil
 import socket
 import warnings
 import weakref
+from itertools import count
 
 import pytest
 import torch
@@ -76,8 +77,9 @@ def frames(pipeline, seed, **options):
 
 @pytest.fixture
 def sampled(tmp_path):
+    numbers = count()
     return lambda source, **options: (
-        sample_run(source, output=tmp_path / "samples", **{"prompts": [PROMPT], "seed": 3, **options}).videos
+        sample_run(source, output=tmp_path / str(next(numbers)), **{"prompts": [PROMPT], "seed": 3, **options}).videos
     )
 
 

@@ -105,7 +105,7 @@ def test_run_passes_everything_on(call, fake_train, tmp_path):
     [
         (UserError("no such checkpoint"), 2, "error: no such checkpoint"),
         (Interrupted(signal.SIGINT, "saved in x"), 130, "saved in x"),
-        (Interrupted(signal.SIGTERM), 143, "signal 15"),
+        (Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

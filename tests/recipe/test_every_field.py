@@ -196,7 +196,7 @@ def error_of(tmp_path):
 
     def do(*stages, changes=()):
         with pytest.raises(UserError) as caught:
-            run(tiny_recipe(stages or [distil()], changes), output=tmp_path, device="cpu")
+            run(tiny_recipe(stages or [distil()], changes), output=tmp_path / "run", device="cpu")
         return " ".join(str(caught.value).split())
 
     return do

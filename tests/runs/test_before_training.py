@@ -205,8 +205,9 @@ def test_samples_never_replace_others(tmp_path):
     first = (done / "samples/000.mp4").read_bytes()
     assert sample_run(done, prompts=["4 up"]).output == done / "samples-2"
     assert (done / "samples/000.mp4").read_bytes() == first
-    sample_run(done, prompts=["4 up"], output=done / "samples")
-    assert [file.name for file in sorted((done / "samples").glob("*.mp4"))] == ["000.mp4"]
+    with pytest.raises(UserError, match="samples is not empty"):
+        sample_run(done, prompts=["4 up"], output=done / "samples")
+    assert [file.name for file in sorted((done / "samples").glob("*.mp4"))] == ["000.mp4", "001.mp4"]
     for options in ({"steps": 0}, {"sigmas": []}):
         with pytest.raises(UserError, match="at least one step"):
             sample_run(done, prompts=["4 up"], **options)

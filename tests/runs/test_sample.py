@@ -1,6 +1,7 @@
 """`moedistill sample`: from a run, a checkpoint or an export, with the recipe's steps or others."""
 
 import json
+from itertools import count
 
 import av
 import numpy as np
@@ -35,8 +36,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def videos(folder, tmp_path):
-    """Samples of the run."""
-    return lambda source=folder, **options: sample_run(source, output=tmp_path / "samples", **options).videos
+    """Samples of the run, each call's in a folder of its own."""
+    numbers = count()
+    return lambda source=folder, **options: sample_run(source, output=tmp_path / str(next(numbers)), **options).videos
 
 
 def test_a_run_its_checkpoint_and_its_export_give_the_same(folder, videos):
@@ -228,5 +230,5 @@ def test_a_recipe_without_a_sample_list_needs_steps(tmp_path):
     recipe = tiny_recipe([distil(steps=1)], {"sample": None})
     source = run(recipe, output=tmp_path / "run", device="cpu").output
     with pytest.raises(UserError, match="no sample list; give --steps or --sigmas"):
-        sample_run(source, output=tmp_path)
-    assert sample_run(source, output=tmp_path, steps=1).videos.isfinite().all()
+        sample_run(source, output=tmp_path / "samples")
+    assert sample_run(source, output=tmp_path / "samples", steps=1).videos.isfinite().all()

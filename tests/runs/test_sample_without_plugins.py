@@ -72,8 +72,8 @@ def test_sampling_needs_no_plugin_of_losses_metrics_data_and_stages(finished, so
     assert pictures(tmp_path / "with") == pictures(tmp_path / "without")
     assert set(pictures(tmp_path / "with")) == {"samples.png", "samples.webp", "samples.json"}
     videos = [
-        sample_run(finished / "usual" / source, prompts=["7 up"], output=tmp_path / "again", plugins=plugins).videos
-        for plugins in (load_plugins([PLUGIN]), None)
+        sample_run(finished / "usual" / source, prompts=["7 up"], output=tmp_path / again, plugins=plugins).videos
+        for again, plugins in (("a", load_plugins([PLUGIN])), ("b", None))
     ]
     assert torch.equal(*videos)
 

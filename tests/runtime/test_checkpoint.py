@@ -11,7 +11,7 @@ import torch
 from helpers import equal
 
 from moedistill.errors import UserError
-from moedistill.runtime import checkpoint
+from moedistill.runtime import checkpoint, writing
 from moedistill.runtime.checkpoint import Checkpoints, find_checkpoint, load_tree, save_tree, verify, write_text
 from moedistill.runtime.integrity import Damaged
 
@@ -102,7 +102,7 @@ def crash_at(monkeypatch, number):
         return call
 
     for owner, name in [
-        (checkpoint, "save_file"), (checkpoint, "sync"), (shutil, "rmtree"),
+        (checkpoint, "save_file"), (checkpoint, "sync"), (writing, "sync"), (shutil, "rmtree"),
         (Path, "mkdir"), (Path, "write_text"), (Path, "rename"), (Path, "replace"),
     ]:  # fmt: skip
         monkeypatch.setattr(owner, name, breaking(getattr(owner, name)))

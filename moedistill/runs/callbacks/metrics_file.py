@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moedistill.components.plugins import hookimpl
 from moedistill.runtime.checkpoint import write_text
+from moedistill.runtime.writing import disk_errors
 from moedistill.stages.run import METRICS
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class MetricsFile:
     @hookimpl
     def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
         line = {"stage": training.config.name, "step": training.step, "lr": training.learning_rate, **metrics}
-        with self._path.open("a", encoding="utf-8") as file:
+        with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 

@@ -1,9 +1,11 @@
 """Experiment trackers, by the names that accelerate knows."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moedistill.components.plugins import hookimpl
 from moedistill.errors import UserError
+from moedistill.runtime.writing import disk_errors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +33,7 @@ class Trackers:
                     f"training.trackers: {name!r} is not installed or not known; installed here: "
                     f"{', '.join(sorted(available)) or 'none'}; known: {known}"
                 )
-        self._accelerator, self._names = accelerator, names
+        self._accelerator, self._names, self._folder = accelerator, names, Path(folder)
         accelerator.log_with = list(names)
         accelerator.project_configuration.set_directories(folder)
         self._offset = 0
@@ -48,10 +50,12 @@ class Trackers:
     def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
         if self._names:
             values = {f"{training.config.name}/{name}": value for name, value in metrics.items()}
-            self._accelerator.log(values, step=self._offset + training.step)
+            with disk_errors(self._folder):
+                self._accelerator.log(values, step=self._offset + training.step)
 
     def stop(self) -> None:
         """Closes the trackers; also after an error."""
         if self._names:
-            for tracker in self._accelerator.trackers:
-                tracker.finish()
+            with disk_errors(self._folder):
+                for tracker in self._accelerator.trackers:
+                    tracker.finish()

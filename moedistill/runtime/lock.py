@@ -1,0 +1,203 @@
+"""One writer in a folder, by a lock that cannot outlive its process.
+
+What decides is `flock` on the open file `.lock`: the kernel lets go of it when the process ends, even by kill -9, and
+not before, even if it is only stopped. So on one machine there is nothing stale to tell from what is alive; the file's
+content, who holds it, is for people. NFS passes flock on to other machines, too. Some file systems keep it to one
+machine, or have none. There the file's time tells: its holder touches it every `HEARTBEAT` seconds, and what another
+machine has left is watched for `WATCH` seconds, by that file system's own clock; if nobody touches it, nobody holds it.
+(Without any flock, two that start in the same moment are not told apart.)
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moedistill.errors import UserError, shorten
+from moedistill.runtime.writing import disk_errors, make_folder, make_numbered
+
+NAME = ".lock"
+HEARTBEAT = 15.0
+WATCH = 3 * HEARTBEAT
+
+_NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+
+_held: set[int] = set()
+"""Descriptors of the locks of this process."""
+
+
+@contextmanager
+def claimed(folder: Path, *, numbered: bool = False) -> Iterator[Path]:
+    """The folder, made if need be and locked while the block runs; a new one that is left empty by an error goes away.
+
+    Args:
+        numbered: take a new folder: this one or, where it is there already, `folder-2` and so on.
+
+    Raises:
+        UserError: another process writes there, or nobody can.
+    """
+    new = numbered or not folder.exists()
+    if numbered:
+        folder = make_numbered(folder)
+    else:
+        make_folder(folder)
+    try:
+        with locked(folder):
+            yield folder
+    except BaseException:
+        if new:
+            with suppress(OSError):  # what holds a file stays
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock while the block runs.
+
+    Raises:
+        UserError: another process holds it, in one line that says which, and what to do.
+    """
+    path = folder / NAME
+    with disk_errors(path):
+        descriptor = _take(path)
+    _held.add(descriptor)
+    over = threading.Event()
+    try:
+        with disk_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
+            os.fsync(descriptor)
+        threading.Thread(target=_beat, args=(path, over), daemon=True).start()
+        yield
+    finally:
+        over.set()
+        if descriptor in _held:  # not in a forked child
+            _held.remove(descriptor)
+            with suppress(OSError):
+                path.unlink()  # before it is let go: afterwards it may be another's
+            os.close(descriptor)
+
+
+def _take(path: Path) -> int:
+    """The lock's file, open and locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            holder = _read(descriptor)
+            flock = _flock(descriptor)
+            if flock is False:
+                raise _refusal(path, holder)
+            dead = not holder or (flock and holder.get("machine") == _machine())
+            if not dead and _beats(path, holder):
+                raise _refusal(path, holder)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # One that its holder removed between our opening and locking it protects nothing.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool | None:
+    """Whether we have it now; None where there is no such thing."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        return None
+    return True
+
+
+def _beats(path: Path, holder: Mapping[str, Any]) -> bool:
+    """Whether the lock's file is touched while we watch."""
+    click.echo(f"{path.parent}: is {_named(holder)} still writing there? watching for {WATCH:.0f} s", err=True)
+    end, before = time.monotonic() + WATCH, _touched(path)
+    while time.monotonic() < end:
+        time.sleep(WATCH / 50)
+        if _touched(path) != before:
+            return path.exists()
+    return False
+
+
+def _touched(path: Path) -> int:
+    """When; 0 if it is gone. Opened for it, because network file systems cache times, but ask again when opening."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _beat(path: Path, over: threading.Event) -> None:
+    while not over.wait(HEARTBEAT):
+        with suppress(OSError):
+            os.utime(path)
+
+
+def _this_process() -> dict[str, Any]:
+    program = Path(sys.argv[0] or "python")
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return {
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "machine": _machine(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join([name, *sys.argv[1:]]),
+    }
+
+
+def _machine() -> str:
+    """Names the running kernel: flock is what its processes, also in containers, have in common."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(descriptor, 100_000, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _named(holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    command = shorten(str(holder.get("command")), 120)
+    return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')}: {command})"
+
+
+def _refusal(path: Path, holder: Mapping[str, Any]) -> UserError:
+    return UserError(
+        f"{path.parent} is in use by {_named(holder)}; wait for it or stop it, or choose another --output. "
+        f"It can be read meanwhile"
+    )
+
+
+def _let_go() -> None:
+    # A forked child shares the open file, and so the lock: a data worker must not keep it when its run is killed.
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
