@@ -27,6 +27,7 @@ from moedistill.errors import shorten
 from moedistill.model import conditioning
 from moedistill.runtime.checkpoint import save_tensors, sync, write_text
 from moedistill.runtime.randomness import Draws
+from moedistill.runtime.reading import LARGEST_INDEX, check_file, read_text, reason
 
 if TYPE_CHECKING:
     from moedistill.model.backbone import Backbone
@@ -138,6 +139,7 @@ class Store(ABC):
     def _reading(self, i: int | None, file: Path) -> Iterator[None]:
         sample = "the negative prompt" if i is None else f"sample {i}"
         try:
+            check_file(file)
             yield
         except SampleError:
             raise
@@ -255,10 +257,10 @@ def open_store(path: str | Path) -> Store:
     """
     index = find_index(path)
     try:
-        content = json.loads(index.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(index, LARGEST_INDEX))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{index} cannot be read as JSON ({shorten(str(error), 120)}); get or make it again"
+            f"{index} cannot be read as JSON ({shorten(reason(error), 120)}); get or make it again"
         ) from error
     if isinstance(content, list):
         store: Store = PublishedStore(index, content)
@@ -276,7 +278,7 @@ def find_index(path: str | Path) -> Path:
         ValueError: there is none.
     """
     path = Path(path).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     if not path.is_dir():
         raise ValueError(f"there is no file or folder {path}; give a {PUBLISHED_INDEX}, or a folder with an {INDEX}")

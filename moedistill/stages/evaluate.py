@@ -29,6 +29,7 @@ from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import notes_on, sampling_sigmas, trajectory_of
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.randomness import Draws, generator
+from moedistill.runtime.reading import check_file, reason
 from moedistill.stages.base import Stage
 
 if TYPE_CHECKING:
@@ -342,13 +343,17 @@ def stored_samples(config: EvaluateConfig, recipe: "Recipe", cond: Mapping[str, 
         ValueError: the file is missing or lacks them, or they are of another model, other steps, noise or conditioning.
     """
     what = f"reference_samples {config.reference_samples}"
+    assert config.reference_samples is not None
     try:
+        check_file(config.reference_samples)
         with safe_open(config.reference_samples, "pt") as file:
             names, origin = list(file.keys()), json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
             wanted_names = {config.reference, *(f"conditioning.{name}" for name in cond or {})}
             stored = {name: file.get_tensor(name) for name in names if name in wanted_names}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{what}: cannot be read ({error}); give an evaluation's latents.safetensors") from error
+        raise ValueError(
+            f"{what}: cannot be read ({reason(error)}); give an evaluation's latents.safetensors"
+        ) from error
     if config.reference not in stored:
         others = ", ".join(name for name in names if not name.startswith("conditioning."))
         raise ValueError(f"{what}: it has no {config.reference!r}; there are {others}")

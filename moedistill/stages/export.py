@@ -18,6 +18,7 @@ from moedistill.model.ema import WhichWeights
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runtime.checkpoint import save_tensors
+from moedistill.runtime.reading import read_text
 from moedistill.runtime.sharding import whole
 from moedistill.stages.base import Stage
 from moedistill.stages.run import Run
@@ -138,9 +139,9 @@ def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tenso
         UserError: a file is missing or broken, or the format is a newer one.
     """
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads(read_text(folder / INDEX))
         version, experts, _ = int(index["format"]), index["experts"], index["recipe"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / INDEX} is not the index of an export, or is broken; export again") from error
     if version > FORMAT:
         raise UserError(f"{folder} has format {version}; this moedistill reads up to {FORMAT}: update it")

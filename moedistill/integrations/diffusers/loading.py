@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moedistill.runtime.reading import read_text, reason
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file; ValueError where it cannot be read."""
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(read_text(file))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
+        raise ValueError(f"cannot read {file}: {reason(error)}") from error
     return content
 
 
