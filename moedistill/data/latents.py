@@ -416,6 +416,9 @@ class LatentsDataset(Dataset):
             self._shapes[index] = self._store.shape(index)
         return self._shapes[index]
 
+    def place(self, index: int) -> str:
+        return str(self._store.files(index)[0])
+
     def null_conditioning(self) -> Mapping[str, Tensor] | None:
         return self._negative
 
@@ -481,6 +484,10 @@ class LatentsConfig(DatasetConfig):
 
     def build(self, backbone: "Backbone") -> Dataset:
         return SyntheticDataset(backbone) if self.path is None else LatentsDataset(open_store(self.path), backbone)
+
+    def look_ahead(self) -> None:
+        if self.path is not None:
+            open_store(self.path)
 
     def tiny(self) -> "LatentsConfig":
         return self.replace(path=None)

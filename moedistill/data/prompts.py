@@ -89,5 +89,9 @@ class PromptsConfig(DatasetConfig):
             cond = conditioning.to(backbone.encode(read_prompts(self.path)), "cpu")
         return PromptsDataset(cond, backbone.latent_shape())
 
+    def look_ahead(self) -> None:
+        if self.path is not None:
+            read_prompts(self.path)
+
     def tiny(self) -> "PromptsConfig":
         return self.replace(path=None)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from moedistill.components.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from moedistill.components.fields import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +36,7 @@ class OptimizerConfig:
 
     Args:
         lr: peak learning rate.
-        betas: decay rates of the two moments.
+        betas: decay rates of the two moments, below 1.
         weight_decay: decoupled weight decay.
         eps: added to the denominator.
         max_grad_norm: gradients are clipped to this total L2 norm; null for no clipping.
@@ -44,7 +44,7 @@ class OptimizerConfig:
     """
 
     lr: PositiveFloat = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 1e-3
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat | None = 1.0

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -212,6 +212,16 @@ class EvaluateStage(Stage):
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
 
+    def look_ahead(self, run: "Run") -> None:
+        if (prompts := self.prompts()) is not None:
+            run.mixture.backbone.encode(prompts[: self.config.samples])
+        run.mixture.backbone.look_ahead(pipeline=False)
+
+    def prompts(self) -> Sequence[str] | None:
+        """What is asked for, in turn; None where the data say it."""
+        prompts = self.config.prompts
+        return read_prompts(prompts) if isinstance(prompts, str) else prompts
+
     def execute(self, run: "Run") -> None:
         if not run.main:
             return
@@ -254,8 +264,7 @@ class EvaluateStage(Stage):
         config, backbone = self.config, run.mixture.backbone
         draw = Draws(config.seed, "evaluate", 0, range(config.samples), run.accelerator.device)
         noise = draw.normal("noise", backbone.latent_shape())
-        if config.prompts is not None:
-            prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
+        if (prompts := self.prompts()) is not None:
             asked = [prompts[i % len(prompts)] for i in range(config.samples)]
             cond = dict(backbone.encode(asked))
         else:
