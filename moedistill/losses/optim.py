@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from moedistill.components.fields import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -50,6 +51,13 @@ class OptimizerConfig:
     max_grad_norm: PositiveFloat | None = 1.0
     schedule: Schedule = "constant"
     warmup: NonNegativeInt = 0
+
+    def differs(self, steps: int, others: int, done: int) -> bool:
+        """Whether the learning rates of the first `done` steps, and the next, differ between two numbers of steps."""
+        if self.schedule == "constant":
+            return False
+        shape = partial(ramp, self.schedule, self.warmup)
+        return any(shape(step, steps) != shape(step, others) for step in range(done + 1))
 
     def build(self, parameters: "Iterable[nn.Parameter]", steps: int) -> "tuple[AdamW, LambdaLR]":
         """The optimiser over `parameters` and its schedule over `steps` optimiser steps."""

@@ -110,6 +110,27 @@ class TrainingStageConfig(StageConfig, ABC):
     latent_frames: PositiveInt | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"latents", "conditioning"})
 
+    steps_may_grow: ClassVar[bool] = False
+    """Whether a step of the stage itself is the same, however many follow: then a finished one can be trained longer.
+    Losses and optimisers are looked at apart from that.
+    """
+
+    def not_the_same(self, steps: int, done: int) -> Iterator[str]:
+        """Why the first `done` steps of the same stage with `steps` steps are not those of this one; nothing, if so."""
+        if not self.steps_may_grow:
+            yield f"kind {self.kind} does not say that a step is the same however many there are (steps_may_grow)"
+        optimizers = [(key, value) for key, value in vars(self).items() if isinstance(value, OptimizerConfig)]
+        for key, optimizer in optimizers:
+            if optimizer.differs(steps, self.steps, done):
+                yield f"{key}.schedule {optimizer.schedule} depends on their number"
+        for k, loss in enumerate(self.losses):
+            if any(loss.weight_at(step, steps) != loss.weight_at(step, self.steps) for step in range(done)):
+                yield f"losses.{k}.schedule {loss.schedule} depends on their number"
+            critic, updates = getattr(loss, "optimizer", None), getattr(loss, "critic_updates", 1)
+            counts = (max(0, count - loss.start) * updates for count in (steps, self.steps, done))
+            if isinstance(critic, OptimizerConfig) and critic.differs(*counts):
+                yield f"losses.{k}.optimizer.schedule {critic.schedule} depends on their number"
+
     def trained_experts(self) -> Sequence[str]:
         """`expert`; a stage that trains more names them here too."""
         return (self.expert,)

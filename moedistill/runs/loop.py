@@ -187,6 +187,8 @@ class _Runner:
             if isinstance(config, TrainingStageConfig):
                 step = first_step if number == first else 0
                 if step < config.steps:
+                    if reported and self.where.changed and self.run.main:  # by a run that trained less
+                        write_text(self.folder / RESULT, json.dumps(self.run.metrics, indent=1))
                     with self._memory_errors(config):
                         self._train(number, config, step, checkpoint if step else None)
                     reported = {}  # of other weights

@@ -9,6 +9,7 @@ from typing import Any
 from moedistill.errors import UserError
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words
+from moedistill.runs.longer import made_longer
 from moedistill.runtime.checkpoint import Checkpoints, find_checkpoint, load_tree
 from moedistill.stages.run import RESULT
 
@@ -56,6 +57,8 @@ def plan(
     state = load_tree(checkpoint, "state")
     branch = output is not None and not belongs_to(checkpoint, Path(output))
     before, after = changed_keys(recipe, state)
+    longer = made_longer(recipe, in_todays_words(state["recipe"]), state, checkpoint)
+    before = [key for key in before if key != longer]
     if keys := before if branch else before + after:
         ways = "Resume with the recipe.yaml in its run's folder"
         if not before:
@@ -70,7 +73,7 @@ def plan(
         folder = checkpoint.parent.parent
     else:
         folder = _new_folder(recipe, None, smoke)
-    return Plan(folder, checkpoint, state, not belongs_to(checkpoint, folder), tuple(after))
+    return Plan(folder, checkpoint, state, not belongs_to(checkpoint, folder), (*after, *([longer] if longer else [])))
 
 
 def belongs_to(checkpoint: Path, folder: Path) -> bool:
