@@ -1,7 +1,10 @@
 """Files that a user names are read as far as they are files: never a pipe, a device or a folder, never without end."""
 
 import os
+import resource
 import signal
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,14 +21,46 @@ from moedistill.stages.evaluate import EvaluateConfig, stored_samples
 from moedistill.stages.export import read_export
 
 
+class Hangs(BaseException):
+    """Nothing that is tested may catch it."""
+
+
 @pytest.fixture(autouse=True)
-def _no_hang():
-    """A read that waits for ever fails."""
-    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.alarm(20)
+def _bounded():
+    """A read that waits for ever, or never ends, fails."""
+
+    def hangs(*_):
+        raise Hangs
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    previous = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(10)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """Nobody writes to it; who waits for that all the same, where no signal reaches, gets its end after a while."""
+
+    done = threading.Event()
+
+    def end():
+        pause = 5.0
+        while not done.wait(pause):
+            pause = 0.2
+            with suppress(OSError):  # nobody waits
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+
+    path = tmp_path / "it"
+    os.mkfifo(path)
+    threading.Thread(target=end, daemon=True).start()
+    yield path
+    done.set()
 
 
 @pytest.fixture(params=["pipe", "device", "folder"])
@@ -33,7 +68,7 @@ def no_file(request, tmp_path):
     """What cannot be read as a file, and the word for it."""
     path = tmp_path / "it"
     if request.param == "pipe":
-        os.mkfifo(path)
+        request.getfixturevalue("pipe")
     elif request.param == "folder":
         path.mkdir()
     else:
@@ -83,9 +118,9 @@ def test_stored_samples(no_file):
         stored_samples(config, None)
 
 
-def test_an_index_names_a_pipe_as_a_samples_file(tmp_path):
+def test_an_index_names_a_pipe_as_a_samples_file(pipe, tmp_path):
     (tmp_path / "latent").mkdir()
-    os.mkfifo(tmp_path / "latent/a.pt")
+    (tmp_path / "latent/a.pt").symlink_to(pipe)
     (tmp_path / "videos2caption.json").write_text('[{"latent_path": "a.pt", "caption": "a"}]')
     with pytest.raises(ValueError, match=r"sample 0: .*a\.pt cannot be read .*it is a pipe"):
         open_store(tmp_path).shape(0)
