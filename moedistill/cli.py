@@ -101,6 +101,8 @@ def run(
 def validate(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...]) -> None:
     """Check RECIPE: all problems that can be seen without loading weights, at once.
 
+    Data and prompts that are not on this machine are noted; the recipe is valid all the same.
+
     \b
     Example:
       moedistill validate my_recipe.yaml --set sample.points=[50,38]
@@ -109,7 +111,7 @@ def validate(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, .
 
     loaded = load_recipe(recipe, overrides, _plugins(plugin_files))
     click.echo(f"{recipe}: valid")
-    for note in loaded.notes():
+    for note in [*loaded.notes(), *(f"not to be run as it is: {what}" for what in loaded.missing())]:
         click.echo(f"  {note}")
 
 

@@ -32,7 +32,7 @@ from moedistill.analysis.teacher import TeacherPath, draw_inputs, end_error, fol
 from moedistill.analysis.training import measure_students, train, with_students
 from moedistill.analysis.undecided import measure_undecided
 from moedistill.components.plugins import Plugins, load_plugins
-from moedistill.errors import UserError
+from moedistill.errors import UserError, user_errors
 from moedistill.flow.trajectory import Trajectory
 from moedistill.model import conditioning
 from moedistill.model.backbone import Backbone
@@ -104,6 +104,9 @@ def analyze(
     if smoke:
         recipe = miniature(recipe)
         samples, steps, most_points = min(samples, TINY["samples"]), min(steps, TINY["steps"]), TINY["points"]
+    assert recipe.data is not None
+    with user_errors("data"):
+        recipe.data.look_ahead()
     names = f"{recipe.name}-smoke" if smoke else recipe.name
     folder = Path(output) if output is not None else Path("runs", f"{names}-analysis", time.strftime("%Y%m%d-%H%M%S"))
     if found := [name for name in ("suggestion.yaml", "analysis.json") if (folder / name).exists()]:

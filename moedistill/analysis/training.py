@@ -64,9 +64,8 @@ def train(run: Run, config: ConsistencyConfig) -> None:
             with training.micro_batch(), user_errors("analyze: training"):
                 stage.step(training, training.begin(batch))
             if batch.boundary:
-                training.step += 1
+                training.end_step()
                 training.take_metrics()  # raises if one is not finite
-                training.forget_metrics()
     training.release()
 
 

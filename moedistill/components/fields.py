@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
     from typing_extensions import Self
 
-PositiveInt = Annotated[int, Gt(0)]
+MOST = 2**31 - 1
+"""Of anything that is counted: more steps, samples or channels than any run has."""
+FLOAT32_MAX = 3.4028234663852886e38
+"""Networks and optimisers compute in float32, in which what is larger is infinite."""
+
+PositiveInt = Annotated[int, Gt(0), Le(MOST)]
 NonNegativeInt = Annotated[int, Ge(0)]
 GridSize = Annotated[int, Gt(0), Le(100_000)]
-"""Points of a trajectory: far more than any model has, and still cheap."""
-PositiveFloat = Annotated[float, Gt(0.0)]
-NonNegativeFloat = Annotated[float, Ge(0.0)]
+"""Points of a trajectory, frames or pixels along an edge: far more than any model has, and still cheap."""
+PositiveFloat = Annotated[float, Gt(0.0), Le(FLOAT32_MAX)]
+NonNegativeFloat = Annotated[float, Ge(0.0), Le(FLOAT32_MAX)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 """A number in [0, 1]: a probability, or a sigma."""
 Decay = Annotated[float, Ge(0.0), Lt(1.0)]

@@ -15,6 +15,7 @@ import pluggy
 
 from moedistill.components import builtin, hookspecs
 from moedistill.components.registry import Components
+from moedistill.runtime.reading import LARGEST_TEXT, check_file
 
 GROUP = "moedistill"
 BUILTIN = "moedistill"
@@ -95,6 +96,7 @@ def plugin_of(module: str) -> str:
 
 def _import_file(file: Path) -> ModuleType:
     name = f"{LOCAL}{file.stem}"
+    check_file(file, LARGEST_TEXT)
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is not a Python file; its name must end in .py")

@@ -37,6 +37,10 @@ class Dataset(ABC):
         """Latent shape of a sample, known without loading it; samples of equal shape are batched together."""
         return tuple(self[0].latents.shape)
 
+    def place(self, index: int) -> str:
+        """Where a sample is stored, for messages: a file's name; empty where it has none."""
+        return ""
+
     def null_conditioning(self) -> "Mapping[str, Tensor] | None":
         """The negative prompt's conditioning, stored with the data, without a batch dimension; None if it is not."""
         return None
@@ -61,6 +65,9 @@ class DatasetConfig(Config, ABC):
     @abstractmethod
     def build(self, backbone: "Backbone") -> Dataset:
         """Opens the dataset; `backbone` encodes prompts, and says what synthetic samples must look like."""
+
+    def look_ahead(self) -> None:
+        """ValueError where what the dataset reads is not there; called before anything of weight is loaded."""
 
     def tiny(self) -> "DatasetConfig":
         """A small stand-in of the same layout, for miniatures of a run."""

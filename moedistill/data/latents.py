@@ -27,6 +27,7 @@ from moedistill.errors import shorten
 from moedistill.model import conditioning
 from moedistill.runtime.checkpoint import save_tensors, write_text
 from moedistill.runtime.randomness import Draws
+from moedistill.runtime.reading import LARGEST_INDEX, check_file, read_text, reason
 from moedistill.runtime.writing import disk_errors, sync
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class Store(ABC):
     def _reading(self, i: int | None, file: Path) -> Iterator[None]:
         sample = "the negative prompt" if i is None else f"sample {i}"
         try:
+            check_file(file)
             yield
         except SampleError:
             raise
@@ -300,10 +302,10 @@ def open_store(path: str | Path) -> Store:
     """
     index = find_index(path)
     try:
-        content = json.loads(index.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(index, LARGEST_INDEX))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{index} cannot be read as JSON ({shorten(str(error), 120)}); get or make it again"
+            f"{index} cannot be read as JSON ({shorten(reason(error), 120)}); get or make it again"
         ) from error
     if isinstance(content, list):
         store: Store = PublishedStore(index, content)
@@ -321,7 +323,7 @@ def find_index(path: str | Path) -> Path:
         ValueError: there is none.
     """
     path = Path(path).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     if not path.is_dir():
         raise ValueError(f"there is no file or folder {path}; give a {PUBLISHED_INDEX}, or a folder with an {INDEX}")
@@ -512,14 +514,17 @@ class LatentsDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         latents, cond = self._store.read(index)
         latents = latents.float()
-        for name, reason in bad_numbers({LATENTS: latents, **cond}):
-            raise SampleError(f"sample {index}", self._store.files(index)[0], f"has {name} that are {reason}")
+        for name, fault in bad_numbers({LATENTS: latents, **cond}):
+            raise SampleError(f"sample {index}", self._store.files(index)[0], f"has {name} that are {fault}")
         return Sample(latents, self._encoded[self._captions[index]] if index in self._captions else cond)
 
     def shape(self, index: int) -> tuple[int, ...]:
         if index not in self._shapes:
             self._shapes[index] = self._store.shape(index)
         return self._shapes[index]
+
+    def place(self, index: int) -> str:
+        return str(self._store.files(index)[0])
 
     def null_conditioning(self) -> Mapping[str, Tensor] | None:
         return self._negative
@@ -595,6 +600,10 @@ class LatentsConfig(DatasetConfig):
 
     def build(self, backbone: "Backbone") -> Dataset:
         return SyntheticDataset(backbone) if self.path is None else LatentsDataset(open_store(self.path), backbone)
+
+    def look_ahead(self) -> None:
+        if self.path is not None:
+            open_store(self.path)
 
     def tiny(self) -> "LatentsConfig":
         return self.replace(path=None)

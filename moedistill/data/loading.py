@@ -123,7 +123,7 @@ class _Batches:
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]] | ValueError:
         try:
             return collate([self._sample(i) for i in indices])
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return ValueError(str(error))
 
     def _sample(self, index: int) -> Sample:
@@ -147,6 +147,23 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
     signal.signal(signal.SIGTERM, first)
 
 
+def batch_of_step(dataset: Dataset, *, batch_size: int, seed: int, stage: str, step: int) -> list[int]:
+    """The dataset indices of an optimiser step's global batch, as `load_batches` gives them."""
+    shapes = [dataset.shape(i) for i in range(len(dataset))]
+    return BucketSampler(shapes, batch_size=batch_size, seed=seed, stage=stage).batch(step)
+
+
+def share_of_batch(batch_size: int, accumulation: int, world_size: int) -> int:
+    """Samples of a global batch in one micro-batch of one process; ValueError if it cannot be shared out evenly."""
+    share, rest = divmod(batch_size, accumulation * world_size)
+    if rest:
+        raise ValueError(
+            f"training.batch_size {batch_size} cannot be shared evenly among {world_size} processes × "
+            f"{accumulation} accumulation steps; make it a multiple of {accumulation * world_size}"
+        )
+    return share
+
+
 def load_batches(
     dataset: Dataset,
     *,
@@ -167,12 +184,7 @@ def load_batches(
         ValueError: the global batch cannot be shared out evenly.
         UserError: later, where samples cannot be read or batched.
     """
-    share, rest = divmod(batch_size, accumulation * world_size)
-    if rest:
-        raise ValueError(
-            f"training.batch_size {batch_size} cannot be shared evenly among {world_size} processes × "
-            f"{accumulation} accumulation steps; make it a multiple of {accumulation * world_size}"
-        )
+    share = share_of_batch(batch_size, accumulation, world_size)
     shapes = [dataset.shape(i) for i in range(len(dataset))]
     sampler = BucketSampler(shapes, batch_size=batch_size, seed=seed, stage=stage)
     schedule = [

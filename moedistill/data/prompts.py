@@ -13,6 +13,7 @@ from moedistill.data.base import Dataset, DatasetConfig, Sample
 from moedistill.data.latents import open_store, synthetic_conditioning
 from moedistill.errors import shorten
 from moedistill.model import conditioning
+from moedistill.runtime.reading import read_text, reason
 
 if TYPE_CHECKING:
     from moedistill.model.backbone import Backbone
@@ -31,10 +32,10 @@ def read_prompts(path: str | Path) -> list[str]:
     if not path.exists():
         raise ValueError(f"there is no file {path}; give a text file with one prompt per line")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = shorten(str(error), 120)
-        raise ValueError(f"{path} cannot be read as text ({reason}); give UTF-8 with one prompt per line") from error
+        why = shorten(reason(error), 120)
+        raise ValueError(f"{path} cannot be read as text ({why}); give UTF-8 with one prompt per line") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise ValueError(f"{path} has no prompts; write one per line (those that begin with '#' are skipped)")
@@ -87,6 +88,10 @@ class PromptsConfig(DatasetConfig):
         else:
             cond = conditioning.to(backbone.encode(read_prompts(self.path)), "cpu")
         return PromptsDataset(cond, backbone.latent_shape())
+
+    def look_ahead(self) -> None:
+        if self.path is not None:
+            read_prompts(self.path)
 
     def tiny(self) -> "PromptsConfig":
         return self.replace(path=None)

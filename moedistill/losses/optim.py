@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from moedistill.components.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from moedistill.components.fields import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +37,7 @@ class OptimizerConfig:
 
     Args:
         lr: peak learning rate.
-        betas: decay rates of the two moments.
+        betas: decay rates of the two moments, below 1.
         weight_decay: decoupled weight decay.
         eps: added to the denominator.
         max_grad_norm: gradients are clipped to this total L2 norm; null for no clipping.
@@ -44,12 +45,19 @@ class OptimizerConfig:
     """
 
     lr: PositiveFloat = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 1e-3
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat | None = 1.0
     schedule: Schedule = "constant"
     warmup: NonNegativeInt = 0
+
+    def differs(self, steps: int, others: int, done: int) -> bool:
+        """Whether the learning rates of the first `done` steps, and the next, differ between two numbers of steps."""
+        if self.schedule == "constant":
+            return False
+        shape = partial(ramp, self.schedule, self.warmup)
+        return any(shape(step, steps) != shape(step, others) for step in range(done + 1))
 
     def build(self, parameters: "Iterable[nn.Parameter]", steps: int) -> "tuple[AdamW, LambdaLR]":
         """The optimiser over `parameters` and its schedule over `steps` optimiser steps."""

@@ -4,10 +4,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt, Le
 from torch import Tensor
 
 from moedistill.components.fields import NonEmptyStr, PositiveInt
@@ -43,7 +44,7 @@ class FVDConfig(MetricConfig):
     detector: NonEmptyStr
     real: NonEmptyStr
     frames: PositiveInt = 16
-    size: PositiveInt = 224
+    size: Annotated[int, Gt(0), Le(10_000)] = 224
     batch_size: PositiveInt = 8
 
     def build(self) -> "FVD":

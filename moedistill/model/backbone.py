@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from moedistill.components.fields import Config, PositiveInt
+from moedistill.components.fields import Config, GridSize
 from moedistill.model.guidance import Guidance
 from moedistill.model.layout import SampleLayout
 from moedistill.model.prompt import Prompt, as_prompts
@@ -39,9 +39,9 @@ class VideoSize:
         num_frames, height, width: as the model's pipeline takes them.
     """
 
-    num_frames: PositiveInt
-    height: PositiveInt
-    width: PositiveInt
+    num_frames: GridSize
+    height: GridSize
+    width: GridSize
 
 
 @dataclass(kw_only=True)
@@ -181,6 +181,13 @@ class Backbone(ABC):
     @abstractmethod
     def decode(self, latents: "Tensor") -> "Tensor":
         """Pixels in [0, 1], float32 `[B, C, T, H, W]` with C = 1 or 3, of latents `[B, C, T, H, W]`."""
+
+    def look_ahead(self, *, pipeline: bool) -> None:  # noqa: B027  many need nothing
+        """Tries what `decode` needs and, if asked, the model's own pipeline; called before anything is trained.
+
+        Raises:
+            ValueError: a part of the model is missing or broken.
+        """
 
     def encode_videos(self, videos: "Tensor") -> "Tensor":
         """Latents `[B, C, T, H, W]` of videos `[B, 3, T', H', W']` in [0, 1], as data store them: before `prepare`.

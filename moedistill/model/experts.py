@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Gt, Le
 from pydantic import Field
 from torch import Tensor, nn
 
-from moedistill.components.fields import Config, NonEmptyStr, PositiveFloat, PositiveInt
+from moedistill.components.fields import Config, NonEmptyStr, PositiveFloat
 from moedistill.model.backbone import TEACHER, Backbone
 from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.shared_network import SharedNetwork
@@ -58,12 +59,13 @@ class LoRAConfig(ExpertConfig):
     """A low-rank adapter on chosen linears of the frozen parent, and own copies of chosen modules.
 
     Args:
-        rank, alpha: the adapter adds alpha/rank · B·A to a linear's weight.
+        rank, alpha: the adapter adds alpha/rank · B·A to a linear's weight. A rank above the width of all of them is
+            refused: B·A has at most that.
         targets: names of the backbone's groups of linears (such as `attention`).
         copies: modules trained in full: the backbone's `time_dependent` ones, `none`, or exact dotted paths.
     """
 
-    rank: PositiveInt = 128
+    rank: Annotated[int, Gt(0), Le(16_384)] = 128
     alpha: PositiveFloat = 256.0
     targets: NonEmptyStr | list[NonEmptyStr] = "attention"
     copies: Literal["time_dependent", "none"] | list[NonEmptyStr] = "time_dependent"

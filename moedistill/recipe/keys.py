@@ -1,11 +1,12 @@
 """What a recipe may say: its keys, as the annotations of dataclasses; components bring those of their own configs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from annotated_types import MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 
 from moedistill.components.fields import Component, Config, Decay, NonEmptyStr, NonNegativeInt, PositiveInt
 from moedistill.data.base import DatasetConfig
@@ -73,7 +74,10 @@ class StageConfig(Config, ABC):
         return ()
 
     def look_ahead(self, recipe: "Recipe") -> None:
-        """ValueError where a file that the stage will read is missing, or does not fit; called before any training."""
+        """ValueError where a file that the stage will read is missing, or does not fit.
+
+        Called before anything of weight is loaded. What needs the model is tried by `Stage.look_ahead`.
+        """
 
     def tiny(self) -> "StageConfig":
         """The same stage with a few steps or samples, for miniatures of a run."""
@@ -113,6 +117,27 @@ class TrainingStageConfig(StageConfig, ABC):
     probe: Probing | None = None
     latent_frames: PositiveInt | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"latents", "conditioning"})
+
+    steps_may_grow: ClassVar[bool] = False
+    """Whether a step of the stage itself is the same, however many follow: then a finished one can be trained longer.
+    Losses and optimisers are looked at apart from that.
+    """
+
+    def not_the_same(self, steps: int, done: int) -> Iterator[str]:
+        """Why the first `done` steps of the same stage with `steps` steps are not those of this one; nothing, if so."""
+        if not self.steps_may_grow:
+            yield f"kind {self.kind} does not say that a step is the same however many there are (steps_may_grow)"
+        optimizers = [(key, value) for key, value in vars(self).items() if isinstance(value, OptimizerConfig)]
+        for key, optimizer in optimizers:
+            if optimizer.differs(steps, self.steps, done):
+                yield f"{key}.schedule {optimizer.schedule} depends on their number"
+        for k, loss in enumerate(self.losses):
+            if any(loss.weight_at(step, steps) != loss.weight_at(step, self.steps) for step in range(done)):
+                yield f"losses.{k}.schedule {loss.schedule} depends on their number"
+            critic, updates = getattr(loss, "optimizer", None), getattr(loss, "critic_updates", 1)
+            counts = (max(0, count - loss.start) * updates for count in (steps, self.steps, done))
+            if isinstance(critic, OptimizerConfig) and critic.differs(*counts):
+                yield f"losses.{k}.optimizer.schedule {critic.schedule} depends on their number"
 
     def trained_experts(self) -> Sequence[str]:
         """`expert`; a stage that trains more names them here too."""
@@ -172,11 +197,11 @@ class TrainingConfig:
     renamed: ClassVar[Mapping[str, str]] = {"heldout": "monitor"}
     """Keys by earlier names: refused by name in a recipe, and read in what earlier runs saved."""
 
-    batch_size: PositiveInt = 8
+    batch_size: Annotated[int, Gt(0), Le(1_000_000)] = 8
     gradient_accumulation_steps: PositiveInt = 1
     gradient_checkpointing: bool = False
-    num_workers: NonNegativeInt = 0
-    num_threads: PositiveInt | None = None
+    num_workers: Annotated[int, Ge(0), Le(1024)] = 0
+    num_threads: Annotated[int, Gt(0), Le(1024)] | None = None
     checkpoint_every: PositiveInt | None = 100
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
@@ -224,6 +249,19 @@ class Recipe:
         """The recipe as plain data with all defaults filled in; `load_recipe` reads it back to an equal recipe."""
         plain: dict[str, Any] = to_plain(self)
         return plain
+
+    def missing(self) -> Iterator[str]:
+        """What the recipe names but is not on this machine, or cannot be used as it is: data, prompts, stored samples.
+
+        It makes no recipe invalid, as it may be run elsewhere; `run` refuses to begin.
+        """
+        looks: dict[str, Callable[[], None]] = {"data": self.data.look_ahead} if self.data else {}
+        looks |= {f"stage {stage.name}": partial(stage.look_ahead, self) for stage in self.stages}
+        for where, look_ahead in looks.items():
+            try:
+                look_ahead()
+            except ValueError as error:
+                yield f"{where}: {error}"
 
     def to_yaml(self) -> str:
         """`resolved()` as YAML."""

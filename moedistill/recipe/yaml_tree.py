@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from moedistill.errors import Problem, shorten, suggest
+from moedistill.runtime.reading import read_bytes, reason
 
 MAX_BYTES = 256 * 1024
 MAX_NODES = 50_000
@@ -80,14 +81,9 @@ def dotted(path: Sequence[str | int]) -> str:
 def read_file(path: Path, problems: list[Problem]) -> Node:
     """Reads a recipe file; what is wrong with it goes to `problems`, and what can be read is returned."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_bytes(path, MAX_BYTES)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        problems.append(Problem("", f"cannot read {shorten(str(path), 120)}: {reason}"))
-        return Node({})
-    if len(data) > MAX_BYTES:
-        problems.append(Problem("", f"larger than {MAX_BYTES // 1024} KiB: not a recipe", str(path)))
+        problems.append(Problem("", f"cannot read {shorten(str(path), 120)} as a recipe: {reason(error)}"))
         return Node({})
     return read_text(data, str(path), problems)
 

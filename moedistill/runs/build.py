@@ -1,17 +1,20 @@
 """From a recipe to what is run: models loaded and wired together, data opened, and both compared."""
 
 import operator
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from moedistill.data.base import Dataset, Sample
 from moedistill.data.loading import collate, conditioning_problem, sample_problem
 from moedistill.errors import UserError, shorten, user_errors
 from moedistill.model.backbone import Backbone, BackboneConfig, SampleLayout
+from moedistill.model.experts import LoRAConfig
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
 from moedistill.runtime.devices import find_device
@@ -44,6 +47,7 @@ def build_mixture(
         if backbone is None:
             backbone = recipe.backbone.build(recipe.seed)
     with user_errors("experts"):
+        _check_ranks(recipe, backbone)
         mixture = Mixture(
             backbone,
             recipe.experts,
@@ -59,6 +63,25 @@ def build_mixture(
     mixture.to(device)
     mixture.initialise()
     return mixture
+
+
+def _check_ranks(recipe: Recipe, backbone: Backbone) -> None:
+    """ValueError where an adapter has a rank above the width of every linear that it is for."""
+    if getattr(recipe.backbone, "pretrained", "") is None:
+        return  # random weights, of a miniature as a rule: the rank is that of the real model
+    linears = {path: each for path, each in backbone.network.named_modules() if isinstance(each, nn.Linear)}
+    for name, expert in recipe.experts.items():
+        if not isinstance(expert, LoRAConfig):
+            continue
+        groups = [expert.targets] if isinstance(expert.targets, str) else expert.targets
+        pattern = "|".join(backbone.lora_targets[group] for group in groups if group in backbone.lora_targets)
+        adapted = [each for path, each in linears.items() if re.fullmatch(pattern, path)]
+        widest = max((min(each.in_features, each.out_features) for each in adapted), default=expert.rank)
+        if expert.rank > widest:
+            raise ValueError(
+                f"expert {name}: rank {expert.rank} is above the width of the linears, {widest}: more than that adds "
+                f"nothing; give {widest} or less, or kind: full"
+            )
 
 
 def _check_samples(recipe: Recipe, mixture: Mixture, dataset: Dataset | None) -> None:

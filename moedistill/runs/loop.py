@@ -4,23 +4,26 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from moedistill.components.plugins import Plugins, load_plugins
-from moedistill.data.loading import load_batches
+from moedistill.data.loading import batch_of_step, load_batches, share_of_batch
 from moedistill.errors import Interrupted, UserError, WriteError, user_errors
-from moedistill.recipe.keys import Recipe, TrainingStageConfig
+from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
+from moedistill.runs.ahead import look_ahead
 from moedistill.runs.build import build_run, make_accelerator
 from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
+from moedistill.runs.memory import loading_remedies, memory_errors, remedies
+from moedistill.runs.not_finite import explain, newest
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
 from moedistill.runtime.checkpoint import FORMAT, Checkpoints, bytes_of, checkpoint_name, load_tree, write_text
@@ -34,7 +37,7 @@ from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
 from moedistill.stages.run import COST, METRICS, MINIATURE, RESULT
-from moedistill.stages.training import Training
+from moedistill.stages.training import NotFinite, Training
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,6 +102,7 @@ def run(
         if smoke:
             recipe = miniature(recipe)
         accelerator = make_accelerator(recipe, device)
+        _check_before_loading(recipe, accelerator)
         checked = check_before(recipe)
         command = RunCommand(smoke, device, tuple(plugins.files))
         where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
@@ -130,6 +134,15 @@ def _claim(folder: Path, numbered: bool, accelerator: "Accelerator", stack: Exit
     return Path(taken)
 
 
+def _check_before_loading(recipe: Recipe, accelerator: "Accelerator") -> None:
+    """UserError where something is missing, or the batch cannot be shared out among the processes."""
+    for missing in recipe.missing():
+        raise UserError(missing)
+    settings = recipe.training
+    with user_errors("this run"):
+        share_of_batch(settings.batch_size, settings.gradient_accumulation_steps, accelerator.num_processes)
+
+
 class _Runner:
     def __init__(
         self, recipe: Recipe, where: Plan, accelerator: "Accelerator", plugins: Plugins, command: RunCommand
@@ -138,13 +151,15 @@ class _Runner:
         self.folder = folder = where.folder
         # What goes on with a miniature is one.
         self.command = replace(command, smoke=where.state.get("smoke", command.smoke))
-        self.run = build_run(recipe, folder, accelerator, smoke=self.command.smoke)
+        with memory_errors(lambda: "loading the model", lambda: loading_remedies(recipe)):
+            self.run = build_run(recipe, folder, accelerator, smoke=self.command.smoke)
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.training.keep_checkpoints, self.run.say)
-        for stage in recipe.stages:
-            with user_errors(f"stage {stage.name}"):
-                stage.look_ahead(recipe)
+        first = where.state["stage"] if where.checkpoint is not None else 0
+        with memory_errors(lambda: "trying the stages", lambda: loading_remedies(recipe)):
+            look_ahead(self.run, first, self._trained(first))
         self.last_checkpoint: Path | None = None
         self.under_way = ""
+        self.training: Training | None = None
         self.interruption = Interruption(self._where_to_go_on)
         self.progress = Progress()
         self.trackers = Trackers(accelerator, recipe.training.trackers, str(folder), recipe.name)
@@ -209,14 +224,17 @@ class _Runner:
             if isinstance(config, TrainingStageConfig):
                 step = first_step if number == first else 0
                 if step < config.steps:
-                    self._train(number, config, step, checkpoint if step else None)
+                    if reported and self.where.changed and self.run.main:  # by a run that trained less
+                        write_text(self.folder / RESULT, json.dumps(self.run.metrics, indent=1))
+                    with self._memory_errors(config):
+                        self._train(number, config, step, checkpoint if step else None)
                     reported = {}  # of other weights
             elif config.name in reported:
                 self.run.metrics[config.name] = reported[config.name]
                 self.run.say(f"stage {config.name}: done before")
             else:
                 self.run.say(f"stage {config.name}")
-                with user_errors(f"stage {config.name}"):
+                with self._memory_errors(config), user_errors(f"stage {config.name}"):
                     stage = config.build()
                     assert isinstance(stage, Stage)
                     stage.execute(self.run)
@@ -243,7 +261,7 @@ class _Runner:
         stage, dataset = config.build(), self.run.dataset
         assert isinstance(stage, TrainingStage)
         assert dataset is not None
-        training = Training(self.run, config, step)
+        self.training = training = Training(self.run, config, step)
         with user_errors(f"stage {config.name}"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(self.recipe.seed, config.name, "setup"))  # what critics start as
             stage.setup(training)
@@ -272,7 +290,7 @@ class _Runner:
         # Closed whatever happens: a worker left waiting would keep the process from ending.
         with closing(batches), self.interruption.deferred(), training.mixture.using(config.expert):
             if monitor is not None and step == 0:
-                hook.on_step_end(training=training, metrics=monitor.measure())
+                self._log(number, training, monitor, {})
             for batch in batches:
                 begun, forwards = time.perf_counter(), training.mixture.forwards
                 with training.micro_batch(), user_errors(f"stage {config.name}"):
@@ -280,7 +298,7 @@ class _Runner:
                 cost["forwards"] += (training.mixture.forwards - forwards) * self.accelerator.num_processes
                 cost["seconds"] += time.perf_counter() - begun
                 if batch.boundary:
-                    training.step += 1
+                    training.end_step()
                     cost["steps"] += 1
                     self.progress.advance(training)
                     self._end_step(number, training, monitor)
@@ -288,6 +306,7 @@ class _Runner:
             self._write_cost()
         hook.on_stage_end(training=training)
         training.release()
+        self.training = None
         # What is not trained yet starts as its parent is now; an evaluation may come before its turn.
         self.run.mixture.initialise(but=self._trained(number + 1))
 
@@ -299,19 +318,55 @@ class _Runner:
         saving = last or signum or (settings.checkpoint_every and training.step % settings.checkpoint_every == 0)
         measuring = monitor is not None and monitor.due()
         logging = last or measuring or training.step % settings.log_every == 0
-        if saving or logging:
-            metrics = training.take_metrics()  # raises if one is not finite: such weights are never saved
-            if monitor is not None and measuring:
-                metrics |= monitor.measure()
+        if saving or logging or training.metrics_are_due:
+            try:
+                metrics = training.take_metrics()  # such weights are never saved
+            except NotFinite as error:
+                self._stop_at(number, training, monitor, error)
             if logging:
-                self.plugins.hook.on_step_end(training=training, metrics=metrics)
-        training.forget_metrics()
+                self._log(number, training, monitor if measuring else None, metrics)
         if saving:
             self._save(number, training)
         if signum:
             raise Interrupted(
                 signum, f"stopped at step {training.step} of {training.config.name}; {self._where_to_go_on()}"
             )
+
+    def _log(self, number: int, training: Training, monitor: Monitor | None, metrics: dict[str, float]) -> None:
+        """Hands a step's numbers to the observers, with those of the monitor, if it is given."""
+        if monitor is not None:
+            with user_errors(f"stage {training.config.name}"):
+                metrics = metrics | monitor.measure()
+            try:
+                training.check_finite(training.step, metrics)
+            except NotFinite as error:
+                self._stop_at(number, training, monitor, error)
+        self.plugins.hook.on_step_end(training=training, metrics=metrics)
+
+    def _stop_at(self, number: int, training: Training, monitor: Monitor | None, error: NotFinite) -> NoReturn:
+        """Logs the step whose numbers are not finite, and raises what there is to say of it."""
+        training.step = error.step
+        self.plugins.hook.on_step_end(training=training, metrics=error.metrics)
+        if monitor is not None and all(name.startswith("monitor") for name in error.broken):
+            samples = monitor.samples
+        else:
+            assert self.run.dataset is not None
+            samples = batch_of_step(
+                self.run.dataset, batch_size=self.recipe.training.batch_size, seed=self.recipe.seed,
+                stage=training.config.name, step=error.step - 1,
+            )  # fmt: skip
+        earlier = [path for path in self.checkpoints.all() if int(path.name.partition("_")[0]) < number]
+        with user_errors(str(error)):  # where a sample cannot be read again
+            message = explain(training, error, samples, self.last_checkpoint, earlier[-1] if earlier else None)
+        raise UserError(message) from None
+
+    def _memory_errors(self, config: StageConfig) -> AbstractContextManager[None]:
+        """Says of a stage that it runs out of memory, at which step, what to change and what is saved."""
+
+        def where() -> str:
+            return f"stage {config.name}" + (f", step {self.training.step + 1}" if self.training is not None else "")
+
+        return memory_errors(where, lambda: f"{remedies(self.run, config)}; {newest(self.last_checkpoint)}")
 
     def _write_cost(self) -> None:
         file, text = self.folder / COST, json.dumps(self.run.cost, indent=1)

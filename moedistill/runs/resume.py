@@ -11,6 +11,7 @@ from moedistill.errors import UserError
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words
 from moedistill.runs.commands import RunCommand
+from moedistill.runs.longer import made_longer
 from moedistill.runs.saved import read_state
 from moedistill.runtime.checkpoint import Checkpoints, NoCheckpoint, find_checkpoint, newest_whole, verify
 from moedistill.runtime.integrity import Damaged
@@ -69,6 +70,8 @@ def plan(
     home = run_of(checkpoint)
     branch = output is not None and not belongs_to(checkpoint, Path(output))
     before, after = changed_keys(recipe, state)
+    longer = made_longer(recipe, in_todays_words(state["recipe"]), state, checkpoint)
+    before = [key for key in before if key != longer]
     if keys := before if branch else before + after:
         ways = "Start a new run"
         if not before:
@@ -83,7 +86,8 @@ def plan(
         folder = Path(output) if not branch else _new_folder(recipe, output, command, checkpoint)
     else:
         folder = home if home is not None else _new_folder(recipe, None, command)
-    return Plan(folder, checkpoint, state, not belongs_to(checkpoint, folder), tuple(after))
+    changed = (*after, *([longer] if longer else []))
+    return Plan(folder, checkpoint, state, not belongs_to(checkpoint, folder), changed)
 
 
 def run_of(checkpoint: Path) -> Path | None:

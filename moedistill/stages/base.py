@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 class Stage(ABC):
     """A built stage."""
 
+    def look_ahead(self, run: Run) -> None:  # noqa: B027  many need nothing
+        """Tries what the stage will need of the loaded model; called before anything is trained.
+
+        Raises:
+            ValueError: it would fail.
+        """
+
     @abstractmethod
     def execute(self, run: Run) -> None:
         """Does the whole stage; results go to `run.metrics[name]` and the run's folder."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class ConsistencyConfig(TrainingStageConfig):
 
     target: Literal["student", "ema"] = "student"
     phases: PositiveInt | Literal["sampling"] | PhasePoints = 1
+    steps_may_grow: ClassVar[bool] = True
 
     def build(self) -> "ConsistencyStage":
         return ConsistencyStage(self)

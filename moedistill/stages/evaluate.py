@@ -32,6 +32,7 @@ from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import notes_on, sampling_sigmas, trained_before, trajectory_of, untrained_notes
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.randomness import Draws, generator
+from moedistill.runtime.reading import check_file, reason
 from moedistill.runtime.writing import make_folder, new_file
 from moedistill.stages.base import Stage
 
@@ -222,6 +223,16 @@ class EvaluateStage(Stage):
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
 
+    def look_ahead(self, run: "Run") -> None:
+        if (prompts := self.prompts()) is not None:
+            run.mixture.backbone.encode(prompts[: self.config.samples])
+        run.mixture.backbone.look_ahead(pipeline=False)
+
+    def prompts(self) -> Sequence[str] | None:
+        """What is asked for, in turn; None where the data say it."""
+        prompts = self.config.prompts
+        return read_prompts(prompts) if isinstance(prompts, str) else prompts
+
     def execute(self, run: "Run") -> None:
         if not run.main:
             return
@@ -267,8 +278,7 @@ class EvaluateStage(Stage):
         config, backbone = self.config, run.mixture.backbone
         draw = Draws(config.seed, "evaluate", 0, range(config.samples), run.accelerator.device)
         noise = draw.normal("noise", backbone.latent_shape())
-        if config.prompts is not None:
-            prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
+        if (prompts := self.prompts()) is not None:
             asked = [prompts[i % len(prompts)] for i in range(config.samples)]
             cond = dict(backbone.encode(asked))
         else:
@@ -362,13 +372,17 @@ def stored_samples(config: EvaluateConfig, recipe: "Recipe", cond: Mapping[str, 
         ValueError: the file is missing or lacks them, or they are of another model, other steps, noise or conditioning.
     """
     what = f"reference_samples {config.reference_samples}"
+    assert config.reference_samples is not None
     try:
+        check_file(config.reference_samples)
         with safe_open(config.reference_samples, "pt") as file:
             names, origin = list(file.keys()), json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
             wanted_names = {config.reference, *(f"conditioning.{name}" for name in cond or {})}
             stored = {name: file.get_tensor(name) for name in names if name in wanted_names}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{what}: cannot be read ({error}); give an evaluation's latents.safetensors") from error
+        raise ValueError(
+            f"{what}: cannot be read ({reason(error)}); give an evaluation's latents.safetensors"
+        ) from error
     if config.reference not in stored:
         others = ", ".join(name for name in names if not name.startswith("conditioning."))
         raise ValueError(f"{what}: it has no {config.reference!r}; there are {others}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class FinetuneConfig(TrainingStageConfig):
     target: Literal["sample", "exact"] = "sample"
     shifts: list[PositiveFloat] = field(default_factory=lambda: [1.0])
     shift_weights: list[PositiveFloat] | None = None
+    steps_may_grow: ClassVar[bool] = True
 
     def build(self) -> "FinetuneStage":
         return FinetuneStage(self)

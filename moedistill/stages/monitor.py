@@ -39,6 +39,7 @@ class Monitor:
 
     Attributes:
         points: the starting points, spread evenly over the expert's segment.
+        samples: the samples, as indices of the dataset.
     """
 
     def __init__(self, config: MonitorConfig, training: Training, miss: Miss) -> None:
@@ -52,7 +53,7 @@ class Monitor:
         shape = training.dataset.shape(count - 1)
         alike = [index for index in range(count) if training.dataset.shape(index) == shape]
         samples = min(config.samples, len(alike))
-        chosen = [alike[number * len(alike) // samples] for number in range(samples)]
+        self.samples = chosen = [alike[number * len(alike) // samples] for number in range(samples)]
         # One by one: where batches are of one sample, each may have a text of another length.
         prepared = [training.prepare(*collate([training.dataset[index]])) for index in chosen]
         self._latents = torch.cat([latents for latents, _ in prepared])

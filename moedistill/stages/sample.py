@@ -4,17 +4,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor
 
-from moedistill.components.fields import NonEmptyStr, NonNegativeInt, PositiveInt
+from moedistill.components.fields import NonEmptyStr, NonNegativeInt
 from moedistill.data.prompts import read_prompts
 from moedistill.media import contact_sheet, side_by_side, write_mp4
 from moedistill.model.backbone import TEACHER
 from moedistill.model.ema import WhichWeights
-from moedistill.model.generate import generate
+from moedistill.model.generate import OwnPipeline, generate
 from moedistill.recipe.keys import StageConfig
 from moedistill.recipe.sampling import sampling_sigmas, trained_before, untrained_notes
 from moedistill.runtime.checkpoint import write_text
@@ -45,7 +46,7 @@ class SampleStageConfig(StageConfig):
     """
 
     prompts: list[str] | NonEmptyStr
-    num: PositiveInt = 1
+    num: Annotated[int, Gt(0), Le(100_000)] = 1
     seed: NonNegativeInt = 0
     weights: WhichWeights = "trained"
 
@@ -74,6 +75,15 @@ class SampleStage(Stage):
     def __init__(self, config: SampleStageConfig) -> None:
         self.config = config
 
+    def prompts(self, run: "Run") -> list[str]:
+        """What is asked for; of a miniature the first alone."""
+        prompts = read_prompts(self.config.prompts) if isinstance(self.config.prompts, str) else self.config.prompts
+        return prompts[:1] if run.smoke else prompts
+
+    def look_ahead(self, run: "Run") -> None:
+        run.mixture.backbone.encode(self.prompts(run))
+        run.mixture.backbone.look_ahead(pipeline=isinstance(run.mixture.backbone, OwnPipeline))
+
     def execute(self, run: "Run") -> None:
         if not run.main:
             return
@@ -81,8 +91,7 @@ class SampleStage(Stage):
         assert recipe.sample is not None
         folder = run.output / config.name
         make_folder(folder)
-        prompts = read_prompts(config.prompts) if isinstance(config.prompts, str) else config.prompts
-        asked = [prompt for prompt in (prompts[:1] if run.smoke else prompts) for _ in range(config.num)]
+        asked = [prompt for prompt in self.prompts(run) for _ in range(config.num)]
         sigmas = sampling_sigmas(recipe)
         for note in untrained_notes(recipe, trained_before(recipe, config.name), sigmas):
             run.say(f"  note: {note}")

@@ -76,6 +76,24 @@ class Term:
     loss: Loss
 
 
+class NotFinite(UserError):
+    """A number that a stage recorded, or measured, is not finite.
+
+    Attributes:
+        step: the earliest one with such a number.
+        metrics: all numbers of that step.
+        broken: the names of those that are not.
+    """
+
+    def __init__(self, stage: str, step: int, metrics: dict[str, float], broken: list[str]) -> None:
+        self.step, self.metrics, self.broken = step, metrics, broken
+        super().__init__(f"stage {stage}, step {step}: {', '.join(f'{name} = {metrics[name]}' for name in broken)}")
+
+
+MOST_STEPS = 1000
+"""So many steps' numbers are kept at most before they are looked at."""
+
+
 class Training:
     """One training stage under way. A step reads and calls what is here, and nothing else.
 
@@ -102,6 +120,7 @@ class Training:
         self.draw = Draws(run.recipe.seed, config.name, 0, [0])
         self.dataset = run.dataset
         self._recorded: dict[str, list[Tensor]] = {}
+        self._steps: list[tuple[int, list[str], Tensor]] = []
         self._frame_axes: dict[str, int] = {}
         layout = self.recipe.backbone.layout() if config.latent_frames is not None else None
         for name, each in layout.conditioning.items() if layout is not None else ():
@@ -154,7 +173,7 @@ class Training:
             trainable.expert, trainable.average = what, self._average(what, ema)
         else:
             assert ema is None, "averages are of experts"
-            what.to(self.device)
+            self._place(what)
             parameters = LiveParameters(what, [key for key, each in what.named_parameters() if each.requires_grad])
             if not parameters:
                 raise ValueError(f"{name!r}: no parameter of {type(what).__name__} takes a gradient")
@@ -176,11 +195,17 @@ class Training:
         for config in configs:
             kinds = [term.config.kind for term in self.terms]
             name = config.kind if config.kind not in kinds else f"{config.kind}_{kinds.count(config.kind) + 1}"
-            loss = config.build(layout)
+            loss = self._built(config, layout)
             if isinstance(loss, AdversarialLoss):
                 updates = max(0, self.steps - config.start) * loss.critic_updates
                 self.trains(name, loss.critic, loss.optimizer, updates=updates)
             self.terms.append(Term(name, config, loss))
+
+    def _place(self, module: nn.Module) -> None:
+        module.to(self.device)
+
+    def _built(self, config: LossConfig, layout: ProbeLayout | None) -> Loss:
+        return config.build(layout)
 
     def _prepared(
         self, module: nn.Module, parameters: LiveParameters, config: OptimizerConfig, updates: int
@@ -379,35 +404,56 @@ class Training:
         """The context of one micro-batch: gradients are exchanged only in the last one of a step."""
         return self.accelerator.accumulate(*(trainable.module for trainable in self.trained.values()))
 
+    def end_step(self) -> None:
+        """Counts an optimiser step, and keeps the averages of what was recorded in it."""
+        self.step += 1
+        self._keep_averages()
+
+    def _keep_averages(self) -> None:
+        """On the device, where nobody waits for them."""
+        names = sorted(self._recorded)
+        if names:
+            means = torch.stack([torch.stack(self._recorded[name]).mean() for name in names])
+            self._steps.append((self.step, names, means))
+        self._recorded = {}
+
+    @property
+    def metrics_are_due(self) -> bool:
+        """Whether to look at this step's numbers at once: on a CPU; on a GPU that would be to wait for it."""
+        return self.device.type == "cpu" or len(self._steps) >= MOST_STEPS
+
     def take_metrics(self) -> dict[str, float]:
-        """The averages of what was recorded since `forget_metrics`, over micro-batches and ranks.
+        """The last step's numbers, averaged over micro-batches and ranks. All since the last call are looked at.
 
         Raises:
-            UserError: a number is not finite.
+            NotFinite: one of them is not finite.
         """
-        if not self._recorded:
-            return {}
-        names = sorted(self._recorded)
-        means = torch.stack([torch.stack(self._recorded[name]).mean() for name in names])
-        values: list[float] = self.accelerator.reduce(means, reduction="mean").tolist()
-        metrics = dict(zip(names, values, strict=True))
+        self._keep_averages()
+        steps, self._steps, metrics = self._steps, [], dict[str, float]()
+        if not steps:
+            return metrics
+        means = torch.cat([means for _, _, means in steps])
+        values = iter(self.accelerator.reduce(means, reduction="mean").tolist())
+        for step, names, _ in steps:
+            metrics = {name: next(values) for name in names}
+            self.check_finite(step, metrics)
+        return metrics
+
+    def forget_metrics(self) -> None:
+        """Drops what was recorded."""
+        self._recorded, self._steps = {}, []
+
+    def check_finite(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises `NotFinite` where a number of a step is not finite."""
         # A gradient scaler looks for its scale among overflows, and skips those steps.
         scaled = self.accelerator.scaler is not None
         broken = [
-            f"{name} = {value}"
+            name
             for name, value in metrics.items()
             if not math.isfinite(value) and not (scaled and name.startswith("grad_norm"))
         ]
         if broken:
-            raise UserError(
-                f"stage {self.config.name}, step {self.step}: {', '.join(broken)}. Lower the learning rate or check "
-                "the data; the last checkpoint is intact, --resume goes on from it"
-            )
-        return metrics
-
-    def forget_metrics(self) -> None:
-        """Starts the next step's averages."""
-        self._recorded = {}
+            raise NotFinite(self.config.name, step, metrics, broken)
 
     def state(self) -> dict[str, Any]:
         """Everything but the experts that an exact continuation needs, whole: every process must ask for it."""

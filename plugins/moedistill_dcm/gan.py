@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -93,11 +94,11 @@ class GANConfig(LossConfig):
         optimizer: of the critic.
     """
 
-    width: PositiveInt = 1024
+    width: Annotated[int, Gt(0), Le(1_000_000)] = 1024
     groups: PositiveInt = 32
     clip: bool = True
     real: Literal["target", "data"] = "target"
-    critic_updates: PositiveInt = 1
+    critic_updates: Annotated[int, Gt(0), Le(1000)] = 1
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, betas=(0.0, 0.999)))
     needs_probe: ClassVar[bool] = True
 

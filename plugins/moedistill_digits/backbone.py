@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 import torch
+from annotated_types import Gt, Le
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -168,8 +169,8 @@ class DigitsBackboneConfig(BackboneConfig):
     """
 
     pretrained: str | None = "builtin"
-    width: PositiveInt = 64
-    num_layers: PositiveInt = 4
+    width: Annotated[int, Gt(0), Le(16_384)] = 64
+    num_layers: Annotated[int, Gt(0), Le(1000)] = 4
     num_heads: PositiveInt = 4
 
     def __post_init__(self) -> None:

@@ -394,7 +394,7 @@ CASES = {
     "tiny float for an integer": ([("steps: 10", "steps: 1e-5")], "stages.0.steps", ["an integer", "1e-05"]),
     "float for text": ([("name: toy", "name: 1e-5")], "name", ["must be text", "quotes: '1e-05'"]),
     "negative": ([("rank: 4", "rank: -4")], "experts.detail.rank", ["greater than 0", "-4"]),
-    "above 1": ([("[0, 0.999]", "[0, 1.5]")], "stages.0.optimizer.betas.1", ["at most 1", "1.5"]),
+    "above 1": ([("[0, 0.999]", "[0, 1.5]")], "stages.0.optimizer.betas.1", ["less than 1", "1.5"]),
     "too few": ([("[0, 0.999]", "[0.5]")], "stages.0.optimizer.betas.1", ["list is too short"]),
     "missing key": ([("    steps: 10\n", "")], "stages.0.steps", ["'steps' is missing"]),
     "mapping for a list": ([("[{kind: huber, c: 1e-3}]", "{kind: huber}")], "stages.0.losses", ["a list", "dash"]),

@@ -324,6 +324,13 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
         videos = [vae.decode(one, **self.decoder_arguments(), return_dict=False)[0] for one in own]
         return (torch.cat(videos).float() / 2 + 0.5).clamp(0, 1)
 
+    def look_ahead(self, *, pipeline: bool) -> None:
+        """By making the pipeline, or loading the VAE."""
+        if pipeline:
+            self.pipeline()
+        else:
+            self.load_vae()
+
     @torch.no_grad()
     def encode_videos(self, videos: Tensor) -> Tensor:
         """One by one, by the VAE, which is loaded for it and freed again: the mode of its posterior."""

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from moedistill.errors import shorten
 from moedistill.integrations.diffusers.bars import bars_as_switched
 from moedistill.integrations.diffusers.misfit import misfit
+from moedistill.runtime.reading import read_text, reason
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {file}: {shorten(str(error), 200)}") from error
+        raise ValueError(f"cannot read {file}: {shorten(reason(error), 200)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold an object, not {shorten(repr(content), 60)}; get the file again")
     return content

@@ -1,6 +1,7 @@
-"""metrics.jsonl: one line per logged step."""
+"""metrics.jsonl: one line per logged step; a number that is not finite is null there."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,9 @@ class MetricsFile:
 
     @hookimpl
     def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
-        line = {"stage": training.config.name, "step": training.step, "lr": training.learning_rate, **metrics}
+        # JSON has no word for what is not finite.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = {"stage": training.config.name, "step": training.step, "lr": training.learning_rate, **finite}
         with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

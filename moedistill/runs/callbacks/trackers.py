@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moedistill.components.plugins import hookimpl
-from moedistill.errors import UserError
+from moedistill.errors import UserError, shorten
 from moedistill.runtime.writing import disk_errors
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ class Trackers:
     Steps count on through the stages.
 
     Raises:
-        UserError: a tracker is unknown or not installed.
+        UserError: a tracker is unknown, not installed, or cannot be started.
     """
 
     def __init__(self, accelerator: "Accelerator", names: list[str], folder: str, project: str) -> None:
@@ -38,7 +38,11 @@ class Trackers:
         accelerator.project_configuration.set_directories(folder)
         self._offset = 0
         if names:
-            accelerator.init_trackers(project)
+            try:
+                accelerator.init_trackers(project)
+            except Exception as error:  # whatever a service says that cannot be reached, or a folder that is no place
+                why = shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
+                raise UserError(f"training.trackers: {', '.join(names)} cannot be started: {why}") from error
 
     @hookimpl
     def on_stage_start(self, training: "Training") -> None:

@@ -1,0 +1,37 @@
+"""Training a stage for more steps than it was made with, where that gives what the longer run would have given."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moedistill.errors import UserError
+from moedistill.recipe.keys import Recipe, TrainingStageConfig
+
+
+def made_longer(recipe: Recipe, made: Mapping[str, Any], state: Mapping[str, Any], checkpoint: Path) -> str | None:
+    """The key by which `recipe` trains the checkpoint's stage longer than the recipe `made`; None where it does not.
+
+    Raises:
+        UserError: a stage's steps are raised, but what was trained is not what the longer run would have trained.
+    """
+    number = state["stage"]
+    for k, (before, config) in enumerate(zip(made["stages"][: number + 1], recipe.stages, strict=False)):
+        steps = before.get("steps", 0)
+        if not isinstance(config, TrainingStageConfig) or before["name"] != config.name or config.steps <= steps:
+            continue
+        if k < number:
+            end = checkpoint.with_name(f"{k:02d}_{config.name}_{steps:08d}")
+            kept = f"go on from the end of {config.name}, with --resume-from {end} --output NEW" if end.is_dir() else ""
+            raise UserError(
+                f"stages.{k}.steps: {config.steps} is more than {checkpoint} was made with: its stage "
+                f"{state['stage_name']} began with what {config.name} was after {steps} steps; "
+                f"{kept or 'start a new run, as there is no checkpoint from before it'}"
+            )
+        if reasons := list(config.not_the_same(steps, state["step"])):
+            raise UserError(
+                f"stages.{k}.steps: stage {config.name} was made for {steps} steps, and would not have been the same "
+                f"with {config.steps}: {', '.join(reasons)}. Start a new run; or train {config.expert} on with a "
+                f"further stage after it, with --resume-from {checkpoint} --output NEW"
+            )
+        return f"stages.{k}.steps"
+    return None

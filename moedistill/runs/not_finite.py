@@ -1,0 +1,64 @@
+"""Numbers that are not finite: are the data at fault, and what to do."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moedistill.data.base import Dataset
+from moedistill.data.loading import collate
+from moedistill.stages.training import NotFinite, Training
+
+MOST_NAMED = 3
+"""Samples that a message names."""
+
+
+def newest(checkpoint: Path | None) -> str:
+    """Which checkpoint there is."""
+    return f"the newest checkpoint is {checkpoint}" if checkpoint is not None else "no checkpoint is there yet"
+
+
+def explain(
+    training: Training, error: NotFinite, samples: Sequence[int], checkpoint: Path | None, earlier: Path | None
+) -> str:
+    """What is wrong, and how to go on.
+
+    Args:
+        samples: those that the numbers are of, as indices of the dataset.
+        checkpoint: the newest one.
+        earlier: the newest one of an earlier stage.
+    """
+    said = str(error)
+    assert training.dataset is not None
+    faults = list(_faults(training, training.dataset, samples))
+    if faults:
+        more = f" and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
+        return f"{said}. The data are at fault: {'; '.join(faults[:MOST_NAMED])}{more}. Make them again, and " + (
+            f"go on from {checkpoint}" if checkpoint is not None else f"begin anew: {newest(None)}"
+        )
+    if error.step == 0:
+        return f"{said}, before any training, though the samples are finite: the model's weights are at fault"
+    rate = f"stages.{training.config.name}.optimizer.lr {training.config.optimizer.lr:g}"
+    return (
+        f"{said}. The samples of that step are finite, so it comes again if the run goes on as it is: lower {rate} and "
+        f"begin anew{f', or from {earlier} with another --output' if earlier is not None else ''}; {newest(checkpoint)}"
+    )
+
+
+def _faults(training: Training, dataset: Dataset, samples: Sequence[int]) -> Iterator[str]:
+    for index in dict.fromkeys(samples):
+        sample = dataset[index]
+        place = dataset.place(index)
+        named = f"sample {index} ({place})" if place else f"sample {index}"
+        if broken := _broken({"latents": sample.latents, **sample.conditioning}):
+            yield f"{named} has {broken} with numbers that are not finite"
+            continue
+        latents, cond = training.prepare(*collate([sample]))
+        if broken := _broken({"latents": latents, **cond}, training.mixture.autocast_dtype):
+            yield f"{named} has {broken} with numbers too large for {training.recipe.backbone.dtype}"
+
+
+def _broken(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    return " and ".join(name for name, value in floats.items() if not value.to(dtype or value.dtype).isfinite().all())

@@ -1,0 +1,104 @@
+"""Out of memory is one line: where, what to change in the recipe at hand, and what is saved."""
+
+import pytest
+import torch
+from helpers import distil, evaluate, tiny_recipe
+
+from moedistill.errors import UserError
+from moedistill.runs.loop import run
+from moedistill.stages.consistency import ConsistencyStage
+from moedistill.stages.evaluate import EvaluateStage
+from moedistill_digits.backbone import DigitsBackboneConfig
+
+
+def too_much(*_):
+    torch.empty(10**15)  # of a float each
+
+
+def numpys(*_):
+    raise MemoryError("Unable to allocate 7.11 PiB for an array with shape (1000000000000000,)")
+
+
+def a_gpus(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+
+
+def a_bug(*_):
+    raise RuntimeError("a bug")
+
+
+def said(recipe, folder, **options):
+    with pytest.raises(UserError) as caught:
+        run(recipe, output=folder, device="cpu", **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fail", "reason"),
+    [(too_much, "DefaultCPUAllocator: can't allocate memory"), (numpys, "7.11 PiB"), (a_gpus, "CUDA out of memory")],
+)
+def test_a_step(fail, reason, tmp_path, monkeypatch):
+    usual, steps = ConsistencyStage.step, []
+
+    def step(self, training, batch):
+        steps.append(training.step)
+        return fail() if len(steps) == 3 else usual(self, training, batch)
+
+    monkeypatch.setattr(ConsistencyStage, "step", step)
+    message = said(tiny_recipe([distil(steps=5)], {"training.checkpoint_every": 1}), tmp_path)
+    assert message.startswith("stage semantic, step 3: out of memory (")
+    assert reason in message
+    assert message.endswith(
+        "; try training.gradient_accumulation_steps: 2, training.batch_size below 4, "
+        "training.gradient_checkpointing: true, stages.semantic.latent_frames below 8, "
+        "experts.semantic.kind: lora in place of full, backbone.dtype: bfloat16, or use a device with more; "
+        f"the newest checkpoint is {tmp_path / 'checkpoints/00_semantic_00000002'}"
+    )
+
+
+def test_only_what_applies_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ConsistencyStage, "step", too_much)
+    stage = distil("detail", steps=2, latent_frames=1, ema_decay=0.9)
+    changes = {
+        "training.batch_size": 2,
+        "training.gradient_accumulation_steps": 2,
+        "training.gradient_checkpointing": True,
+        "backbone.dtype": "bfloat16",
+    }
+    assert said(tiny_recipe([stage], changes), tmp_path).endswith(
+        "; try stages.detail.ema_decay: null, or use a device with more; no checkpoint is there yet"
+    )
+
+
+def test_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(EvaluateStage, "execute", too_much)
+    message = said(tiny_recipe([distil(steps=1), evaluate(batch_size=7)]), tmp_path)
+    assert message.startswith("stage evaluate: out of memory (")
+    assert message.endswith(
+        "; try stages.evaluate.batch_size below 7, or use a device with more; "
+        f"the newest checkpoint is {tmp_path / 'checkpoints/00_semantic_00000001'}"
+    )
+
+
+def test_loading(tmp_path, monkeypatch):
+    monkeypatch.setattr(DigitsBackboneConfig, "build", too_much)
+    message = said(tiny_recipe([distil()]), tmp_path / "run")
+    assert message.startswith("loading the model: out of memory (")
+    ways = "experts.semantic.kind: lora in place of full, backbone.dtype: bfloat16"
+    assert message.endswith(f"; try {ways}, or use a device with more")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_that_is_killed(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(ConsistencyStage, "step", fail)
+    assert ", training.num_workers below 2, " in said(tiny_recipe([distil()], {"training.num_workers": 2}), tmp_path)
+
+
+def test_a_bug_stays_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(ConsistencyStage, "step", a_bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tiny_recipe([distil()]), output=tmp_path, device="cpu")
