@@ -515,7 +515,7 @@ def test_report_names_what_is_damaged(whole, tmp_path, file, capsys):
     for content in DAMAGED_REPORTS[file]:
         (folder / file).write_bytes(content)
         with pytest.raises(SystemExit, match="2"):
-            main(["report", str(folder)])
+            main(["report", "--table", str(folder)])
         said = capsys.readouterr().err
         assert said.startswith(f"error: {folder / file} is damaged: ")
         assert said.count("\n") == 1
