@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from .case import Fault, Part, Result, lines, sound
-from .warm import run_command
+from .warm import Outcome, run_command
 
 Path_ = tuple[str | int, ...]
 
@@ -117,9 +117,9 @@ def _kind(schema: Mapping[str, Any]) -> Any:
 
 WORK = (
     "steps", "num", "samples", "num_steps", "every", "levels", "batch_size", "gradient_accumulation_steps", "pictures",
-    "reference_samples", "critic_updates", "styles_per_digit",
+    "reference_samples", "critic_updates", "styles_per_digit", "num_workers",
 )  # fmt: skip
-"""Keys whose large values mean long runs, which is no fault."""
+"""Keys whose large values mean long runs or many processes, which is no fault, or hard on the machine."""
 
 
 def within(schema: Mapping[str, Any], value: Any, moves: Random, *, brief: bool = False) -> Any:
@@ -335,6 +335,28 @@ def break_text(text: str, moves: Random, folder: Path) -> tuple[bytes, str]:
     return data, must
 
 
+# -- what has gone wrong before ---------------------------------------------------------------------------------------
+
+GAN = ("stages", 1, "losses", 1)
+KNOWN: list[tuple[str, Path_, Any]] = [
+    ("a critic that no memory holds", (*GAN, "width"), 10**9),
+    ("more threads than any system has", ("training", "num_threads"), 10**6),
+    ("a later stage's optimiser that torch refuses", (*GAN, "optimizer", "betas"), [0.9, 1.0]),
+    ("a learning rate above float32", ("stages", 1, "optimizer", "lr"), 1e39),
+    ("a rank above the widths", ("experts", "detail", "rank"), 10**9),
+    ("a tracker that is not there", ("training", "trackers"), ["no_such_tracker"]),
+    ("a run's name that is a path", ("name",), "../outside"),
+    ("a stage's name that is a path", ("stages", 3, "name"), "../../outside"),
+    ("a probe of no block", ("stages", 1, "probe", "block_stride"), 10**6),
+    ("a sample list that does not descend", ("sample", "points"), [15, 30]),
+    ("prompts from a FIFO", ("stages", 2), {"name": "s", "kind": "sample", "prompts": "fifo"}),
+    ("prompts without end", ("stages", 2), {"name": "s", "kind": "sample", "prompts": "/dev/zero"}),
+    ("prompts in a folder", ("stages", 2), {"name": "s", "kind": "sample", "prompts": "."}),
+    ("a codec that is not there", ("backbone", "pretrained"), "/dev/zero"),
+    ("latents without end", ("data",), {"kind": "latents", "path": "/dev/zero"}),
+]
+"""Single values of `dcm_digits`, by place; what becomes of them is judged like all else."""
+
 # -- the cases --------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +400,8 @@ def _setting(tree: Any, moves: Random) -> str:
 
 def _smoke(number: int, moves: Random, folder: Path) -> Result:
     """A recipe with values changed within the schema, the first that `validate` takes, as a miniature."""
+    if number >= RANDOM:
+        return _known(number - RANDOM, folder)
     names = [name for name, _ in _shipped() if not name.startswith("ablations/")]
     name = "dcm_digits" if number % 2 else names[number // 2 % len(names)]  # ablations evaluate a lot, and are digits
     file, plugins, written = folder / "recipe.yaml", _plugins(), _trees(name)[0]
@@ -397,15 +421,35 @@ def _smoke(number: int, moves: Random, folder: Path) -> Result:
             return
         file.write_text(f"# {name}\n{_dump(written)}", encoding="utf-8")
 
-    command = ("run", "recipe.yaml", "--smoke", "--device", "cpu", "--output", "run")
-    outcome = run_command(*command, folder=folder, seconds=120, prepare=prepare)
-    changes = file.read_text().splitlines()[0][:200] if file.exists() else ""
+    outcome = run_command(*SMOKE, folder=folder, seconds=120, prepare=prepare)
+    return _judged(outcome, file.read_text().splitlines()[0][:200] if file.exists() else "", folder)
+
+
+SMOKE = ("run", "recipe.yaml", "--smoke", "--device", "cpu", "--output", "run")
+RANDOM = 120
+
+
+def _known(number: int, folder: Path) -> Result:
+    what, path, value = KNOWN[number]
+    tree = copy.deepcopy(_trees("dcm_digits")[1])
+    put(tree, path, value)
+    (folder / "recipe.yaml").write_text(_dump(tree), encoding="utf-8")
+    os.mkfifo(folder / "fifo")
+    sound(run_command("validate", "recipe.yaml", folder=folder, seconds=30), what)
+    result = _judged(run_command(*SMOKE, folder=folder, seconds=60), what, folder)
+    if outside := [path for path in folder.parent.iterdir() if "outside" in path.name]:
+        raise Fault("wrong", f"{what}: wrote {outside[0]}")
+    return result
+
+
+def _judged(outcome: Outcome, changes: str, folder: Path) -> Result:
     if fault := outcome.fault():
         raise Fault(fault[0], f"{fault[1]} ({changes})")
     rows = lines(folder / "run")
     if outcome.refused:
-        late = len({row.get("stage") for row in rows}) > 1 and "finite" not in outcome.output
-        return Result("refused", counts=("refused after a stage was trained",) if late else ())
+        if rows and "finite" not in outcome.output:
+            raise Fault("lost", f"refused only after training had begun: {outcome.refusal()[:300]} ({changes})")
+        return Result("refused")
     if any(isinstance(value, float) and not math.isfinite(value) for row in rows for value in row.values()):
         raise Fault("wrong", f"done, with numbers that are not finite ({changes})")
     return Result("right")
@@ -413,5 +457,5 @@ def _smoke(number: int, moves: Random, folder: Path) -> Result:
 
 PARTS = (
     Part("recipes", "recipes, validated", 1100, 420, _validate),
-    Part("smoke", "recipes, run in miniature", 120, 420, _smoke),
+    Part("smoke", "recipes, run in miniature", RANDOM + len(KNOWN), 480, _smoke),
 )
