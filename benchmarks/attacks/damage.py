@@ -203,7 +203,7 @@ JSON: Sequence[Damage] = (_edited, _edited, _edited, _edited, _no_mapping)
 
 
 def _backups(run: Path, _: Random) -> None:
-    for number in (1, 2):
+    for number in (1, 2, 3):  # as many as are kept
         shutil.copytree(_newest(run), run / "checkpoints" / f"my_backup_{number}")
 
 
@@ -356,6 +356,8 @@ def _sampled(folder: Path, source: str, what: str, expected: Mapping[str, bytes]
 
 def _other_numbers(file: Path, whole: bytes) -> bool:
     """Whether a damaged file holds other tensors than before: too little to be seen in a picture, perhaps."""
+    if not _is_regular(file):
+        return True
     before = file.with_name(f"{file.name}.before")
     before.write_bytes(whole)
     try:
@@ -364,6 +366,14 @@ def _other_numbers(file: Path, whole: bytes) -> bool:
         return True
     finally:
         before.unlink()
+
+
+def _is_regular(file: Path) -> bool:
+    """Whether it can be read to its end; `is_file` raises for a link to itself."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False
 
 
 # -- exports and reports ----------------------------------------------------------------------------------------------
