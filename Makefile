@@ -11,7 +11,7 @@ EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py --jobs $(JOBS
 # One thread in each of two processes; a file's tests share what they build, so they stay together.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help env demo smoke teacher evidence evidence-quick ablations ablations-quick halves test torture coverage lint format
+.PHONY: help env demo smoke teacher evidence evidence-quick ablations ablations-quick halves test attack coverage lint format
 
 help:
 	@echo "make demo      environment, then distil the digits teacher into two experts"
@@ -22,7 +22,7 @@ help:
 	@echo "               (evidence-quick and ablations-quick: a fifth of the steps, 400 samples)"
 	@echo "make halves    which half limits a model: above the boundary one, below it another, of make evidence"
 	@echo "make test      environment, then the tests"
-	@echo "make torture   repeated kills and resumes"
+	@echo "make attack    mutated recipes, damaged and hostile files, kills, full disks: half an hour; goes on where it was"
 	@echo "make coverage  the tests, with line coverage of the core"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite what it can"
@@ -61,8 +61,8 @@ halves: $(STAMP)
 test: $(STAMP)
 	$(TESTS)
 
-torture: $(STAMP)
-	$(TESTS) -n 0 -m torture
+attack: $(STAMP)
+	$(BIN)/python benchmarks/attack.py
 
 coverage: $(STAMP)
 	$(TESTS) --cov --cov-report=term-missing:skip-covered

@@ -1,6 +1,6 @@
 """Settings for all tests: one thread, here and in every process that a test starts.
 
-Tests marked `slow` or `torture` are left out unless asked for: `pytest -m slow`, `make torture`.
+Tests marked `slow` are left out unless asked for: `pytest -m slow`.
 """
 
 import os

@@ -128,7 +128,9 @@ class Trajectory:
         # the exact value once differs in the last digit for a third of the points, and a boundary compares exactly.)
         u = torch.arange(num_steps + 1, dtype=torch.float32, device="cpu") / num_steps
         u[0] = 1 / num_train_timesteps if end == "grid_min" else 0.0
-        return cls(shift_time(u, shift), num_train_timesteps, shift, native_sigmas)
+        points = shift_time(u, shift)
+        points[-1] = 1.0  # which rounding misses for a shift such as 0.4
+        return cls(points, num_train_timesteps, shift, native_sigmas)
 
     @classmethod
     def native(cls, native_sigmas: Tensor, num_steps: int = 50) -> "Trajectory":

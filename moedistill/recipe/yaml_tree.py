@@ -401,6 +401,8 @@ class _Dumper(yaml.SafeDumper):
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     # What YAML 1.1 takes for text but YAML 1.2 for a number, such as 1e-5, needs quotes too.
     style = "'" if re.fullmatch(r"[-+.0-9].*", text) else None
+    if re.search("[\x85\u2028\u2029\ufeff]", text):  # line breaks to YAML: written out, they are read as blanks
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -195,17 +195,3 @@ def test_three_kills(reference, start, tmp_path):
         if kills == 3:
             return
     pytest.fail(f"{kills} kills only; random.Random({seed})")
-
-
-@pytest.mark.torture
-def test_ten_kills_three_of_them_amid_a_save(reference, start, tmp_path):
-    seed = time.time_ns()
-    kills, moments = [], random.Random(seed)
-    for number in range(20):
-        folder = tmp_path / str(number) / "run"
-        kills += run_with_kills(start, folder, moments, limit=10)
-        assert_same_end(folder, reference.run)
-        if len(kills) >= 10 and sum(kills) >= 3:
-            print(f"{len(kills)} kills, {sum(kills)} of them amid a save, in {number + 1} runs")
-            return
-    pytest.fail(f"{len(kills)} kills, {sum(kills)} of them amid a save; random.Random({seed})")
