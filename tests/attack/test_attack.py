@@ -1,4 +1,4 @@
-"""A few cases of every attack of `make attack`: nothing ends in a traceback or hangs, is lost, or is wrong in silence."""
+"""A few cases of every attack of `make attack`: no traceback, no hang, nothing lost, nothing wrong in silence."""
 
 import json
 import os
