@@ -46,7 +46,6 @@ class LTXBackbone(DiffusersBackbone):
 
     def predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         t, h, w = x.shape[2:]
-        pixels = self.config.spatial_compression
         tokens = network(
             hidden_states=_pack(x),
             encoder_hidden_states=cond["prompt_embeds"],
@@ -55,7 +54,7 @@ class LTXBackbone(DiffusersBackbone):
             num_frames=t,
             height=h,
             width=w,
-            rope_interpolation_scale=(self.config.temporal_compression / self.fps, pixels, pixels),
+            **self.as_trained(),
             return_dict=False,
         )[0]
         return _unpack(tokens, x.shape)
@@ -74,6 +73,11 @@ class LTXBackbone(DiffusersBackbone):
 
     def from_pipeline(self, latents: Tensor, sigma: float, shape: Sequence[int]) -> Tensor:
         return _unpack(latents, shape)
+
+    def as_trained(self) -> dict[str, Any]:
+        """See `DiffusersBackbone.as_trained`: seconds and pixels of a latent."""
+        pixels = self.config.spatial_compression
+        return {"rope_interpolation_scale": (self.config.temporal_compression / self.fps, pixels, pixels)}
 
     def pipeline_arguments(self) -> dict[str, Any]:
         return {**super().pipeline_arguments(), "frame_rate": self.fps}

@@ -240,5 +240,6 @@ def test_from_training_to_a_pipeline(folder, tmp_path):
     with apply(pipeline, result.output / "export"):
         assert (frames() - wanted).abs().max() <= 1e-5  # guided by default: both halves in one batch
         assert (frames(guidance_scale=1.0, num_inference_steps=7) - wanted).abs().max() <= 1e-5
+        assert (frames(frame_rate=50) - wanted).abs().max() <= 1e-5  # the one that was trained with stays
     assert (before - wanted).abs().max() > 1e-3
     assert torch.equal(frames(num_inference_steps=4), before)

@@ -293,6 +293,10 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
             )
         return self.pass_names[mark]
 
+    def as_trained(self) -> dict[str, Any]:
+        """Arguments of the network that a pipeline's caller chooses, but training has fixed, such as a frame rate."""
+        return {}
+
     def decoder_arguments(self) -> dict[str, Any]:
         """Further arguments of the VAE's `decode`, for one video."""
         return {}

@@ -126,6 +126,7 @@ class RoutedTransformer(nn.Module):
             # What the expert was told in training; the pipeline's is the caller's, and rounded: 6016 for 6000 in bf16.
             scale = mixture.guidance.student_scale or mixture.guidance.embedded_scale(mixture.bases[0])
             arguments["guidance"] = torch.full_like(arguments["guidance"], 1000.0 * scale, dtype=torch.float32)
+        arguments |= backbone.as_trained()
         arguments["timestep"] = scheduler.timesteps[step].to(hidden_states.device).expand(batch)
         running.enter_context(mixture.running(expert, self._weights))
         running.enter_context(mixture.autocast(hidden_states.device))
