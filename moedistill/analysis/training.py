@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from moedistill.data.loading import Batch, load_batches
-from moedistill.errors import user_errors
+from moedistill.errors import UserError, user_errors
 from moedistill.flow.routers import Boundary, TimestepRouterConfig
 from moedistill.losses.base import HuberConfig, StepTensors
 from moedistill.model.experts import ExpertConfig, FullConfig
 from moedistill.recipe.keys import Recipe, StageConfig
 from moedistill.stages.consistency import ConsistencyConfig, ConsistencyStage
 from moedistill.stages.run import Run
-from moedistill.stages.training import STUDENT, Training
+from moedistill.stages.training import STUDENT, NotFinite, Training
 
 
 def consistency_template(recipe: Recipe) -> ConsistencyConfig:
@@ -65,7 +65,10 @@ def train(run: Run, config: ConsistencyConfig) -> None:
                 stage.step(training, training.begin(batch))
             if batch.boundary:
                 training.end_step()
-                training.take_metrics()  # raises if one is not finite
+                try:
+                    training.take_metrics()
+                except NotFinite as error:
+                    raise UserError(f"analyze: {error}; lower the learning rate, or check the data") from error
     training.release()
 
 

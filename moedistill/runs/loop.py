@@ -355,7 +355,7 @@ class _Runner:
                 self.run.dataset, batch_size=self.recipe.training.batch_size, seed=self.recipe.seed,
                 stage=training.config.name, step=error.step - 1,
             )  # fmt: skip
-        earlier = [path for path in self.checkpoints.all() if int(path.name.partition("_")[0]) < number]
+        earlier = [path for path in self.checkpoints.all() if path.name < f"{number:02d}_"]
         with user_errors(str(error)):  # where a sample cannot be read again
             message = explain(training, error, samples, self.last_checkpoint, earlier[-1] if earlier else None)
         raise UserError(message) from None

@@ -38,7 +38,8 @@ def explain(
             f"go on from {checkpoint}" if checkpoint is not None else f"begin anew: {newest(None)}"
         )
     if error.step == 0:
-        return f"{said}, before any training, though the samples are finite: the model's weights are at fault"
+        cause = f"the model's weights, or backbone.dtype {training.recipe.backbone.dtype},"
+        return f"{said}, before any training, though the samples are finite: {cause} must be at fault"
     rate = f"stages.{training.config.name}.optimizer.lr {training.config.optimizer.lr:g}"
     return (
         f"{said}. The samples of that step are finite, so it comes again if the run goes on as it is: lower {rate} and "

@@ -181,7 +181,10 @@ def test_weights_that_are_not_finite_stop_at_step_0(tmp_path):
     changes = {"backbone.pretrained": str(tmp_path / "weights.safetensors"), "training.monitor": MONITOR}
     message, rows = stopped(tiny_recipe([distil()], changes), tmp_path / "run")
     assert message.startswith("stage semantic, step 0: monitor = nan, monitor/sigma_")
-    assert message.endswith(", before any training, though the samples are finite: the model's weights are at fault")
+    assert message.endswith(
+        ", before any training, though the samples are finite: the model's weights, or backbone.dtype float32, must be "
+        "at fault"
+    )
     assert [(row["step"], row["monitor"]) for row in rows] == [(0, None)]
 
 
