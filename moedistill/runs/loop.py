@@ -26,7 +26,15 @@ from moedistill.runs.memory import loading_remedies, memory_errors, remedies
 from moedistill.runs.not_finite import explain, newest
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
-from moedistill.runtime.checkpoint import FORMAT, Checkpoints, bytes_of, checkpoint_name, load_tree, write_text
+from moedistill.runtime.checkpoint import (
+    FORMAT,
+    Checkpoints,
+    bytes_of,
+    checkpoint_name,
+    load_tree,
+    parse_name,
+    write_text,
+)
 from moedistill.runtime.devices import cpu_threads
 from moedistill.runtime.integrity import Damaged, read_json
 from moedistill.runtime.lock import claimed
@@ -355,7 +363,7 @@ class _Runner:
                 self.run.dataset, batch_size=self.recipe.training.batch_size, seed=self.recipe.seed,
                 stage=training.config.name, step=error.step - 1,
             )  # fmt: skip
-        earlier = [path for path in self.checkpoints.all() if path.name < f"{number:02d}_"]
+        earlier = [path for path in self.checkpoints.all() if (parse_name(path.name) or (number,))[0] < number]
         with user_errors(str(error)):  # where a sample cannot be read again
             message = explain(training, error, samples, self.last_checkpoint, earlier[-1] if earlier else None)
         raise UserError(message) from None
