@@ -168,7 +168,7 @@ class _Runner:
         self.last_checkpoint: Path | None = None
         self.under_way = ""
         self.training: Training | None = None
-        self.interruption = Interruption(self._where_to_go_on)
+        self.interruption = Interruption(lambda: f"stopped in stage {self.under_way}; {self._where_to_go_on()}")
         self.progress = Progress()
         self.trackers = Trackers(accelerator, recipe.training.trackers, str(folder), recipe.name)
         self.observers: list[Any] = [self.trackers]
@@ -365,7 +365,8 @@ class _Runner:
             )  # fmt: skip
         earlier = [path for path in self.checkpoints.all() if (parse_name(path.name) or (number,))[0] < number]
         with user_errors(str(error)):  # where a sample cannot be read again
-            message = explain(training, error, samples, self.last_checkpoint, earlier[-1] if earlier else None)
+            where = self._where_to_go_on()
+            message = explain(training, error, samples, self.last_checkpoint, earlier[-1] if earlier else None, where)
         raise UserError(message) from None
 
     def _memory_errors(self, config: StageConfig) -> AbstractContextManager[None]:
@@ -391,7 +392,7 @@ class _Runner:
     def _where_to_go_on(self) -> str:
         if self.last_checkpoint is None:
             anew = self.command.begin(self.folder)
-            return f"stopped in stage {self.under_way}; nothing is saved yet; begin it anew with: {anew}"
+            return f"nothing is saved yet; begin it anew with: {anew}"
         branch = not belongs_to(self.last_checkpoint, self.folder)
         newest = self.checkpoints.there()[-1:] == [self.last_checkpoint]
         on = self.command.go_on(self.folder, None if newest else self.last_checkpoint, branch=branch)

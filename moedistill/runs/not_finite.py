@@ -20,7 +20,12 @@ def newest(checkpoint: Path | None) -> str:
 
 
 def explain(
-    training: Training, error: NotFinite, samples: Sequence[int], checkpoint: Path | None, earlier: Path | None
+    training: Training,
+    error: NotFinite,
+    samples: Sequence[int],
+    checkpoint: Path | None,
+    earlier: Path | None,
+    where: str,
 ) -> str:
     """What is wrong, and how to go on.
 
@@ -28,15 +33,14 @@ def explain(
         samples: those that the numbers are of, as indices of the dataset.
         checkpoint: the newest one.
         earlier: the newest one of an earlier stage.
+        where: what is saved, and the command that goes on.
     """
     said = str(error)
     assert training.dataset is not None
     faults = list(_faults(training, training.dataset, samples))
     if faults:
         more = f" and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
-        return f"{said}. The data are at fault: {'; '.join(faults[:MOST_NAMED])}{more}. Make them again, and " + (
-            f"go on from {checkpoint}" if checkpoint is not None else f"begin anew: {newest(None)}"
-        )
+        return f"{said}. The data are at fault: {'; '.join(faults[:MOST_NAMED])}{more}. Make them again; {where}"
     if error.step == 0:
         cause = f"the model's weights, or backbone.dtype {training.recipe.backbone.dtype},"
         return f"{said}, before any training, though the samples are finite: {cause} must be at fault"

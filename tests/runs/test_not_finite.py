@@ -141,12 +141,14 @@ def test_samples_at_fault_are_named(at_once, tmp_path, monkeypatch):
     monkeypatch.setattr(DigitsDataset, "__getitem__", spoilt)
     message, _ = stopped(recipe, tmp_path)
     assert message.startswith(f"stage semantic, step {first}: grad_norm/student = nan, loss = nan, loss/huber = nan. ")
-    fault = f"The data are at fault: sample {bad} has latents with numbers that are not finite. Make them again, and "
+    fault = f"The data are at fault: sample {bad} has latents with numbers that are not finite. Make them again; "
     assert fault in message
     newest = tmp_path / f"checkpoints/00_semantic_{first - 1:08d}"
-    assert message.endswith(
-        f"go on from {newest}" if at_once and first > 1 else "begin anew: no checkpoint is there yet"
-    )
+    command = f"moedistill run {tmp_path}/recipe.yaml"
+    if at_once and first > 1:
+        assert f"saved is {newest}; go on with: {command} --resume-from {tmp_path}" in message
+    else:
+        assert f"nothing is saved yet; begin it anew with: {command} --output {tmp_path}" in message
 
 
 def test_the_file_of_a_sample_at_fault(tmp_path, monkeypatch):
