@@ -45,6 +45,10 @@ class Then:
             self.do(path)
 
 
+def go_on(folder):
+    return f"moedistill run {folder}/recipe.yaml --resume-from {folder} --device cpu"
+
+
 def fails(folder, do):
     """What the run says that has come to its first checkpoint when `do` happens."""
     plugins = load_plugins()
@@ -70,7 +74,7 @@ def test_no_room_for_a_checkpoint_is_seen_before_it_is_written(tmp_path, monkeyp
     saved = folder / "checkpoints/00_semantic_00000001"
     size, what = size_of(trees(saved)) / 2**20, folder / "checkpoints/00_semantic_00000002"
     refusal = f"cannot write {what}: it needs {size:.3g} MiB, and 19.5 KiB are free; make room there"
-    assert message == f"{refusal}; saved is {saved}; go on with --resume-from {folder}"
+    assert message == f"{refusal}; saved is {saved}; go on with: {go_on(folder)}"
     monkeypatch.undo()
     assert_goes_on(folder, whole)
 
@@ -93,7 +97,7 @@ def test_metrics_that_cannot_be_written(tmp_path):
 
     message = fails(tmp_path / "run", fill)
     assert message.startswith(f"cannot write {tmp_path}/run/metrics.jsonl: No space left on device (")
-    assert message.endswith(f"00000001; go on with --resume-from {tmp_path}/run")
+    assert message.endswith(f"00000001; go on with: {go_on(tmp_path / 'run')}")
 
 
 @pytest.mark.parametrize("stage", AFTER)
@@ -112,7 +116,7 @@ def test_what_stages_write_is_whole_or_not_there(tmp_path, whole, stage, monkeyp
         run(RECIPE, output=folder, device="cpu")
     assert str(error.value).startswith(f"cannot write {folder}/{stage}/")
     saved = folder / "checkpoints/00_semantic_00000002"
-    assert str(error.value).endswith(f"of `ulimit -f`; saved is {saved}; go on with --resume-from {folder}")
+    assert str(error.value).endswith(f"of `ulimit -f`; saved is {saved}; go on with: {go_on(folder)}")
     assert list((folder / stage).iterdir()) == []
     monkeypatch.undo()
     assert_goes_on(folder, whole)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from moedistill.components.plugins import load_plugins
 from moedistill.data.base import Sample
-from moedistill.data.latents import OwnStore, write_latents
+from moedistill.data.latents import LatentsDataset, write_latents
 from moedistill.data.loading import batch_of_step
 from moedistill.errors import UserError
 from moedistill.losses.base import Loss, LossConfig
@@ -152,21 +152,22 @@ def test_samples_at_fault_are_named(at_once, tmp_path, monkeypatch):
 
 
 def test_the_file_of_a_sample_at_fault(tmp_path, monkeypatch):
+    """Of a stored set the dataset names the file itself, when the sample is drawn."""
     backbone = DigitsBackboneConfig(pretrained=None, width=16, num_layers=2, num_heads=2).build()
     cond = {name: value[0] for name, value in backbone.encode(["3 up"]).items()}
     write_latents(tmp_path / "set", [Sample(torch.randn(backbone.latent_shape()), cond) for _ in range(4)])
-    usual = OwnStore.read
+    usual, larger = LatentsDataset.__getitem__, 1e30
 
-    def spoilt(self, i):
-        latents, cond = usual(self, i)
-        return (latents if i < 2 else latents.fill_(1e30)), cond
+    def spoilt(self, index):
+        sample = usual(self, index)
+        return sample if index < 2 else Sample(sample.latents.sign() * larger, sample.conditioning)
 
-    monkeypatch.setattr(OwnStore, "read", spoilt)
+    monkeypatch.setattr(LatentsDataset, "__getitem__", spoilt)
     changes = {"data": {"kind": "latents", "path": str(tmp_path / "set")}, "backbone.dtype": "float32"}
     message, _ = stopped(tiny_recipe([distil()], changes), tmp_path / "run")
     # Finite, and so are they as float32: what is large is a matter of the check of a whole set.
     assert "The samples of that step are finite" in message
-    monkeypatch.setattr(OwnStore, "read", lambda self, i: (spoilt(self, i)[0] * (1.0 if i < 2 else 1e30), cond))
+    larger = float("inf")
     message, _ = stopped(tiny_recipe([distil()], changes), tmp_path / "other")
     for i in (2, 3):
         assert f"sample {i} ({tmp_path / f'set/{i:08}.safetensors'}) has latents with numbers that are not" in message

@@ -140,7 +140,7 @@ def test_a_second_signal_interrupts_at_once(reference, start, tmp_path):
     assert command.exit_code() == 130
     saved = folder / "checkpoints/00_semantic_00000001"
     assert find_checkpoint(folder) == saved
-    assert command.output.splitlines()[-1] == f"saved is {saved}; {go_on(folder)}"
+    assert command.output.splitlines()[-1] == f"stopped in stage semantic; saved is {saved}; {go_on(folder)}"
 
 
 def test_a_signal_in_an_evaluation(reference, start, tmp_path):
@@ -150,7 +150,7 @@ def test_a_signal_in_an_evaluation(reference, start, tmp_path):
     command.signal(signal.SIGTERM)
     assert command.exit_code(seconds=90) == 143
     saved = find_checkpoint(folder)
-    assert command.output.splitlines()[-1] == f"saved is {saved}; {go_on(folder)}"
+    assert command.output.splitlines()[-1] == f"stopped in stage evaluate; saved is {saved}; {go_on(folder)}"
     before = len(command.output)
     assert start("--resume", plugin=SLEEPS_IN_FIRST_EVALUATION).exit_code() == 0
     assert "stage evaluate" in command.output[before:]

@@ -117,7 +117,8 @@ def test_in_a_stage_that_writes(tmp_path, call, kill_in, monkeypatch, finished, 
     kill_in(owner, name, signal.SIGTERM, number)
     code, said = call("run", tmp_path / "recipe.yaml", "--device", "cpu", "--output", folder)
     saved = folder / "checkpoints/00_semantic_00000002"
-    assert (code, said) == (143, f"saved is {saved}; go on with --resume-from {folder}")
+    on = f"moedistill run {folder}/recipe.yaml --resume-from {folder} --device cpu"
+    assert (code, said) == (143, f"stopped in stage {stage}; saved is {saved}; go on with: {on}")
     found = sorted(path.name for path in (folder / stage).iterdir()) if (folder / stage).exists() else None
     assert found == left
     assert not list(folder.rglob(".*"))

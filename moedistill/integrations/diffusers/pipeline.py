@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -38,6 +39,7 @@ class RoutedTransformer(nn.Module):
         self._is_doubled = False
         self._step: int | None = None
         self._conditional: Tensor | None = None
+        _choose_outside_of_graphs()
 
     @property
     def _network(self) -> Any:
@@ -72,8 +74,6 @@ class RoutedTransformer(nn.Module):
         for network in self.mixture.networks:
             network.compile_repeated_blocks(*args, **kwargs)  # type: ignore[operator]
 
-    # What a compiled one is to compile are the networks, not the choice of one.
-    @torch.compiler.disable(recursive=False)
     def forward(self, hidden_states: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
         """The network's forward, by the expert of the current step, at the exact native time.
 
@@ -89,7 +89,6 @@ class RoutedTransformer(nn.Module):
         self._conditional = torch.cat([output, output]) if running_pass == "both" else output
         return (self._conditional,)
 
-    @torch.compiler.disable
     def _choose(
         self, running: ExitStack, hidden_states: Tensor, timestep: Tensor, arguments: dict[str, Any]
     ) -> tuple[Pass, nn.Module, dict[str, Any]]:
@@ -131,6 +130,17 @@ class RoutedTransformer(nn.Module):
         running.enter_context(mixture.running(expert, self._weights))
         running.enter_context(mixture.autocast(hidden_states.device))
         return running_pass, network, arguments
+
+
+@cache
+def _choose_outside_of_graphs() -> None:
+    """What is to be compiled of a `RoutedTransformer` are the networks, not the choice of one.
+
+    Not by decorators: they would import the compiler wherever a recipe is read.
+    """
+    cls: Any = RoutedTransformer
+    cls.forward = torch.compiler.disable(cls.forward, recursive=False)
+    cls._choose = torch.compiler.disable(cls._choose)
 
 
 def _again(output: Tensor) -> Tensor:
