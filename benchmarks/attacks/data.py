@@ -143,7 +143,7 @@ TENSORS: Sequence[tuple[str, str, Change]] = (
 def _published(folder: Path, samples: Sequence[dict[str, Tensor]]) -> None:
     entries = []
     for i, sample in enumerate(samples):
-        entry = {"caption": f"caption {i}"}
+        entry = {"caption": f"{i} right"}
         for name, place, key in (
             ("latents", "latent", "latent_path"),
             ("prompt_embeds", "prompt_embed", "prompt_embed_path"),
@@ -165,7 +165,7 @@ def _own(folder: Path, samples: Sequence[dict[str, Tensor]]) -> None:
     for i, sample in enumerate(samples):
         save_file({name: value.contiguous() for name, value in sample.items()}, folder / f"{i:08}.safetensors")
         shape = list(sample["latents"].shape)
-        entries.append({"file": f"{i:08}.safetensors", "shape": shape, "caption": f"caption {i}"})
+        entries.append({"file": f"{i:08}.safetensors", "shape": shape, "caption": f"{i} right"})
     index = {"format": "moedistill-latents", "version": 1, "samples": entries, "negative": None}
     (folder / "index.json").write_text(json.dumps(index))
 

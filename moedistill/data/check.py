@@ -230,8 +230,8 @@ def _read_numbers(contents: Contents, found: _Found, layout: SampleLayout | None
         bad = dict(bad_numbers({LATENTS: latents, **cond}))
         for name, reason in bad.items():
             (found.zero if "zero" in reason else found.not_finite).append(f"{sample.file}: {name}")
-        if not bad and (layout is None or layout.channels == len(latents)):
-            contents.spread = contents.spread or Spread(len(latents))
+        if not bad:
+            contents.spread = contents.spread or Spread(layout.channels if layout is not None else len(latents))
             contents.spread.add(latents)
         for name, length in padded.items():
             if name in cond and len(cond[name]) == length:

@@ -29,7 +29,9 @@ class Spread:
         self._squares = torch.zeros(channels, dtype=torch.float64)
 
     def add(self, latents: Tensor) -> None:
-        """Takes latents `[C, T, H, W]` of so many channels into account."""
+        """Takes latents `[C, T, H, W]` into account, but for those with another number of channels."""
+        if len(latents) != len(self._sum):
+            return
         flat = latents.double().flatten(1)
         self.count += flat.shape[1]
         self._sum += flat.sum(1)

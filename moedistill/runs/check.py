@@ -88,7 +88,7 @@ def _warnings(contents: Contents, backbone: BackboneConfig, report: Report) -> I
     except ValueError as error:
         report.notes.append(f"the latents' numbers are not compared with the VAE's: {str(error).splitlines()[0]}")
         moments = None
-    if moments is not None and contents.spread is not None:
+    if moments is not None and contents.spread is not None and contents.spread.count:
         yield from spread_warning(contents.spread, *moments)
     if isinstance(backbone, LatentVideoConfig):
         video = backbone.video

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moedistill import Backbone, BackboneConfig, PositiveInt, Prompt, VideoSize
+from moedistill import Backbone, BackboneConfig, Input, PositiveInt, Prompt, SampleLayout, VideoSize
 from moedistill_digits.codec import Codec
 from moedistill_digits.data import CANVAS, DIGITS, DIRECTIONS, FRAMES, NULL_DIGIT, NULL_DIRECTION
 from moedistill_digits.network import DigitsTransformer
@@ -101,6 +101,17 @@ class DigitsBackbone(Backbone):
         digits, directions = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
         return {"digit": digits, "direction": directions}
 
+    def prepare(self, latents: Tensor, cond: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """See `Backbone.prepare`.
+
+        Raises:
+            ValueError: a digit or a direction is none.
+        """
+        for name, null in (("digit", NULL_DIGIT), ("direction", NULL_DIRECTION)):
+            if name in cond and not ((cond[name] >= 0) & (cond[name] <= null)).all():
+                raise ValueError(f"{name} {cond[name].tolist()} must be from 0 to {null}, which stands for none")
+        return latents, cond
+
     def captions(self, cond: Mapping[str, Tensor]) -> list[str]:
         """The prompts that `encode` would take."""
         pairs = zip(cond["digit"].tolist(), cond["direction"].tolist(), strict=True)
@@ -180,6 +191,10 @@ class DigitsBackboneConfig(BackboneConfig):
             raise ValueError(
                 "guidance.mode embedded: the digits network has no input for the scale; use none or classifier_free"
             )
+
+    def layout(self) -> SampleLayout:
+        number = Input("scalar", ())
+        return SampleLayout(Codec.latent_shape[0], Codec.latent_shape[1:], {"digit": number, "direction": number})
 
     def build(self, seed: int = 0) -> DigitsBackbone:
         with torch.random.fork_rng(devices=[]):

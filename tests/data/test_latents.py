@@ -421,7 +421,7 @@ def test_evaluation_over_prompts_in_a_file(tmp_path):
 def test_evaluation_over_data_of_mixed_shapes(tmp_path):
     """The conditioning of all samples is wanted, and none of their videos."""
     conds = [{"digit": torch.tensor(i), "direction": torch.tensor(0)} for i in range(4)]
-    shapes = [(12, 8, 4, 4), (12, 4, 4, 4)] * 2
+    shapes = [(12, 8, 4, 4), (12, 16, 4, 4)] * 2
     write_latents(
         tmp_path / "set", [Sample(torch.ones(shape), cond) for shape, cond in zip(shapes, conds, strict=True)]
     )

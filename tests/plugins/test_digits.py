@@ -4,15 +4,19 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from helpers import distil, tiny_recipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moedistill.components.plugins import load_plugins
-from moedistill.data.base import DatasetConfig
+from moedistill.data.base import DatasetConfig, Sample
+from moedistill.data.latents import write_latents
+from moedistill.errors import UserError
 from moedistill.metrics.base import MetricConfig, MetricInputs
 from moedistill.metrics.statistics import frechet_distance
 from moedistill.model.backbone import BackboneConfig
 from moedistill.model.guidance import Guidance
+from moedistill.runs.loop import run
 from moedistill_digits import backbone as backbone_module
 from moedistill_digits import metrics, plugin
 from moedistill_digits.backbone import TEACHER_FILE, DigitsBackbone, DigitsBackboneConfig
@@ -585,3 +589,21 @@ def test_everything_registered_can_be_built() -> None:
 def test_captions_are_the_prompts(backbone: DigitsBackbone) -> None:
     prompts = ["3 right", "", "0 up"]
     assert backbone.captions(backbone.encode(prompts)) == prompts
+
+
+def test_stored_samples_that_are_no_digits_are_refused(tmp_path):
+    """Text of another width ended in a traceback of the network, and so did a digit that there is not."""
+
+    def trained_on(digit, latents=(12, 8, 4, 4)):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        write_latents(folder, [Sample(torch.ones(latents), {"digit": digit, "direction": torch.tensor(1)})] * 2)
+        recipe = tiny_recipe([distil(steps=1)], {"data": {"kind": "latents", "path": str(folder)}})
+        return run(recipe, output=folder / "run", device="cpu")
+
+    assert trained_on(torch.tensor(3)).cost["semantic"]["steps"] == 1
+    with pytest.raises(UserError, match=r"sample 0 has digit \[3\]; the model takes \[\]"):
+        trained_on(torch.tensor([3, 3, 3]))
+    with pytest.raises(UserError, match=r"sample 0 has latents \[5, 8, 4, 4\]; the model's have 12 channels"):
+        trained_on(torch.tensor(3), (5, 8, 4, 4))
+    with pytest.raises(UserError, match=r"digit \[47\] must be from 0 to 10, which stands for none"):
+        trained_on(torch.tensor(47))

@@ -285,7 +285,8 @@ def test_a_backbone_that_cannot_tell(tmp_path, check, monkeypatch):
 
 
 def test_the_command(tmp_path, call):
-    write_latents(tmp_path / "set", [Sample(torch.ones(12, 8, 4, 4), {"digit": torch.tensor(i)}) for i in range(9)])
+    cond = {"digit": torch.tensor(3), "direction": torch.tensor(1)}
+    write_latents(tmp_path / "set", [Sample(torch.ones(12, 8, 4, 4), cond)] * 9)
     recipe = tmp_path / "recipe.json"
     changes = {"data": {"kind": "latents", "path": str(tmp_path / "set")}, "training.batch_size": 9}
     recipe.write_text(json.dumps(tiny_recipe([distil()], changes)))
