@@ -11,7 +11,8 @@ from torch import Tensor
 from moedistill.data.latents import LATENTS, SampleError, Store, absent, bad_numbers, open_store
 from moedistill.data.plausible import Spread
 from moedistill.errors import SCREEN_LINES, counted, shorten
-from moedistill.model.layout import SampleLayout
+from moedistill.model import conditioning
+from moedistill.model.layout import SampleLayout, mask_fault
 
 EXAMPLES = 10
 """How many examples are shown of a kind of problem, if there is room on the screen."""
@@ -19,6 +20,7 @@ NAMES = 8
 """How many conditioning tensors are listed by name."""
 OF_TEXT = ("text", "mask", "pooled")
 """Roles of what a prompt is encoded to."""
+DTYPE_OF = {"mask": torch.bool}
 
 Shape = tuple[int, ...]
 Unpack = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -78,12 +80,17 @@ class Report:
 
 @dataclass
 class Seen:
-    """What is known of a sample without its numbers: of its latents and of its conditioning, as stored, the shapes."""
+    """What is known of a sample without its numbers.
+
+    Attributes:
+        latents: their shape (C, T, H, W).
+        conditioning: as stored, on the meta device, without a batch dimension.
+    """
 
     index: int
     file: str
     latents: Shape
-    conditioning: dict[str, Shape]
+    conditioning: dict[str, Tensor]
 
 
 @dataclass
@@ -94,16 +101,15 @@ class Contents:
         seen: of the samples that could be read.
         negative: of the stored negative prompt; None if there is none.
         spread: of the latents' numbers, as far as they were read; None if none were.
-        unpadded: samples whose text of full length does not end in zeros, by name of the text.
-        padded: how many do, by name of the text.
+        texts: of each text that ought to be padded with zeros, how many that were read end in zeros, do not, or are
+            nothing else.
     """
 
     store: Store
     seen: list[Seen]
     negative: Seen | None
     spread: Spread | None = None
-    unpadded: dict[str, list[str]] = field(default_factory=dict)
-    padded: Counter[str] = field(default_factory=Counter)
+    texts: dict[str, Counter[str]] = field(default_factory=dict)
 
 
 def read_set(
@@ -125,10 +131,11 @@ def read_set(
     found = _Found()
     _read_headers(contents, report, found, layout)
     _read_numbers(contents, found, layout, numbers)
+    contents.negative, negative = _read_negative(contents, report, found, layout)
     counts = {"not finite": found.not_finite, "missing": found.missing, "broken": found.broken}
     report.facts.append(("files", ", ".join(f"{len(places) or 'none'} {what}" for what, places in counts.items())))
     report.problems += found.problems()
-    contents.negative = _read_negative(store, report)
+    report.facts.append(("negative prompt", negative))
     return contents
 
 
@@ -144,6 +151,7 @@ class _Found:
     not_finite: list[str] = field(default_factory=list)
     zero: list[str] = field(default_factory=list)
     masked: list[str] = field(default_factory=list)
+    odd_masks: list[str] = field(default_factory=list)
 
     def problems(self) -> list[Misfit]:
         again = "make these samples again, or take them out of the index"
@@ -156,6 +164,7 @@ class _Found:
                 self.masked,
                 "text is masked out altogether, which makes the attention of some models NaN: encode it again",
             ),
+            (self.odd_masks, "masks are not ones for a text, and zeros for the padding after it: encode it again"),
         ]
         return [Misfit(f"{len(places)} {message}", places) for places, message in kinds if places]
 
@@ -174,7 +183,7 @@ def _read_headers(contents: Contents, report: Report, found: _Found, layout: Sam
             if gone:
                 continue
             latents, cond = store.header(i)
-            found.masked += masks.read(i, str(files[0]), cond)
+            masks.look(str(files[0]), cond, found)
         except SampleError as error:
             found.broken.append(f"{error.file}: sample {i} {error.reason}")
             continue
@@ -183,8 +192,7 @@ def _read_headers(contents: Contents, report: Report, found: _Found, layout: Sam
         to_encode += not cond and caption is not None
         for name, value in {LATENTS: latents, **cond}.items():
             dtypes.setdefault(name, Counter())[str(value.dtype).removeprefix("torch.")] += 1
-        shapes = {name: tuple(value.shape) for name, value in cond.items()}
-        contents.seen.append(Seen(i, str(files[0]), tuple(latents.shape), shapes))
+        contents.seen.append(Seen(i, str(files[0]), tuple(latents.shape), conditioning.to(cond, "meta")))
     report.facts += _facts(contents.seen, dtypes, masks.lengths)
     report.facts.append(("captions", f"{captions}; {to_encode} samples have nothing else"))
     if to_encode:
@@ -198,28 +206,28 @@ class _Masks:
 
     def __init__(self, store: Store, layout: SampleLayout | None) -> None:
         self.lengths: dict[str, list[int]] = {}
-        self._store = store
+        self._layout = layout
         self._names = set(store.masks if layout is None else layout.of_role("mask"))
-        given = layout.conditioning.items() if layout is not None else ()
-        self._may_be_empty = {name for name, each in given if each.may_be_empty}
 
-    def read(self, i: int, file: str, cond: Mapping[str, Tensor]) -> list[str]:
-        """Reads a sample's masks; gives those that are empty and may not be, for people."""
-        empty = []
-        for name, header in cond.items():
-            if name in self._names or header.dtype == torch.bool:  # no tensor of these is anything else
-                length = int(self._store.read_conditioning(i, name).count_nonzero())
-                self.lengths.setdefault(name, []).append(length)
-                if length == 0 and name not in self._may_be_empty:
-                    empty.append(f"{file}: {name}")
-        return empty
+    def look(self, file: str, cond: Mapping[str, Tensor], found: _Found, *, counted: bool = True) -> None:
+        """Reads the masks among these tensors, which are small, and notes what is wrong with them."""
+        for name, mask in cond.items():
+            guessed = self._layout is None and mask.dtype == torch.bool  # no tensor of these is anything else
+            if mask.ndim != 1 or not (name in self._names or guessed):
+                continue
+            if counted:
+                self.lengths.setdefault(name, []).append(int(mask.count_nonzero()))
+            empty = self._layout is not None and self._layout.conditioning[name].may_be_empty
+            if fault := mask_fault(mask[None], may_be_empty=empty):
+                if mask.any():
+                    found.odd_masks.append(f"{file}: {name} {fault[1]}")
+                else:
+                    found.masked.append(f"{file}: {name}")
 
 
 def _read_numbers(contents: Contents, found: _Found, layout: SampleLayout | None, numbers: int | None) -> None:
     """Reads samples: what is no number, all zero, or not padded as it should be, and how the latents are spread."""
-    seen, padded = contents.seen, {}
-    if layout is not None:
-        padded = {name: each.shape[0] for name, each in layout.conditioning.items() if each.padded}
+    seen = contents.seen
     chosen = range(len(seen)) if numbers is None else sorted({len(seen) * k // numbers for k in range(numbers)})
     for sample in [seen[k] for k in chosen if k < len(seen)]:
         try:
@@ -233,12 +241,17 @@ def _read_numbers(contents: Contents, found: _Found, layout: SampleLayout | None
         if not bad:
             contents.spread = contents.spread or Spread(layout.channels if layout is not None else len(latents))
             contents.spread.add(latents)
-        for name, length in padded.items():
-            if name in cond and len(cond[name]) == length:
-                if cond[name][-1].any():
-                    contents.unpadded.setdefault(name, []).append(sample.file)
-                else:
-                    contents.padded[name] += 1
+        _look_at_padding(contents, cond, layout)
+
+
+def _look_at_padding(contents: Contents, cond: Mapping[str, Tensor], layout: SampleLayout | None) -> None:
+    for name, each in layout.conditioning.items() if layout is not None else ():
+        if each.padded and name in cond and cond[name].ndim == len(each.shape):
+            text = cond[name]
+            kind = "empty" if not text.any() else "padded"
+            if kind == "padded" and len(text) == each.shape[0] and text[-1].any():
+                kind = "unpadded"
+            contents.texts.setdefault(name, Counter())[kind] += 1
 
 
 def _facts(
@@ -250,7 +263,7 @@ def _facts(
     for name in names[:NAMES]:
         yield (
             shorten(name, 30),
-            counted(Counter(str(list(s.conditioning[name])) for s in seen if name in s.conditioning)),
+            counted(Counter(str(list(s.conditioning[name].shape)) for s in seen if name in s.conditioning)),
         )
     if len(names) > NAMES:
         yield "other tensors", f"{len(names) - NAMES} more names"
@@ -260,51 +273,68 @@ def _facts(
     yield "dtypes", ", ".join(f"{name} {kind}" for name, kind in list(kinds.items())[: NAMES + 1]) or "none"
 
 
-def _read_negative(store: Store, report: Report) -> Seen | None:
-    """The stored negative prompt's shapes."""
+def _read_negative(
+    contents: Contents, report: Report, found: _Found, layout: SampleLayout | None
+) -> tuple[Seen | None, str]:
+    """The stored negative prompt, and what there is to say of it."""
+    store = contents.store
     try:
         stored = store.negative()
     except SampleError as error:
-        report.facts.append(("negative prompt", "cannot be read"))
         message = "the negative prompt's conditioning cannot be read: make it again, or set negative to null"
         report.problems.append(Misfit(message, [f"{error.file}: {error.reason}"]))
-        return None
-    report.facts.append(("negative prompt", "not stored" if stored is None else "stored"))
+        return None, "cannot be read"
     if stored is None:
-        return None
+        return None, "not stored"
     file = str(store.negative_file())
     broken = [f"{file}: {name}" for name, reason in bad_numbers(stored) if "zero" not in reason]
     if broken:
         report.problems.append(Misfit("the negative prompt's conditioning is NaN or infinite: make it again", broken))
-    return Seen(-1, file, (), {name: tuple(value.shape) for name, value in stored.items()})
+    _Masks(store, layout).look(file, stored, found)
+    _look_at_padding(contents, stored, layout)
+    return Seen(-1, file, (), conditioning.to(stored, "meta")), "stored"
 
 
-def check_batches(contents: Contents, report: Report, *, batched: bool, unpack: Unpack = dict) -> None:
+def check_batches(
+    contents: Contents,
+    report: Report,
+    *,
+    batched: bool,
+    unpack: Unpack = dict,
+    layout: SampleLayout | None = None,
+    needs_negative: bool = False,
+) -> None:
     """Samples of one latent shape are batched, so all their conditioning must be equal in shape, as the negative's.
 
     Args:
         batched: whether more than one sample is trained on at once; else unequal samples are but a note.
-        unpack: what the model makes of stored conditioning, of which the negative's shapes must be equal.
+        unpack: what the model makes of stored conditioning.
+        layout: what it makes of a caption; None where that is not known.
+        needs_negative: whether a negative prompt is encoded where none is stored.
     """
-    seen, negative = contents.seen, contents.negative
-    if negative is not None:
-        stored = _unpacked(unpack, negative.conditioning)
-        unequal = [
-            f"{sample.file}: {name} {list(shape)}, not {list(stored[name])}"
-            for sample in seen
-            for name, shape in _unpacked(unpack, sample.conditioning).items()
-            if name in stored and stored[name] != shape
-        ]
-        if unequal:
-            message = f"{len(unequal)} times the stored negative prompt has another shape: encode both alike"
-            report.problems.append(Misfit(message, unequal))
+    encoded = _shapes(encoded_text(layout)) if layout is not None else {}
+    shapes = {s.index: _shapes(_unpacked(unpack, s.conditioning)) if s.conditioning else encoded for s in contents.seen}
+    negative = encoded if needs_negative else {}
+    if contents.negative is not None:
+        negative = _shapes(_unpacked(unpack, contents.negative.conditioning))
+    kept = {name for name, each in layout.conditioning.items() if not each.droppable} if layout is not None else set()
+    unequal = [
+        f"{sample.file}: {name} {list(shape)}, not {list(negative[name])}"
+        for sample in contents.seen
+        for name, shape in shapes[sample.index].items()
+        if name in negative and negative[name] != shape and name not in kept
+    ]
+    if unequal:
+        which = "stored" if contents.negative is not None else "encoded"
+        message = f"{len(unequal)} times the {which} negative prompt has another shape: encode both alike"
+        report.problems.append(Misfit(message, unequal))
     first: dict[Shape, Seen] = {}
     different = []
-    for sample in (sample for sample in seen if sample.conditioning):
+    for sample in (sample for sample in contents.seen if shapes[sample.index]):
         other = first.setdefault(sample.latents, sample)
-        if sample.conditioning != other.conditioning:
-            mine, theirs = (_shapes(s.conditioning) for s in (sample, other))
-            different.append(f"{sample.file}: {mine}; {Path(other.file).name}: {theirs}")
+        mine, theirs = shapes[sample.index], shapes[other.index]
+        if mine != theirs:
+            different.append(f"{sample.file}: {_listed(mine)}; {Path(other.file).name}: {_listed(theirs)}")
     if not different:
         return
     message = "samples have the latent shape, but not the conditioning of others: pad all texts to the same length"
@@ -314,20 +344,33 @@ def check_batches(contents: Contents, report: Report, *, batched: bool, unpack: 
         report.notes.append(f"{len(different)} {message}, or train with one sample at a time; {different[0]}")
 
 
-def _shapes(conditioning: Mapping[str, Shape]) -> str:
-    return ", ".join(f"{shorten(name, 60)} {list(shape)}" for name, shape in conditioning.items())
+def _listed(shapes: Mapping[str, Shape]) -> str:
+    return ", ".join(f"{shorten(name, 60)} {list(shape)}" for name, shape in shapes.items())
+
+
+def _shapes(batch: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(value.shape[1:]) for name, value in batch.items()}
 
 
 # -- what a model needs ------------------------------------------------------------------------------------------------
 
 
-def _unpacked(unpack: Unpack, stored: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes of what a model makes of stored conditioning; of what is stored, where it makes nothing of it."""
-    tensors = {name: torch.empty(1, *shape, device="meta") for name, shape in stored.items()}
+def _unpacked(unpack: Unpack, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What a model makes of stored conditioning, batch first; what is stored, where it makes nothing of it."""
+    batch = {name: value[None] for name, value in stored.items()}
     try:
-        return {name: tuple(value.shape[1:]) for name, value in unpack(tensors).items()}
+        return unpack(batch)
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError):  # tensors of shapes that it does not expect
-        return dict(stored)
+        return batch
+
+
+def encoded_text(layout: SampleLayout) -> dict[str, Tensor]:
+    """What a prompt is encoded to, batch first, on the meta device."""
+    of_text = {name: each for name, each in layout.conditioning.items() if each.role in OF_TEXT and each.required}
+    return {
+        name: torch.empty(1, *(size or 0 for size in each.shape), dtype=DTYPE_OF.get(each.role), device="meta")
+        for name, each in of_text.items()
+    }
 
 
 def layout_problems(
@@ -341,12 +384,10 @@ def layout_problems(
     stages take the first `crops` latent frames, or all.
     """
     step, unfit, odd = layout.multiple[0], [], []
-    # Of a caption alone, which is encoded as the model takes it.
-    of_text = {name: each.shape for name, each in layout.conditioning.items() if each.role in OF_TEXT}
-    encoded = {name: tuple(size or 0 for size in shape) for name, shape in of_text.items()}
+    encoded = encoded_text(layout)
     for sample in contents.seen:
-        shapes = _unpacked(unpack, sample.conditioning) if sample.conditioning else encoded
-        problems = [*layout.latent_problems(sample.latents), *layout.conditioning_problems(shapes, sample.latents)]
+        cond = _unpacked(unpack, sample.conditioning) if sample.conditioning else encoded
+        problems = [*layout.latent_problems(sample.latents), *layout.conditioning_problems(cond, sample.latents)]
         unfit += [f"{sample.file}: sample {sample.index} {problem}" for problem in problems]
         frames, *size = sample.latents[1:]
         grids = [[min(frames, crop or frames), *size] for crop in crops]

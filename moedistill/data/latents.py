@@ -112,15 +112,11 @@ class Store(ABC):
 
     @abstractmethod
     def header(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `read` gives, on the meta device: shapes and dtypes, without reading the numbers."""
+        """What `read` gives, as far as shapes and dtypes: its numbers are not read before they are used."""
 
     @abstractmethod
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents `[C, T, H, W]` and conditioning of a sample, in the dtypes they are stored in."""
-
-    @abstractmethod
-    def read_conditioning(self, i: int, name: str) -> Tensor:
-        """One of a sample's conditioning tensors, without reading the others."""
 
     def negative(self) -> dict[str, Tensor] | None:
         """The negative prompt's conditioning; None if it is not stored."""
@@ -197,14 +193,10 @@ class PublishedStore(Store):
         return tuple(self._latents(i, mmap=True).shape)
 
     def header(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        latents, text = self._load(i, mmap=True)
-        return latents.to("meta"), {name: value.to("meta") for name, value in text.items()}
+        return self._load(i, mmap=True)
 
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self._load(i, mmap=False)
-
-    def read_conditioning(self, i: int, name: str) -> Tensor:
-        return self._tensor(i, name, self._text_files(i)[name], mmap=False)
 
     def _load(self, i: int, *, mmap: bool) -> tuple[Tensor, dict[str, Tensor]]:
         latents = self._latents(i, mmap=mmap)
@@ -261,16 +253,10 @@ class OwnStore(Store):
         return tuple(shape)
 
     def header(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._load(i, _safetensors_header)
+        return self._load(i, _map_safetensors)
 
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self._load(i, _load_safetensors)
-
-    def read_conditioning(self, i: int, name: str) -> Tensor:
-        [file] = self.files(i)
-        with self._reading(i, file), safe_open(file, "pt") as tensors:
-            value: Tensor = tensors.get_tensor(name)
-        return value
 
     def _load(self, i: int, load: Callable[[Path], dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         [file] = self.files(i)
@@ -370,22 +356,17 @@ def _load_pt(file: Path, *, mmap: bool = False) -> Tensor:
 
 
 def _load_safetensors(file: Path) -> dict[str, Tensor]:
-    header = _safetensors_header(file)
-    with safe_open(file, "pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in header}
+    return {name: value.clone() for name, value in _map_safetensors(file).items()}
 
 
-def _safetensors_header(file: Path) -> dict[str, Tensor]:
-    """The file's tensors on the meta device; ValueError for one of a dtype that is not taken."""
+def _map_safetensors(file: Path) -> dict[str, Tensor]:
+    """The file's tensors, mapped: what is not used of them is not read. _Unusable for a dtype that is not taken."""
     with safe_open(file, "pt") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (it is no mapping)
-        for name, one in slices.items():
-            if one.get_dtype() not in DTYPES:
-                raise _Unusable(_other_dtype(name, one.get_dtype()))
-        return {
-            name: torch.empty(one.get_shape(), dtype=DTYPES[one.get_dtype()], device="meta")
-            for name, one in slices.items()
-        }
+        names = list(tensors.keys())
+        for name in names:
+            if (dtype := tensors.get_slice(name).get_dtype()) not in DTYPES:
+                raise _Unusable(_other_dtype(name, dtype))
+        return {name: tensors.get_tensor(name) for name in names}
 
 
 def _check_usable(name: str, value: Tensor) -> None:
@@ -501,7 +482,7 @@ class LatentsDataset(Dataset):
     """
 
     def __init__(self, store: Store, backbone: "Backbone") -> None:
-        self._store = store
+        self._store, self._unpack = store, backbone.unpack
         self._shapes: dict[int, tuple[int, ...]] = {}
         captions = [_caption_to_encode(store, i) for i in range(len(store))]
         self._captions = {i: caption for i, caption in enumerate(captions) if caption is not None}
@@ -516,7 +497,11 @@ class LatentsDataset(Dataset):
         latents = latents.float()
         for name, fault in bad_numbers({LATENTS: latents, **cond}):
             raise SampleError(f"sample {index}", self._store.files(index)[0], f"has {name} that are {fault}")
-        return Sample(latents, self._encoded[self._captions[index]] if index in self._captions else cond)
+        if index in self._captions:
+            return Sample(latents, self._encoded[self._captions[index]])
+        # Here, not in `prepare`: what is padded to one length can be batched.
+        batch = self._unpack({name: value[None] for name, value in cond.items()})
+        return Sample(latents, {name: value[0] for name, value in batch.items()})
 
     def shape(self, index: int) -> tuple[int, ...]:
         if index not in self._shapes:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from moedistill.errors import counted
 
-FAR, VERY_FAR = 0.35, 1.0
+FAR, VERY_FAR = 0.2, 0.7
 """How far latents may be from what the VAE gives, in the logarithm of their deviation: beyond FAR they are said to be
-scaled already, if that fits much better; beyond VERY_FAR to be wrong in any case.
+scaled already, if that fits much better; beyond VERY_FAR, half or twice, to be wrong in any case.
 """
+TOLD = 0.3
+"""How far a VAE's own deviation must be from 1, in its logarithm, to tell scaled latents from unscaled ones."""
 USUAL_MEAN = 0.6
 """How far from 0, in deviations, the channels' means of a small set may be: videos differ."""
 SAME_PIXELS = 1.2
@@ -52,13 +54,16 @@ def spread_warning(spread: Spread, mean: Tensor, std: Tensor) -> Iterator[str]:
     """Whether latents are far from what a VAE gives, whose channels have `mean` and `std` `[C]`."""
     found = _distance((spread.mean - mean.double()) / std.double(), spread.std / std.double())
     scaled = _distance(spread.mean, spread.std)
-    if found.far <= FAR:
-        return
     what = f"the latents have mean {found.mean:.3g} and deviation {found.std:.3g} a channel after scaling, not 0 and 1"
-    if scaled.far < found.far / 3:
+    if found.far > FAR and scaled.far < found.far / 2 and can_be_told(mean, std):
         yield f"{what}: they look scaled already; store what the VAE gives"
     elif found.far > VERY_FAR:
         yield f"{what}: they are not what this VAE gives; encode the videos with it, and store that unscaled"
+
+
+def can_be_told(mean: Tensor, std: Tensor) -> bool:
+    """Whether the numbers of latents show if they were scaled: whether a VAE's are far enough from 0 and 1."""
+    return _distance(mean.double(), std.double()).far > TOLD
 
 
 @dataclass
@@ -75,37 +80,40 @@ def _distance(mean: Tensor, std: Tensor) -> _Distance:
     return _Distance(rms, median, abs(math.log(max(median, 1e-9))) + max(0.0, rms - USUAL_MEAN))
 
 
-def padding_warning(name: str, unpadded: int, padded: int) -> Iterator[str]:
-    """Texts that no mask ends, whose places after the last token hold something.
+def padding_warning(name: str, kinds: Mapping[str, int]) -> Iterator[str]:
+    """Texts that no mask ends, whose places after the last token hold something, and texts that are none.
 
     Args:
         name: of the text.
-        unpadded, padded: how many of full length end in something, and in zeros.
+        kinds: how many end in zeros (padded), in something (unpadded), or are nothing but zeros (empty).
     """
-    if unpadded and not padded:
+    unpadded, empty, all_of_them = kinds.get("unpadded", 0), kinds.get("empty", 0), sum(kinds.values())
+    if unpadded > all_of_them / 2:  # a text may fill all places, but most do not
         yield (
-            f"{name} of {unpadded} samples, all that were read, is of full length and does not end in zeros: after the "
-            "last token the model expects zeros, not what its encoder makes of padding"
+            f"{name} of {unpadded} samples, of {all_of_them} that were read, is of full length and does not end in "
+            "zeros: after the last token the model expects zeros, not what its encoder makes of padding"
         )
+    if empty:
+        yield f"{name} of {empty} samples, of {all_of_them} that were read, is all zero: what is no text at all"
 
 
 def size_warning(
-    latents: Iterable[Sequence[int]], video: tuple[int, int, int], compression: tuple[int, int]
+    latents: Iterable[Sequence[int]], video: tuple[int, int, int], frames: Collection[int], compression: tuple[int, int]
 ) -> Iterator[str]:
     """Videos of other sizes than what is sampled; turned ones, of as many pixels, are right.
 
     Args:
         latents: shapes (C, T, H, W).
         video: what is sampled: frames, height, width.
+        frames: how many latent frames that may be.
         compression: of the VAE, in time and in space.
     """
-    frames, height, width = video
     other: Counter[str] = Counter()
-    for _, *grid in latents:
-        t, h, w = (grid[0] - 1) * compression[0] + 1, *(n * compression[1] for n in grid[1:])
-        pixels = h * w / (height * width)
-        if t != frames or not 1 / SAME_PIXELS <= pixels <= SAME_PIXELS:
-            other[f"{t}×{h}×{w}"] += 1
+    for _, t, *size in latents:
+        height, width = (n * compression[1] for n in size)
+        pixels = height * width / (video[1] * video[2])
+        if t not in frames or not 1 / SAME_PIXELS <= pixels <= SAME_PIXELS:
+            other[f"{(t - 1) * compression[0] + 1}×{height}×{width}"] += 1
     if other:
-        wanted = f"{frames}×{height}×{width}"
+        wanted = "×".join(map(str, video))
         yield f"{other.total()} videos have not the size of backbone.video, {wanted}, that is sampled: {counted(other)}"

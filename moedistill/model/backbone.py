@@ -162,6 +162,10 @@ class Backbone(ABC):
         """A few words on each sample of `cond`, for pictures; by default its number."""
         return [f"sample {number}" for number in range(len(next(iter(cond.values()))))]
 
+    def unpack(self, cond: "Conditioning") -> "Conditioning":
+        """See `BackboneConfig.unpack`: samples are batched as it gives them."""
+        return cond
+
     def prepare(self, latents: "Tensor", cond: "Conditioning") -> "tuple[Tensor, Conditioning]":
         """A batch of stored samples as the network takes them: latents scaled, packed text unpacked."""
         return latents, cond

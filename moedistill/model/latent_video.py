@@ -20,7 +20,7 @@ from moedistill.components.fields import NonEmptyStr, PositiveFloat
 from moedistill.model import conditioning
 from moedistill.model.backbone import Backbone, BackboneConfig, VideoSize
 from moedistill.model.conditioning import Conditioning
-from moedistill.model.layout import Input, SampleLayout
+from moedistill.model.layout import Input, SampleLayout, mask_fault
 from moedistill.model.prompt import Prompt
 from moedistill.runtime.randomness import torch_seed
 
@@ -214,6 +214,9 @@ class LatentVideoBackbone(Backbone):
         dtype: torch.dtype = getattr(torch, self.config.dtype)
         return dtype
 
+    def unpack(self, cond: Conditioning) -> Conditioning:
+        return self.config.unpack(cond)
+
     def normalise(self, latents: Tensor) -> Tensor:
         """The VAE's own latents `[B, C, T, H, W]` as the network takes them."""
         mean, std = self._moments
@@ -302,18 +305,16 @@ class LatentVideoBackbone(Backbone):
         Raises:
             ValueError: it is not what the model takes.
         """
+        what = "the stored conditioning" if latents is not None else "the stored negative prompt"
         layout, unpacked = self.config.layout(), dict(self.config.unpack(cond))
-        shapes = {name: value.shape[1:] for name, value in unpacked.items()}
-        for problem in layout.conditioning_problems(shapes, latents):
-            raise ValueError(f"the stored conditioning {problem}")
+        for problem in layout.conditioning_problems(unpacked, latents):
+            raise ValueError(f"{what} {problem}")
         for name, each in layout.conditioning.items():
-            if each.role == "mask" and not each.may_be_empty and name in unpacked:
-                empty = (~unpacked[name].bool().any(1)).nonzero().flatten().tolist()
-                if empty:
-                    raise ValueError(
-                        f"{name} of sample {empty[0]} is all false, and attention to no token is NaN; for no text "
-                        'store what the prompt "" is encoded to, whose mask is not empty'
-                    )
+            if each.role == "mask" and name in unpacked:
+                fault = mask_fault(unpacked[name], may_be_empty=each.may_be_empty)
+                if fault is not None:
+                    where = f" of sample {fault[0]}" if latents is not None else " of the stored negative prompt"
+                    raise ValueError(f"{name}{where} {fault[1]}")
         return unpacked
 
     def _caption(self, name: str, text: Tensor, number: int) -> str:

@@ -2,7 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moedistill.model.conditioning import Conditioning
 
 Role = Literal["text", "mask", "pooled", "image", "video", "scalar"]
 """What a conditioning tensor is:
@@ -88,24 +93,43 @@ class SampleLayout:
         if any(length % multiple for length, multiple in zip(size, self.multiple[1:], strict=True)):
             yield f"has latents {list(latents)}: (T, H, W) must be multiples of {self.multiple}"
 
-    def conditioning_problems(
-        self, shapes: Mapping[str, Sequence[int]], latents: Sequence[int] | None = None
-    ) -> Iterator[str]:
-        """What keeps unpacked conditioning from being used, told by its shapes; to follow "sample 3".
+    def conditioning_problems(self, cond: "Conditioning", latents: Sequence[int] | None = None) -> Iterator[str]:
+        """What keeps unpacked conditioning from being used, told by shapes and dtypes alone; to follow "sample 3".
 
         Args:
-            shapes: of all tensors by name, without the batch dimension.
+            cond: batch first; may be on the meta device.
             latents: shape of the sample's latents; None for a negative prompt, which has what is droppable alone.
         """
         for name, each in self.conditioning.items():
-            if name not in shapes:
+            if name not in cond:
                 if each.required and (latents is not None or each.droppable):
                     yield f"has no {name}, which the model takes; encode it and store it"
                 continue
-            shape = tuple(shapes[name])
+            if latents is None and not each.droppable:
+                continue
+            shape, text = tuple(cond[name].shape[1:]), cond.get(each.masks or "")
             if not each.fits(shape):
                 yield f"has {name} {list(shape)}; the model takes {each.pattern()}"
+            elif each.role not in ("mask", "scalar") and not cond[name].is_floating_point():
+                yield f"has {name} of {cond[name].dtype}; the model takes floating-point numbers"
             elif each.role == "video" and latents is not None and shape[1:] != tuple(latents[1:]):
                 yield f"has {name} {list(shape)} for latents {list(latents)}; (T, H, W) must be the same"
-            elif each.masks and each.masks in shapes and shape[0] != (tokens := shapes[each.masks][0]):
-                yield f"has {name} with {shape[0]} places for {tokens} tokens of {each.masks}; encode both at once"
+            elif text is not None and text.ndim > 1 and shape[0] != text.shape[1]:
+                tokens = f"{text.shape[1]} tokens of {each.masks}"
+                yield f"has {name} with {shape[0]} places for {tokens}; encode both at once"
+
+
+def mask_fault(mask: "Tensor", *, may_be_empty: bool = False) -> tuple[int, str] | None:
+    """The first row of masks `[B, L]` that is none, and why; None if all are: ones for a text, then zeros."""
+    kept = mask.bool()
+    faults = {
+        "has other numbers than 0 and 1": ~((mask == 0) | (mask == 1)).all(1),
+        "has ones after zeros: the text must come first, and padding last": (kept[:, 1:] & ~kept[:, :-1]).any(1),
+    }
+    if not may_be_empty:
+        faults[
+            'is all false, and attention to no token is NaN; for no text store what the prompt "" is encoded to, whose '
+            "mask is not empty"
+        ] = ~kept.any(1)
+    found = [(int(rows.nonzero()[0]), reason) for reason, rows in faults.items() if rows.any()]
+    return min(found, key=lambda fault: fault[0], default=None)

@@ -132,15 +132,15 @@ def _shape(dataset: Dataset, index: int) -> tuple[int, ...]:
 
 
 def _check_conditioning(config: BackboneConfig, layout: SampleLayout, backbone: Backbone, sample: Sample) -> None:
-    latents, stored = collate([sample])
+    latents, cond = collate([sample])
     try:
-        shapes = {name: value.shape[1:] for name, value in config.unpack(stored).items()}
-        problem = next(layout.conditioning_problems(shapes, latents.shape[1:]), None)
-        _, cond = backbone.prepare(latents, stored) if problem is None else (latents, stored)
+        problem = next(layout.conditioning_problems(config.unpack(cond), latents.shape[1:]), None)
+        if problem is None:
+            backbone.prepare(latents, cond)
     except ValueError as error:
         raise ValueError(f"sample 0: {error}") from error
     except (IndexError, KeyError, RuntimeError, TypeError) as error:  # of shapes or dtypes that it does not expect
-        given = ", ".join(f"{name} {value.dtype} {list(value.shape[1:])}" for name, value in stored.items())
+        given = ", ".join(f"{name} {value.dtype} {list(value.shape[1:])}" for name, value in cond.items())
         wanted = ", ".join(f"{name} {each.pattern()}" for name, each in layout.conditioning.items())
         reason = shorten(str(error), 120)
         raise ValueError(
@@ -148,9 +148,6 @@ def _check_conditioning(config: BackboneConfig, layout: SampleLayout, backbone: 
         ) from error
     if problem is not None:
         raise ValueError(f"sample 0 {problem}")
-    for name, each in layout.conditioning.items():
-        if name in cond and each.role in ("text", "pooled", "image", "video") and not cond[name].is_floating_point():
-            raise ValueError(f"sample 0 has {name} of {cond[name].dtype}; the model takes floating-point numbers")
 
 
 @contextmanager

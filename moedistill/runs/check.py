@@ -14,7 +14,7 @@ from moedistill.data.check import (
     too_short,
 )
 from moedistill.data.latents import LatentsConfig, find_index
-from moedistill.data.plausible import padding_warning, size_warning, spread_warning
+from moedistill.data.plausible import can_be_told, padding_warning, size_warning, spread_warning
 from moedistill.data.prompts import read_prompts
 from moedistill.errors import SCREEN_LINES, UserError, counted, shorten
 from moedistill.model.backbone import BackboneConfig
@@ -26,22 +26,24 @@ FEW = 8
 """Of how many samples a run reads the numbers before it starts."""
 
 
-def check_before(recipe: Recipe) -> Report | None:
-    """What a run looks at before it loads anything: `check_set` of the recipe's stored set, where it has one.
+def check_before(recipe: Recipe, processes: int = 1) -> Report | None:
+    """What a run of so many processes looks at before it loads anything: `check_set` of its stored set, if it has one.
 
     Raises:
         UserError: the set cannot be used; names samples and files.
     """
     if not isinstance(recipe.data, LatentsConfig) or recipe.data.path is None:
         return None
-    report = check_set(recipe.data.path, recipe, numbers=FEW)
+    report = check_set(recipe.data.path, recipe, numbers=FEW, processes=processes)
     if not report.fits:
         head = f"data.path: {report.title} cannot be trained on (`moedistill data check` shows more)"
         raise UserError("\n".join([head, *report.problem_lines(SCREEN_LINES - 2)]))
     return report
 
 
-def check_set(path: str | Path, recipe: Recipe | None = None, *, numbers: int | None = None) -> Report:
+def check_set(
+    path: str | Path, recipe: Recipe | None = None, *, numbers: int | None = None, processes: int = 1
+) -> Report:
     """Looks at the set at `path`, and compares what is there with what `recipe` needs.
 
     Every sample's shapes are looked at; `numbers` says of how many samples all is read, None of all.
@@ -56,9 +58,19 @@ def check_set(path: str | Path, recipe: Recipe | None = None, *, numbers: int | 
         return report
     _compare(path, contents, recipe, layout, report)
     training = recipe.training
-    batched = training.batch_size > training.gradient_accumulation_steps
-    check_batches(contents, report, batched=batched, unpack=recipe.backbone.unpack)
+    check_batches(
+        contents, report, batched=training.batch_size > training.gradient_accumulation_steps * processes,
+        unpack=recipe.backbone.unpack, layout=layout, needs_negative=bool(_negative_for(recipe)),
+    )  # fmt: skip
     return report
+
+
+def _negative_for(recipe: Recipe) -> list[str]:
+    """What needs a negative prompt."""
+    guidance, data = recipe.backbone.guidance, recipe.data
+    guided = any(guidance.classifier_free_scale(base) != 1.0 for base in recipe.backbone.bases())
+    dropout = data is not None and data.text_dropout > 0
+    return ["classifier-free guidance"] * guided + ["text_dropout"] * dropout
 
 
 def _layout(recipe: Recipe, report: Report) -> SampleLayout | None:
@@ -81,8 +93,8 @@ def _compare(path: str | Path, contents: Contents, recipe: Recipe, layout: Sampl
 
 def _warnings(contents: Contents, backbone: BackboneConfig, report: Report) -> Iterator[str]:
     """What is likely wrong."""
-    for name, files in contents.unpadded.items():
-        yield from padding_warning(name, len(files), contents.padded[name])
+    for name, kinds in contents.texts.items():
+        yield from padding_warning(name, kinds)
     try:
         moments = backbone.latent_moments()
     except ValueError as error:
@@ -90,11 +102,15 @@ def _warnings(contents: Contents, backbone: BackboneConfig, report: Report) -> I
         moments = None
     if moments is not None and contents.spread is not None and contents.spread.count:
         yield from spread_warning(contents.spread, *moments)
+        if not can_be_told(*moments):
+            report.notes.append(
+                "this VAE gives about mean 0 and deviation 1: whether the latents were scaled already cannot be told"
+            )
     if isinstance(backbone, LatentVideoConfig):
-        video = backbone.video
-        compression = (backbone.temporal_compression, backbone.spatial_compression)
+        video, compression = backbone.video, (backbone.temporal_compression, backbone.spatial_compression)
+        frames = {backbone.latent_shape()[1], (video.num_frames - 1) // compression[0] + 1}  # padded or not
         shapes = [sample.latents for sample in contents.seen]
-        yield from size_warning(shapes, (video.num_frames, video.height, video.width), compression)
+        yield from size_warning(shapes, (video.num_frames, video.height, video.width), frames, compression)
 
 
 def _crops(recipe: Recipe) -> list[int | None]:
@@ -131,7 +147,7 @@ def _prompt_files(recipe: Recipe) -> Iterator[Misfit]:
 
 
 def _notes(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleLayout | None) -> Iterator[str]:
-    data, guidance, batch = recipe.data, recipe.backbone.guidance, recipe.training.batch_size
+    data, batch = recipe.data, recipe.training.batch_size
     configured = getattr(data, "path", None)
     if data is None or data.kind != "latents":
         yield f"the recipe's data are not of kind latents but {data.kind if data else 'missing'}"
@@ -141,10 +157,7 @@ def _notes(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleL
     small = {shape: count for shape, count in counts.items() if count < batch}
     if small:
         yield f"fewer samples of a shape than training.batch_size {batch}, so they are repeated: {counted(small)}"
-    guided = any(guidance.classifier_free_scale(base) != 1.0 for base in recipe.backbone.bases())
-    dropout = data.text_dropout if data is not None else 0.0
-    if contents.negative is None and (guided or dropout):
-        why = " and ".join(["classifier-free guidance"] * guided + ["text_dropout"] * bool(dropout))
+    if contents.negative is None and (why := " and ".join(_negative_for(recipe))):
         yield f"{why}, but no stored negative prompt: it will be encoded with the model's text encoder"
     stored = dict.fromkeys(name for sample in contents.seen for name in sample.conditioning)
     if layout is not None and stored:

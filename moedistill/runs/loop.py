@@ -111,7 +111,7 @@ def run(
             recipe = miniature(recipe)
         accelerator = make_accelerator(recipe, device)
         _check_before_loading(recipe, accelerator)
-        checked = check_before(recipe)
+        checked = check_before(recipe, accelerator.num_processes)
         command = RunCommand(smoke, device, tuple(plugins.files))
         where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
         numbered = output is None and (where.checkpoint is None or where.branch)

@@ -36,6 +36,9 @@ class Encoder:
     def latent_shape(self):
         return (4, 3, 2, 6)
 
+    def unpack(self, cond):
+        return cond
+
 
 def build(path, backbone=None):
     return LatentsConfig(path=str(path)).build(backbone or Encoder())

@@ -67,7 +67,9 @@ def test_text_without_its_mask_is_one_line(tmp_path):
     config = LTXConfig(pretrained=None)
     backbone = config.tiny().build()
     without = {"prompt_embeds": torch.zeros(12, 16)}
-    with pytest.raises(ValueError, match="the stored conditioning has no prompt_attention_mask, which the model takes"):
+    with pytest.raises(
+        ValueError, match="the stored negative prompt has no prompt_attention_mask, which the model takes"
+    ):
         backbone.set_null(without)
     data = stored(
         tmp_path / "data", backbone, lambda latents, cond: (latents, {"prompt_embeds": cond["prompt_embeds"]})

@@ -1,6 +1,7 @@
 """One check for `run` and `data check`, of every sample before anything is loaded; and what is likely wrong."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from stored_sets import entry, write_index
 from moedistill import cli
 from moedistill.data.base import Sample
 from moedistill.data.latents import LatentsConfig, open_store, write_latents
+from moedistill.data.plausible import Spread, can_be_told, spread_warning
 from moedistill.errors import UserError
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs import loop
@@ -210,7 +212,7 @@ def test_bad_numbers_are_not_written_and_named_where_they_are_drawn(tmp_path, la
         write_latents(tmp_path / "a", [Sample(latents, text)])
     write_latents(tmp_path / "b", [Sample(torch.ones(16, *GRID), text)] * 2)
     save_file({"latents": latents, **text}, tmp_path / "b" / "00000001.safetensors")
-    dataset = LatentsConfig(path=str(tmp_path / "b")).build(None)
+    dataset = LatentsConfig(path=str(tmp_path / "b")).build(WanConfig(pretrained=None).tiny().build())
     with pytest.raises(ValueError, match=rf"^sample 1: .*00000001\.safetensors has latents that are {reason}"):
         dataset[1]
 
@@ -272,7 +274,7 @@ def test_scaled_latents_of_hunyuan_video_are_warned_of(tmp_path):
 def test_text_that_is_not_padded_with_zeros_is_warned_of(tmp_path):
     [said] = check(own_set(tmp_path / "set", as_the_vae_gives, torch.randn(12, 24)), "wan").warnings
     assert said.startswith(
-        "prompt_embeds of 3 samples, all that were read, is of full length and does not end in zeros"
+        "prompt_embeds of 3 samples, of 3 that were read, is of full length and does not end in zeros"
     )
     assert check(own_set(tmp_path / "short", as_the_vae_gives, torch.randn(5, 24)), "wan").warnings == []
 
@@ -301,3 +303,153 @@ def test_without_the_weights_numbers_are_not_compared(tmp_path):
     assert any(
         note.startswith("the latents' numbers are not compared with the VAE's: the wei") for note in report.notes
     )
+
+
+NATIVE = {"trajectory": {"kind": "native", "num_steps": 8}}
+
+
+# -- what a run meets later -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (torch.arange(TEXT) >= 4, "has ones after zeros: the text must come first, and padding last"),
+        (torch.where(torch.arange(TEXT) < 4, 0.0, -10000.0), "has other numbers than 0 and 1"),
+        (2 * (torch.arange(TEXT) < 4), "has other numbers than 0 and 1"),
+    ],
+)
+def test_a_mask_must_be_ones_for_the_text_and_zeros_after_it(tmp_path, mask, reason):
+    """Left-padded and additive masks passed, and the model read the padding in the text's place."""
+    folder = published(tmp_path / "set")
+    torch.save(mask, folder / "prompt_attention_mask" / "video.1.pt")
+    [problem] = check(folder).problems
+    assert problem.message.startswith("1 masks are not ones for a text, and zeros for the padding after it")
+    assert reason in problem.places[0]
+    backbone = HunyuanVideoConfig(pretrained=None).tiny().build()
+    cond = backbone.encode(["a"])
+    with pytest.raises(ValueError, match=rf"prompt_attention_mask of sample 0 {reason}"):
+        backbone.prepare(torch.zeros(1, *backbone.latent_shape()), {**cond, "prompt_attention_mask": mask[None]})
+    with pytest.raises(ValueError, match=rf"prompt_attention_mask of the stored negative prompt {reason}"):
+        backbone.set_null({**{name: value[0] for name, value in cond.items()}, "prompt_attention_mask": mask})
+
+
+def wan_set(folder, *texts, **options):
+    """A set for the miniature of Wan, whose samples have these texts, or a caption alone where that is None."""
+    samples = [
+        Sample(as_the_vae_gives(torch.randn(16, *GRID)), {} if text is None else {"prompt_embeds": text})
+        for text in texts
+    ]
+    write_latents(folder, samples, captions=["rain"] * len(samples), **options)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (torch.ones(12, 24, dtype=torch.int64), "sample 1 has prompt_embeds of torch.int64; the model takes floating"),
+        (torch.ones(()), "sample 1 has prompt_embeds []; the model takes [up to 12, 24]"),
+        (torch.ones(13, 24), "sample 1 has prompt_embeds [13, 24]; the model takes [up to 12, 24]"),
+    ],
+)
+def test_shapes_and_dtypes_of_every_sample_count(tmp_path, text, problem):
+    folder = wan_set(tmp_path / "set", torch.zeros(12, 24), text)
+    assert any(problem in place for place in places(check(folder, "wan")))
+    with pytest.raises(UserError, match="times a sample is not as wan takes it"):
+        run(recipe_on(folder, "wan"), output=tmp_path / "run", device="cpu")
+
+
+def test_texts_of_unequal_length_are_padded_before_they_are_batched(tmp_path):
+    """Stored ones, and one that is encoded."""
+    folder = wan_set(tmp_path / "set", torch.ones(5, 24), torch.ones(7, 24), None)
+    recipe = {**recipe_on(folder, "wan"), "training": {"batch_size": 3, "monitor": None}}
+    assert check_set(folder, load_recipe(recipe)).fits
+    assert run(recipe, output=tmp_path / "run", device="cpu").cost["semantic"]["steps"] == 1
+
+
+def test_the_negative_prompt_is_looked_at_as_samples_are(tmp_path):
+    mask = torch.zeros(TEXT, dtype=torch.bool)
+    negative = {"prompt_embeds": torch.ones(TEXT, WIDTH), "prompt_attention_mask": mask}
+    negative["pooled_prompt_embeds"] = torch.ones(POOLED)
+    cond = {**negative, "prompt_attention_mask": ~mask}
+    write_latents(tmp_path / "a", [Sample(torch.randn(16, *GRID), cond)] * 2, negative=negative)
+    report = check(tmp_path / "a")
+    assert places(report) == [f"{tmp_path}/a/negative.safetensors: prompt_attention_mask"]
+    wan_set(tmp_path / "b", torch.ones(4, 24), negative={"prompt_embeds": torch.zeros(12, 24)})
+    [said] = check(tmp_path / "b", "wan").warnings
+    assert said == "prompt_embeds of 1 samples, of 2 that were read, is all zero: what is no text at all"
+
+
+def test_an_encoded_negative_prompt_has_the_models_own_length(tmp_path):
+    """Shorter samples passed, with the advice to train on one at a time, and stopped the run when they were drawn."""
+    folder = published(tmp_path / "set")
+    torch.save(torch.randn(TEXT - 2 + 1, WIDTH), folder / "prompt_embed" / "video.1.pt")
+    torch.save(torch.arange(TEXT - 2) < 4, folder / "prompt_attention_mask" / "video.1.pt")
+    assert check(folder).fits
+    report = check(folder, guidance={"mode": "classifier_free", "scale": 3.0})
+    assert [problem.message for problem in report.problems] == [
+        "2 times the encoded negative prompt has another shape: encode both alike"
+    ]
+
+
+def test_unequal_texts_fit_where_each_process_has_one_at_a_time(tmp_path):
+    folder = published(tmp_path / "set")
+    torch.save(torch.randn(TEXT - 2 + 1, WIDTH), folder / "prompt_embed" / "video.1.pt")
+    torch.save(torch.arange(TEXT - 2) < 4, folder / "prompt_attention_mask" / "video.1.pt")
+    recipe = load_recipe({**recipe_on(folder), "training": {"batch_size": 4, "monitor": None}})
+    assert not check_set(folder, recipe).fits
+    assert check_set(folder, recipe, processes=4).fits
+
+
+def test_other_tensors_may_be_what_they_like(tmp_path):
+    """A flag that no model reads was taken for a mask of no token."""
+    cond = {"prompt_embeds": torch.ones(4, 24), "is_portrait": torch.tensor(False), "seen": torch.zeros(3) > 1}
+    write_latents(tmp_path / "set", [Sample(as_the_vae_gives(torch.randn(16, *GRID)), cond)] * 2)
+    assert check(tmp_path / "set", "wan").fits
+
+
+@pytest.mark.parametrize(
+    ("vae", "factor", "said"),
+    [
+        (1 / 0.476986, 0.476986, "they look scaled already"),  # HunyuanVideo
+        (1 / 0.7, 0.7, "they look scaled already"),  # CogVideoX 5B
+        (1 / 0.7, 0.7 * 1.05, "they look scaled already"),
+        (1 / 0.7, 0.7 * 0.7, "they are not what this VAE gives"),  # scaled twice
+        (1 / 0.7, 1.0, ""),
+        (1 / 0.7, 0.8, ""),
+        (1 / 1.15258426, 1.15258426, ""),  # CogVideoX 2B, of which it cannot be told
+        (1 / 1.03682, 1.03682, ""),  # HunyuanVideo 1.5
+    ],
+)
+def test_scaled_latents_by_what_their_vae_gives(vae, factor, said):
+    spread = Spread(4)
+    spread.add(vae * factor * torch.randn(4, 8, 40, 40, generator=torch.Generator().manual_seed(0)))
+    mean, std = torch.zeros(4), torch.full((4,), vae)
+    warnings = list(spread_warning(spread, mean, std))
+    assert len(warnings) == bool(said)
+    assert said in "".join(warnings)
+    assert can_be_told(mean, std) == (abs(math.log(vae)) > 0.3)
+
+
+@pytest.mark.parametrize(("kind", "model"), [("hunyuan_video_15", None), ("cogvideox", "2b"), ("cogvideox", "5b")])
+def test_where_it_cannot_be_told_a_note_says_so(tmp_path, kind, model):
+    config = {"kind": kind, "pretrained": None, **({"model": model} if model else {})}
+    changes = {"backbone": config} | (NATIVE if kind == "cogvideox" else {})
+    backbone = load_recipe({**recipe_on("x", "wan"), **changes}).backbone.tiny().build()
+    cond = {name: value[0] for name, value in backbone.encode(backbone.example_prompts[:1]).items()}
+    write_latents(tmp_path / "set", [Sample(torch.randn(backbone.latent_shape()), cond)] * 2)
+    report = check_set(tmp_path / "set", load_recipe({**recipe_on(tmp_path / "set", "wan"), **changes}))
+    said = any("whether the latents were scaled already cannot be told" in note for note in report.notes)
+    assert said == (model != "5b")
+
+
+def test_frames_of_padding_are_no_other_size(tmp_path):
+    """CogVideoX 1.5 pads the first latent frame; sets are stored with it or without."""
+    config = {"kind": "cogvideox", "model": "1.5-5b", "pretrained": None}
+    config["video"] = {"num_frames": 17, "height": 32, "width": 48}
+    for frames, warned in ((5, False), (6, False), (7, True)):
+        cond = {"prompt_embeds": torch.ones(12, 24)}
+        folder = tmp_path / str(frames)
+        write_latents(folder, [Sample(torch.randn(16, frames, 4, 6) / 0.7, cond)] * 2)
+        report = check_set(folder, load_recipe({**recipe_on(folder, "wan"), "backbone": config, **NATIVE}))
+        assert [warning.split(" have")[0] for warning in report.warnings] == ["2 videos"] * warned
