@@ -1,4 +1,4 @@
-"""A few cases of every attack of `make attack`: nothing ends in a traceback or hangs, is lost, or is wrong in silence."""
+"""A few cases of every attack of `make attack`: nothing ends in a traceback or hangs, is lost, or silently wrong."""
 
 import json
 import os
