@@ -456,6 +456,6 @@ def _judged(outcome: Outcome, changes: str, folder: Path) -> Result:
 
 
 PARTS = (
-    Part("recipes", "recipes, validated", 1100, 420, _validate),
-    Part("smoke", "recipes, run in miniature", RANDOM + len(KNOWN), 480, _smoke),
+    Part("recipes", "recipes, validated", 1100, 600, _validate),
+    Part("smoke", "recipes, run in miniature", RANDOM + len(KNOWN), 900, _smoke),
 )
