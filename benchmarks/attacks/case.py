@@ -237,6 +237,8 @@ def finish(reference: Reference, folder: Path, log: Path | None = None) -> None:
 
 
 def check_end(reference: Reference, run: Path) -> None:
+    if newest(run) is None:
+        raise Fault("lost", "done, and there is no checkpoint any more")
     if different := reference.differs(run):
         raise Fault("wrong", f"ended otherwise than the uninterrupted run: {different}")
     if left := leftovers(run):
