@@ -41,15 +41,17 @@ def main() -> None:
     results = folder / "results.jsonl"
     done = _read(results)
     warm_up()
-    begun, skipped = time.monotonic(), 0
+    begun, skipped, spent = time.monotonic(), 0, dict.fromkeys(PARTS, 0.0)
     for part, number in cases:
         if (part.name, number) in done and not options.case:
             continue
-        if options.seconds is not None and time.monotonic() - begun > options.seconds:
+        over = options.seconds is not None and time.monotonic() - begun > options.seconds
+        if over or spent[part] > part.seconds:
             skipped += 1
             continue
         row = _attack(part, number, options.seed, folder / "cases", keep=bool(options.case))
         done[part.name, number] = row
+        spent[part] += float(str(row["seconds"]))
         with _made(results).open("a") as file:
             file.write(json.dumps(row) + "\n")
         if row["verdict"] in FAULTS:
@@ -102,6 +104,8 @@ def _attack(part: Part, number: int, seed: int, cases: Path, *, keep: bool) -> d
         result = part.attack(number, Random(f"{seed}/{part.name}/{number}"), folder)
     except Fault as fault:
         result = Result(fault.verdict, str(fault))
+    except Exception as error:  # the other cases go on
+        result = Result("traceback", f"the attack itself failed: {type(error).__name__}: {str(error)[:300]}")
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - begun, 2)

@@ -9,6 +9,7 @@ import signal
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -51,8 +52,8 @@ class Part:
 
     Attributes:
         cases: how many there are in full.
+        seconds: after so many no case of it begins; the parts together stay within an hour.
         attack: runs one, in an empty folder; everything about it comes from its number and the `Random`.
-        seconds: of all its cases, as measured; the time that a whole run may take at most.
     """
 
     name: str
@@ -125,7 +126,7 @@ def small_recipe(**changes: Any) -> dict[str, Any]:
 
 
 class Reference:
-    """The uninterrupted run, and how long it takes; made once for each part, by a child like any other."""
+    """The uninterrupted run, and how long it takes; made once, by a child like any other."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -173,6 +174,16 @@ class Reference:
         pictures = [path.relative_to(self.run) for path in self.run.rglob("*.png")]
         different = [path for path in pictures if not _same_bytes(run / path, self.run / path)]
         return str(different[0]) if different else ""
+
+
+@cache
+def _reference(folder: Path) -> Reference:
+    return Reference(folder)
+
+
+def reference_of(case: Path) -> Reference:
+    """The one of all cases; `case` is a case's folder."""
+    return _reference(case.parent / "reference")
 
 
 def newest(run: Path) -> Path | None:
@@ -226,6 +237,8 @@ def finish(reference: Reference, folder: Path, log: Path | None = None) -> None:
 
 
 def check_end(reference: Reference, run: Path) -> None:
+    if newest(run) is None:
+        raise Fault("lost", "done, and there is no checkpoint any more")
     if different := reference.differs(run):
         raise Fault("wrong", f"ended otherwise than the uninterrupted run: {different}")
     if left := leftovers(run):

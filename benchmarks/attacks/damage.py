@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from .case import Fault, Part, Reference, Result, check_end, lines, newest, sound, succeeded, tensors
+from .case import Fault, Part, Reference, Result, check_end, lines, newest, reference_of, sound, succeeded, tensors
 from .warm import run_command
 
 Damage = Callable[[Path, Random], None]
@@ -250,11 +250,6 @@ def _newest(run: Path) -> Path:
 STOPPED = "01_detail_00000004"
 
 
-@cache
-def _reference(folder: Path) -> Reference:
-    return Reference(folder)
-
-
 def _stopped(reference: Reference, folder: Path) -> Path:
     """A copy of the run as it was just after the second stage's checkpoint at step 4, with those before."""
     ignored = shutil.ignore_patterns("evaluate", "export", "samples", "result.json")
@@ -269,7 +264,7 @@ def _stopped(reference: Reference, folder: Path) -> Path:
 
 
 def _checkpoints(number: int, moves: Random, folder: Path) -> Result:
-    reference = _reference(folder.parent / "reference")
+    reference = reference_of(folder)
     run = _stopped(reference, folder)
     if number % 6 == 5:
         return _foreign(number // 6, moves, folder, run, reference)
@@ -382,7 +377,7 @@ REPORTED = ("result.json", "cost.json", "recipe.yaml", "metrics.jsonl", "evaluat
 
 
 def _exports(number: int, moves: Random, folder: Path) -> Result:
-    reference = _reference(folder.parent / "reference")
+    reference = reference_of(folder)
     run = Path(shutil.copytree(reference.run, folder / "run"))
     if number % 3 == 2:
         return _report(number // 3, moves, folder, run)
@@ -407,7 +402,7 @@ def _report(number: int, moves: Random, folder: Path, run: Path) -> Result:
     table = ["--table"] if moves.random() < 0.5 else []
     outcome = sound(run_command("report", "run", *table, folder=folder, seconds=30), what)
     if file.suffix != ".safetensors":
-        reference = _reference(folder.parent / "reference")
+        reference = reference_of(folder)
         again = sound(run_command(*reference.arguments("--resume"), folder=folder, seconds=30), what)
         if not again.refused and (different := reference.differs(run, reports=False)):
             raise Fault("wrong", f"{what}: ends otherwise: {different}")
@@ -415,6 +410,6 @@ def _report(number: int, moves: Random, folder: Path, run: Path) -> Result:
 
 
 PARTS = (
-    Part("checkpoints", "damaged checkpoints", 120, 400, _checkpoints),
-    Part("exports", "damaged exports and run folders", 60, 200, _exports),
+    Part("checkpoints", "damaged checkpoints", 120, 500, _checkpoints),
+    Part("exports", "damaged exports and run folders", 60, 150, _exports),
 )

@@ -385,4 +385,4 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
     return Result("refused" if run.refused else "right")
 
 
-PART = Part("data", "hostile data files", 2 * len(TENSORS) + 2 * len(FILES), 420, _attack)
+PART = Part("data", "hostile data files", 2 * len(TENSORS) + 2 * len(FILES), 250, _attack)

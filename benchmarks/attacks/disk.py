@@ -14,7 +14,20 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from .case import EVERY, Fault, Part, Reference, Result, at_event, count_events, finish, sound, steps_done, steps_saved
+from .case import (
+    EVERY,
+    Fault,
+    Part,
+    Reference,
+    Result,
+    at_event,
+    count_events,
+    finish,
+    reference_of,
+    sound,
+    steps_done,
+    steps_saved,
+)
 from .warm import run_command
 
 ERRORS = (errno.ENOSPC, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS)
@@ -22,13 +35,8 @@ NEW_USER, NEW_MOUNTS, PRIVATE = 0x10000000, 0x00020000, 0x4000 | (1 << 18)
 REMOUNT, DETACH = 32, 2
 
 
-@cache
-def _reference(folder: Path) -> Reference:
-    return Reference(folder)
-
-
 def _attack(number: int, moves: Random, folder: Path) -> Result:
-    reference = _reference(folder.parent / "reference")
+    reference = reference_of(folder)
     if number % 3 == 0 and _may_mount(folder):
         return _small_file_system(reference, moves, folder)
     if number % 3 == 1:
@@ -123,4 +131,4 @@ def _checked(code: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-PART = Part("disk", "full disks", 60, 300, _attack)
+PART = Part("disk", "full disks", 60, 250, _attack)

@@ -4,17 +4,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from random import Random
 
-from .case import Fault, Part, Reference, Result, check_end, finish, newest, sound, steps_saved, succeeded
+from .case import Fault, Part, Reference, Result, check_end, finish, newest, reference_of, sound, steps_saved, succeeded
 from .warm import Command, Outcome, run_command
-
-
-@cache
-def _reference(folder: Path) -> Reference:
-    return Reference(folder)
 
 
 def _one_second() -> None:
@@ -86,8 +80,9 @@ def _read_while_it_runs(reference: Reference, moves: Random, folder: Path) -> Re
 
 def _stale_lock(reference: Reference, moves: Random, folder: Path) -> Result:
     """Whoever held the folder was killed."""
+    step = moves.choice([2, 4, 6])
     first = Command(*reference.arguments(), folder=folder)
-    first.wait_for(lambda: steps_saved(folder / "run") >= moves.choice([2, 4, 6]), 30)
+    first.wait_for(lambda: steps_saved(folder / "run") >= step, 30)
     first.signal(signal.SIGKILL)
     first.end()
     finish(reference, folder)
@@ -144,7 +139,7 @@ ATTACKS: tuple[Callable[[Reference, Random, Path], Result], ...] = (
 
 
 def _attack(number: int, moves: Random, folder: Path) -> Result:
-    return ATTACKS[number % len(ATTACKS)](_reference(folder.parent / "reference"), moves, folder)
+    return ATTACKS[number % len(ATTACKS)](reference_of(folder), moves, folder)
 
 
-PART = Part("folders", "two runs, and used folders", 40, 180, _attack)
+PART = Part("folders", "two runs, and used folders", 40, 200, _attack)

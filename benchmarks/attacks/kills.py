@@ -6,7 +6,6 @@ and none at all where the signal leaves time to save.
 """
 
 import signal
-from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -16,7 +15,6 @@ from .case import (
     STEPS,
     Fault,
     Part,
-    Reference,
     Result,
     at_event,
     check_end,
@@ -24,6 +22,7 @@ from .case import (
     kill_now,
     leftovers,
     newest,
+    reference_of,
     sound,
     steps_done,
     steps_saved,
@@ -36,13 +35,8 @@ KILLS = 5
 TOTAL = 2 * STEPS
 
 
-@cache
-def _reference(folder: Path) -> Reference:
-    return Reference(folder)
-
-
 def _attack(number: int, moves: Random, folder: Path) -> Result:
-    reference, run = _reference(folder.parent / "reference"), folder / "run"
+    reference, run = reference_of(folder), folder / "run"
     events = count_events(reference, folder)
     counts: list[str] = []
     for kill in range(KILLS + 1):

@@ -277,17 +277,16 @@ def must_be_refused(tree: Any) -> str:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def break_text(text: str, moves: Random, folder: Path) -> tuple[bytes, str]:
-    """The file of a recipe that is no longer quite one, and why it must be refused, if it must."""
+def break_text(text: str, moves: Random, folder: Path, number: int) -> tuple[bytes, str]:
+    """The file of a recipe that is no longer quite one, and why it must be refused, if it must; all ways by turns."""
     lines_ = text.splitlines()
-    number = moves.randrange(len(lines_))
+    here, how = moves.randrange(len(lines_)), number % 18
     keyed = [k for k, line in enumerate(lines_) if line[:1].isalpha()]
-    how = moves.randrange(18)
     data, must = text.encode(), ""
     if how == 0:
         data = data[: moves.randrange(len(data))]
     elif how == 1:
-        lines_[number] = "\t" + lines_[number]
+        lines_[here] = "\t" + lines_[here]
         data = "\n".join(lines_).encode()
     elif how == 2:
         line = lines_[moves.choice(keyed)]
@@ -315,7 +314,8 @@ def break_text(text: str, moves: Random, folder: Path) -> tuple[bytes, str]:
     elif how == 11:
         data, must = ("[" * 50_000).encode(), "no YAML"
     elif how == 12:
-        target = moves.choice(["recipe.yaml", "fifo", "/dev/zero", ".", "no_such.yaml", "", "/proc/self/mem", "\\0"])
+        targets = ["recipe.yaml", "fifo", "/dev/zero", ".", "no_such.yaml", "", "/proc/self/mem", "\\0"]
+        target = targets[number // 18 % len(targets)]
         os.mkfifo(folder / "fifo")
         data, must = f'extends: "{target}"\n{text}'.encode(), "extends what is no recipe"
     elif how == 13:
@@ -323,11 +323,11 @@ def break_text(text: str, moves: Random, folder: Path) -> tuple[bytes, str]:
     elif how == 14:
         data, must = b"x: 1\n" * 100_000, "far too large"
     elif how == 15:
-        del lines_[number]
+        del lines_[here]
         data = "\n".join(lines_).encode()
     elif how == 16:
-        other = moves.randrange(len(lines_))
-        lines_[number], lines_[other] = lines_[other], lines_[number]
+        there = moves.randrange(len(lines_))
+        lines_[here], lines_[there] = lines_[there], lines_[here]
         data = "\n".join(lines_).encode()
     else:
         data = f"{text}\n---\n{text}".encode()
@@ -367,7 +367,7 @@ def _validate(number: int, moves: Random, folder: Path) -> Result:
     written, resolved = _trees(name)
     tree = copy.deepcopy(moves.choice([written, resolved]))
     if style == 0:
-        data, must = break_text(_dump(tree) if "extends:" in text else text, moves, folder)
+        data, must = break_text(_dump(tree) if "extends:" in text else text, moves, folder, number // 5)
         file.write_bytes(data)
     elif style == 1:
         file.write_text(_dump(tree), encoding="utf-8")
@@ -456,6 +456,6 @@ def _judged(outcome: Outcome, changes: str, folder: Path) -> Result:
 
 
 PARTS = (
-    Part("recipes", "recipes, validated", 1100, 420, _validate),
-    Part("smoke", "recipes, run in miniature", RANDOM + len(KNOWN), 480, _smoke),
+    Part("recipes", "recipes, validated", 1100, 600, _validate),
+    Part("smoke", "recipes, run in miniature", RANDOM + len(KNOWN), 900, _smoke),
 )

@@ -1,4 +1,4 @@
-"""A few cases of every attack of `make attack`: no traceback, no hang, nothing lost, nothing wrong in silence."""
+"""A few cases of every attack of `make attack`: nothing ends in a traceback or hangs, is lost, or silently wrong."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {
-    "recipes": "recipes/0-14",
+    "recipes": "recipes/0-14 recipes/150",
     "smoke": "smoke/121 smoke/130",
     "checkpoints": "checkpoints/5 checkpoints/13 checkpoints/24 checkpoints/38",
     "exports": "exports/19 exports/32",
