@@ -47,10 +47,11 @@ HUNYUAN = scales(
     {"true_cfg_scale": 3.0, "negative_prompt": ["fog", "fog"], "guidance_scale": 1.0},
 )
 CASES = {
-    "wan": Case(WanConfig(pretrained=None, guidance=GUIDED), scales()),
+    "wan": Case(WanConfig(pretrained=None, guidance=GUIDED), scales(), {"max_sequence_length": 12}),
     "wan22": Case(
         WanConfig(pretrained=None, guidance=OF_TWO, boundary_ratio=0.875),
         scales({"guidance_scale": 4.0, "guidance_scale_2": 1.0}, {"guidance_scale": 1.0, "guidance_scale_2": 9.0}),
+        {"max_sequence_length": 12},
     ),
     "hunyuan_video": Case(HunyuanVideoConfig(pretrained=None, guidance=EMBEDDED), HUNYUAN),
     "hunyuan_video_two_passes": Case(HunyuanVideoConfig(pretrained=None, guidance=GUIDED), HUNYUAN),
