@@ -4,6 +4,7 @@ Its noise levels are a table of 1000 entries, its native times their numbers; be
 interpolated. Inside the network and its pipeline latents are `[B, T, C, H, W]`.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -114,7 +115,7 @@ class CogVideoXBackbone(DiffusersBackbone):
     """
 
     prediction_type = "v_prediction"
-    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH}
+    text_limits: Mapping[str, str | int] = {"tokenizer": "prompt_embeds"}
     lora_targets: Mapping[str, str] = {
         "attention": r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
         "feed_forward": r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)",
@@ -258,6 +259,7 @@ class CogVideoXConfig(DiffusersBackboneConfig):
         "at 2 bytes per parameter 13 or 21 GB"
     )
     tiny_text: ClassVar[tuple[int, int]] = (12, 24)
+    optional_arguments = ("patch_size_t", "ofs_embed_dim")
 
     def __post_init__(self) -> None:
         if self.guidance.mode == "embedded":
@@ -368,7 +370,8 @@ class CogVideoXConfig(DiffusersBackboneConfig):
         file = folder / "scheduler" / "scheduler_config.json"
         if not file.is_file():
             return  # the transformer alone
-        found = self.scheduler().from_config(read_json(file)).config  # with diffusers' defaults
+        parameters = inspect.signature(type(self.scheduler())).parameters
+        found = {name: parameter.default for name, parameter in parameters.items()} | read_json(file)
         for name, own in {**SCHEDULE, "snr_shift_scale": self._published.snr_shift_scale}.items():
             if found[name] != own:
                 raise ValueError(

@@ -24,7 +24,7 @@ class HunyuanVideoBackbone(DiffusersBackbone):
     """
 
     fps = 24.0
-    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH, "tokenizer_2": POOLED_LENGTH}
+    text_limits: Mapping[str, str | int] = {"tokenizer": "prompt_embeds", "tokenizer_2": POOLED_LENGTH}
     scale_arguments = ("true_cfg_scale",)
     lora_targets: Mapping[str, str] = {
         "attention": (

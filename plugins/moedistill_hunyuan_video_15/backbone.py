@@ -38,7 +38,7 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
     """
 
     fps = 24.0
-    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH}
+    text_limits: Mapping[str, str | int] = {"tokenizer": "prompt_embeds", "tokenizer_2": "prompt_embeds_2"}
     # With quotes, so that the second encoder has something to read.
     example_prompts = ('a dog runs past a sign "BEACH"', 'rain at night, and a neon "OPEN"', 'a ball says "hello"')
     lora_targets: Mapping[str, str] = {
@@ -104,6 +104,13 @@ class HunyuanVideo15Backbone(DiffusersBackbone):
         return {f"negative_{name}": value for name, value in self.null_conditioning(cond).items()}
 
     # -- text and latents ---------------------------------------------------------------------------------------------
+
+    def text_for(self, tokenizer: str, text: str) -> str:
+        """See `DiffusersBackbone.text_for`: the second one reads what stands in quotes."""
+        from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
+
+        found: Any = extract_glyph_texts(text) or "" if tokenizer == "tokenizer_2" else text
+        return str(found)
 
     def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         embeds, mask, embeds_2, mask_2 = pipeline.encode_prompt(prompts, device=self.device, batch_size=len(prompts))

@@ -31,7 +31,7 @@ class LTXBackbone(DiffusersBackbone):
     """Conditioning: `prompt_embeds` `[B, 128, 4096]` and `prompt_attention_mask` `[B, 128]`."""
 
     fps = 25.0
-    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH}
+    text_limits: Mapping[str, str | int] = {"tokenizer": "prompt_embeds"}
     lora_targets: Mapping[str, str] = {"attention": r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"}
     # The final modulation is `scale_shift_table`, a parameter of the root, which no module holds: all experts share it.
     time_dependent = ("time_embed", "proj_out")
@@ -89,8 +89,9 @@ class LTXBackbone(DiffusersBackbone):
     # -- text and latents ---------------------------------------------------------------------------------------------
 
     def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+        length = self.config.inputs()["prompt_embeds"].shape[0]
         embeds, mask, _, _ = pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
+            prompts, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
@@ -162,15 +163,15 @@ class LTXConfig(DiffusersBackboneConfig):
             "prompt_attention_mask": Input("mask", (TEXT_LENGTH,), any_length=True, masks="prompt_embeds"),
         }
 
-    def latent_moments(self) -> tuple[Tensor, Tensor]:
-        """See `LatentVideoConfig.latent_moments`: weights of the VAE here, which its config says nothing of."""
+    def vae_moments(self) -> tuple[Tensor, Tensor]:
+        """See `DiffusersBackboneConfig.vae_moments`: weights of the VAE here, which its config says nothing of."""
         names = ("latents_mean", "latents_std")
         if self.pretrained is None:
             vae = self.tiny_vae()
             mean, std = (vae.get_buffer(name) for name in names)
         else:
             mean, std = read_tensors(self.locate() / "vae", names)
-        return mean.float(), std.float() / self.vae_config["scaling_factor"]
+        return mean.float(), std.float() / self.vae_numbers("scaling_factor")
 
     def check_folder(self, folder: Path) -> None:
         file = folder / "model_index.json"

@@ -42,7 +42,7 @@ class WanBackbone(DiffusersBackbone):
     """
 
     fps = 16.0
-    text_limits: Mapping[str, int] = {"tokenizer": TEXT_LENGTH}
+    text_limits: Mapping[str, str | int] = {"tokenizer": "prompt_embeds"}
     lora_targets: Mapping[str, str] = {
         "attention": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         "feed_forward": r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
@@ -138,6 +138,7 @@ class WanConfig(DiffusersBackboneConfig):
         "encoder (5.7 billion) and the VAE; at 2 bytes per parameter 14, 40 and 69 GB"
     )
     vae_dtype = torch.float32
+    optional_arguments = ("image_dim", "pos_embed_seq_len")
     tiny_text: ClassVar[tuple[int, int]] = (12, 24)
 
     def __post_init__(self) -> None:
@@ -202,9 +203,8 @@ class WanConfig(DiffusersBackboneConfig):
             inputs["image_embeds"] = Input("image", (tokens, width), droppable=False)
         return inputs
 
-    def latent_moments(self) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(self.vae_config[f"latents_{name}"]) for name in ("mean", "std"))
-        return mean, std
+    def vae_moments(self) -> tuple[Tensor, Tensor]:
+        return self.vae_numbers("latents_mean"), self.vae_numbers("latents_std")
 
     def check_folder(self, folder: Path) -> None:
         file = folder / "model_index.json"

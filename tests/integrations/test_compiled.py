@@ -1,8 +1,11 @@
 """torch.compile of a pipeline with experts: the same frames, one graph for each expert, or a refusal by name."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanTransformer3DModel
 from saved_pipelines import PROMPT, VIDEO, pipeline_recipe, save_pipeline
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -65,7 +68,7 @@ def blocks(pipeline, backend):
     [
         ("wan", "float32", wrapped, 3),  # semantic, detail, and what an expert has for an unconditional pass
         ("cogvideox_2b", "float32", in_place, 2),
-        ("wan", "bfloat16", blocks, 4),  # two blocks of each; equal bits say that islands are islands
+        ("wan", "bfloat16", blocks, 2),  # one for all blocks of each; equal bits say that islands are islands
     ],
 )
 def test_a_compiled_pipeline_gives_the_same(family, dtype, compiling, graphs, trained, backend):
@@ -97,6 +100,39 @@ def test_what_was_compiled_before_is_refused(compiling, trained, backend):
         UserError, match=r"compiled already.*apply the experts first, then compile: pipeline.transformer"
     ):
         apply(pipeline, source)
+
+
+def test_equal_blocks_share_a_graph(backend):
+    """However many there are: of each class that stays in float32, one class is made."""
+    network = WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=12, num_layers=12, ffn_dim=12, freq_dim=12, text_dim=12,
+        in_channels=4, out_channels=4,
+    ).bfloat16().eval()  # fmt: skip
+    keep_float32_islands(network)
+    first, *others = network.blocks
+    assert type(first.norm1).__mro__[1].__name__ == "_Island"
+    assert {type(block.norm1) for block in others} == {type(first.norm1)}
+    given = {
+        "hidden_states": torch.ones(1, 4, 1, 4, 4, dtype=torch.bfloat16), "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.ones(1, 3, 12, dtype=torch.bfloat16),
+    }  # fmt: skip
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = network(**given).sample
+        network.compile_repeated_blocks(backend=backend, fullgraph=True)
+        assert torch.equal(network(**given).sample, wanted)
+    assert backend.frame_count == 1
+
+
+def test_islands_are_copied_and_pickled_with_their_network(trained):
+    network = load(trained("wan")[0]).transformer
+    keep_float32_islands(network)
+    for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        embedder = again.condition_embedder.time_embedder
+        assert type(embedder) is type(network.condition_embedder.time_embedder)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert embedder(torch.ones(1, 32)).dtype == torch.float32
+        same = zip(again.state_dict().values(), network.state_dict().values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in same)
 
 
 def test_an_island_keeps_its_class_s_name_and_gives_it_back(trained):

@@ -1,17 +1,20 @@
 """Weights in a folder that are not those of the class: one line before anything is trained, never other numbers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from saved_pipelines import PROMPT, pipeline_recipe, save_pipeline
 
 from moedistill import DiffusersBackboneConfig, cli
 from moedistill.errors import UserError
+from moedistill.integrations.diffusers.loading import load_text_encoders
 from moedistill.integrations.diffusers.misfit import misfit
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
@@ -103,6 +106,57 @@ def test_a_network_of_other_tensors_is_refused(folder, kind):
     assert len(said) < 800
 
 
+def in_shards(folder, component, variant=None, *, in_files=lambda names: names, in_index=lambda names: names):
+    """Cuts a component's weights in two, with an index: `in_files` and `in_index` change what is in either, by name."""
+    file = folder / component / WEIGHTS[component]
+    tensors = load_file(file)
+    file.unlink()
+    shards = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    stored = in_files(dict(tensors))
+    for shard in set(shards.values()):
+        part = {name: value for name, value in stored.items() if shards.get(name, shard) == shard}
+        save_file(part, file.with_name(shard), metadata={"format": "pt"})
+    index = file.with_name(f"{file.name}.index.{f'{variant}.' * (variant is not None)}json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": in_index(shards)}))
+
+
+USES = {
+    "transformer": lambda folder: backbone_of(folder).build().network,
+    "vae": lambda folder: backbone_of(folder).build().load_vae(),
+}
+BIASES = {"transformer": "proj_out.bias", "vae": "decoder.conv_in.bias"}
+
+
+@pytest.mark.parametrize("component", USES)
+def test_shards_are_read_whole(saved, folder, component):
+    wanted = USES[component](saved).state_dict()
+    in_shards(folder, component)
+    found = USES[component](folder).state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+
+
+def test_shards_of_a_variant(folder):
+    in_shards(folder, "transformer", "fp16", in_files=scaled)
+    with pytest.raises(ValueError, match="this is a scaled fp8 file"):
+        backbone_of(folder, variant="fp16").build()
+
+
+@pytest.mark.parametrize("component", USES)
+def test_shards_must_have_what_their_index_names(folder, component):
+    """Of it diffusers says that nothing is missing, and leaves the tensor without numbers."""
+    bias = BIASES[component]
+    in_shards(folder, component, in_files=without(bias))
+    with pytest.raises(ValueError, match=rf"its tensors are not those of \w+: 1 missing \({re.escape(bias)}\)"):
+        USES[component](folder)
+
+
+@pytest.mark.parametrize("component", USES)
+def test_shards_must_have_nothing_that_their_index_leaves_out(folder, component):
+    in_shards(folder, component, in_files=scaled)
+    with pytest.raises(ValueError, match=r"left over \(.*scale_weight.*\); this is a scaled fp8 file"):
+        USES[component](folder)
+
+
 def test_a_config_of_another_depth_is_refused(folder):
     file = folder / "transformer" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": 1}))
@@ -154,6 +208,69 @@ def test_vae_and_text_encoders_too(folder, component, use, kind):
     with pytest.raises(ValueError, match=r"(its VAE|its text encoders \(text_encoder\)): its tensors are not") as error:
         getattr(backbone, use)(*[[PROMPT]] * (use == "encode"))
     assert (missing if kind == "a tensor less" else "scaled fp8") in str(error.value)
+
+
+LLAMA = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 9}
+T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
+TEXT = {"text_config": {**LLAMA, "num_hidden_layers": 1}}
+CLIP = {**TEXT, "vision_config": {**TEXT["text_config"], "image_size": 4, "patch_size": 2}, "projection_dim": 4}
+WHOLE = {
+    "Llama": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": False}, "LlamaModel", "model."),
+    "T5": ("T5ForConditionalGeneration", {**T5, "tie_word_embeddings": False}, "T5EncoderModel", ""),
+    "UMT5": ("UMT5ForConditionalGeneration", {**T5, "tie_word_embeddings": False}, "UMT5EncoderModel", ""),
+    "CLIP": ("CLIPModel", CLIP, "CLIPTextModel", ""),
+}
+
+
+def save_whole(folder, kind):
+    """A whole model of transformers, in a folder that names its text encoder; returns it."""
+    whole, sizes, encoder, _ = WHOLE[kind]
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, whole)(config)
+    model.save_pretrained(folder / "text_encoder")
+    (folder / "model_index.json").write_text(json.dumps({"text_encoder": ["transformers", encoder]}))
+    return model
+
+
+def encoder_of(folder):
+    return load_text_encoders(folder, ["text_encoder"], "text", ignored={}, variant=None, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_whole_model_serves_as_its_text_encoder(tmp_path, kind):
+    """What lies behind the text encoder (a head, a decoder, the images' half) is left over, and nothing is lost."""
+    whole, prefix = save_whole(tmp_path, kind).state_dict(), WHOLE[kind][3]
+    found = encoder_of(tmp_path)["text_encoder"].state_dict()
+    assert found
+    for name, value in found.items():
+        near = next(other for other in (prefix + name, f"text_model.{name}") if other in whole)
+        assert torch.equal(value, whole[near])
+
+
+def test_of_a_whole_model_nothing_that_is_read_may_be_missing(tmp_path):
+    save_whole(tmp_path, "Llama")
+    change(tmp_path, "text_encoder", without("model.norm."))
+    with pytest.raises(ValueError, match=r"1 missing \(norm\.weight\); what .* holds is incomplete"):
+        encoder_of(tmp_path)
+
+
+def test_a_decoder_that_is_the_text_encoder_s_own_is_none_to_leave_over(tmp_path):
+    sizes = {"hidden_size": 8, "ffn_dim": 8, "num_attention_heads": 2, "vocab_size": 9, "word_embed_proj_dim": 8}
+    config = transformers.OPTConfig(**sizes, num_hidden_layers=2, max_position_embeddings=8, pad_token_id=1)
+    transformers.OPTModel(config).save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps({"text_encoder": ["transformers", "OPTModel"]}))
+    file = tmp_path / "text_encoder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"decoder\.layers\.1 is more than config\.json says"):
+        encoder_of(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [5, "transformers", [], ["transformers"], {"a": 1}])
+def test_a_broken_index_of_components_makes_no_traceback(folder, entry):
+    file = folder / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "text_encoder": entry}))
+    with pytest.raises(ValueError, match=r"model_index\.json: text_encoder must be \[library, class\], not"):
+        backbone_of(folder).build().encode([PROMPT])
 
 
 def test_a_quantised_network_is_refused(folder):

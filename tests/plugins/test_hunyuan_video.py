@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_padding_has_no_effect():
         assert (changed - v).abs().max() > 1e-3
 
 
-def test_text_encoders_of_a_folder(tmp_path):
+def test_text_encoders_of_a_folder(tmp_path, monkeypatch):
     folder = save_pipeline(tmp_path, "hunyuan_video")
     backbone = HunyuanVideoConfig(pretrained=str(folder), guidance=EMBEDDED).build()
     encoded = backbone.encode([*PROMPTS, ""])
@@ -133,6 +134,13 @@ def test_text_encoders_of_a_folder(tmp_path):
     assert torch.equal(encoded["prompt_attention_mask"], mask.bool())
     assert mask[2].any()  # of the empty prompt: what dropped text is told
     null = backbone.null_conditioning({name: value[:1] for name, value in encoded.items()})
+    logged = []
+    with monkeypatch.context() as patch:  # diffusers would say it of each prompt
+        patch.setattr(logging.getLogger("diffusers"), "handlers", [handler := logging.Handler()])
+        patch.setattr(handler, "handle", logged.append)
+        with pytest.warns(UserWarning, match=r"^1 of 2 prompts is cut after 77 .* tokenizer_2 reads; the first: a a"):
+            backbone.encode(["a " * 80, "b " * 75])
+        assert not logged
     for name, value in null.items():
         assert torch.equal(value, encoded[name][2:])
 

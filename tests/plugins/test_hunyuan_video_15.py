@@ -189,6 +189,17 @@ def test_a_folder_gives_weights_and_text(folder):
     assert (plain - wanted.frames).abs().max() > 1e-3
 
 
+def test_quoted_text_that_is_cut_is_said_too(folder):
+    backbone = HunyuanVideo15Config(pretrained=str(folder[0]), guidance=GUIDED).build()
+    long = "a " * 300
+    with pytest.warns(UserWarning, match="cut after") as warned:
+        backbone.encode([f'a sign "{long}"', long, 'a sign "OPEN"'])
+    [said] = [str(one.message) for one in warned if "cut after" in str(one.message)]
+    assert said.startswith(
+        "1 of 3 prompts is cut after 256 tokens, all that the model's tokenizer_2 reads; the first: Text \"a a"
+    )
+
+
 def test_a_model_for_images_is_refused(folder, tmp_path):
     place, _ = folder
     for part in place.iterdir():
@@ -201,7 +212,7 @@ def test_a_model_for_images_is_refused(folder, tmp_path):
 
 def test_the_published_network_has_the_defaults_of_its_class():
     with torch.device("meta"):
-        network = HunyuanVideo15Transformer3DModel()
+        network = HunyuanVideo15Transformer3DModel(task_type="t2v")
     config = HunyuanVideo15Config(pretrained="not/here")
     assert config.real_network() == {name: network.config[name] for name in config.real_network()}
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(8.327e9, rel=1e-3)

@@ -225,6 +225,7 @@ def test_from_training_to_a_pipeline(folder, tmp_path):
         f"backbone.pretrained={place}", "backbone.dtype=float32", "data.path=null", "training.batch_size=2",
         "backbone.video={num_frames: 17, height: 64, width: 96}", "stages.semantic.steps=2", "stages.detail.steps=2",
         "stages.semantic.optimizer.lr=0.01", "stages.detail.optimizer.lr=0.01", "stages.samples.prompts=[rain]",
+        "experts.detail.rank=8",
     ]  # fmt: skip
     result = run(load_recipe("dcm_ltx", changes), output=tmp_path / "run", device="cpu")
     wanted = sample_run(result.output, output=tmp_path / "samples", prompts=[PROMPT], seed=5).videos[0]

@@ -391,11 +391,26 @@ def test_a_right_set_for_image_to_video_is_checked_and_has_no_note(tmp_path, mon
         run(stored("wrong"), output=tmp_path / "run2", device="cpu")
 
 
-def test_a_prompt_that_is_cut_is_said_in_one_line(folders):
+def test_prompts_that_are_cut_are_said_in_one_line(folders):
     backbone = WanConfig(pretrained=str(folders["wan"])).build()
-    with pytest.warns(UserWarning, match=r"^a prompt of 601 tokens is cut after 512, .* reads: a a a.*…") as warned:
-        backbone.encode(["a " * 600])
-    assert [str(one.message).count("\n") for one in warned] == [0]
+    with pytest.warns(UserWarning, match="prompts are cut") as warned:
+        backbone.encode(["a dog", "b " * 511, "a " * 600, "c " * 512])
+    [said] = [str(one.message) for one in warned]
+    assert said.startswith(
+        "2 of 4 prompts are cut after 512 tokens, all that the model's tokenizer reads; the first: a a a"
+    )
+    assert "\n" not in said
+    assert len(said) < 200
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        backbone.encode(["a " * 511])
+        backbone.encode(["e " * 511])
+
+
+def test_each_encoding_leaves_the_device_before_the_next_is_made(folders, monkeypatch):
+    """Thousands of prompts would fill it."""
+    backbone, done = WanConfig(pretrained=str(folders["wan"])).build(), []
+    encode, cpu = backbone.encode_with, torch.Tensor.cpu
+    monkeypatch.setattr(backbone, "encode_with", lambda *args: done.append("encode") or encode(*args))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda value: done.append("cpu") or cpu(value))
+    backbone.encode(["a dog", "rain"])
+    assert done == ["encode", "cpu", "encode", "cpu"]

@@ -8,7 +8,6 @@ diffusers itself is imported when a model is built, not before: a recipe is chec
 """
 
 import gc
-import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moedistill.errors import shorten
+from moedistill.integrations.diffusers.bars import errors_alone
 from moedistill.integrations.diffusers.loading import (
     cast,
     from_pretrained,
@@ -31,8 +31,10 @@ from moedistill.integrations.diffusers.loading import (
     read_json,
     transformers_of,
     variant_in,
+    with_defaults,
 )
 from moedistill.integrations.diffusers.pipeline import Pass, attach, expert_at, refuse_eta
+from moedistill.integrations.diffusers.values import check_arguments, numbers
 from moedistill.model import conditioning
 from moedistill.model.backbone import VideoSize
 from moedistill.model.conditioning import Conditioning
@@ -62,6 +64,8 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
     """By the name of a component: regular expressions of the tensors that its files may lack, or have beside its own.
     Anything else that is missing or left over stops the loading.
     """
+    optional_arguments: ClassVar[Sequence[str]] = ()
+    """Arguments of the network that `inputs` and `patch_size` read, and that may be null in its config."""
     _architecture: ClassVar[Mapping[str, Any] | None] = None
     """Set in the config that a backbone holds: that of its own network."""
 
@@ -130,14 +134,22 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
         return channels
 
     def architecture(self) -> Mapping[str, Any]:
-        """Arguments of the network's class: the miniature's, those of the folder, or the published ones."""
+        """Arguments of the network's class: the miniature's, those of the folder, or the published ones.
+
+        Raises:
+            ValueError: the folder's are not of the kind of `tiny_network` and `real_network`.
+        """
         if self._architecture is not None:
             return self._architecture
         if self.pretrained is None:
             return self.tiny_network()
-        found = self.find()
+        found, published = self.find(), self.real_network()
         file = found / self.bases()[0] / "config.json" if found else None
-        return {**self.real_network(), **(read_json(file) if file is not None and file.is_file() else {})}
+        if file is None or not file.is_file():
+            return published
+        own = read_json(file)
+        check_arguments(own, {**self.tiny_network(), **published}, self.optional_arguments, file)
+        return {**published, **own}
 
     @cached_property
     def vae_config(self) -> Mapping[str, Any]:
@@ -148,15 +160,38 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
         file = self.locate() / "vae" / "config.json"
         if not file.is_file():
             raise ValueError(f"{file} is missing: the latents' scaling is read from it; get the whole model's folder")
-        # What the file leaves out is the class's default.
-        cls = type(self.tiny_vae())
-        defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
-        return {**defaults, **read_json(file)}
+        return with_defaults(type(self.tiny_vae()), file)
+
+    def vae_numbers(self, name: str) -> Tensor:
+        """What `vae_config` has under `name`, float32: a number for each channel of the latents `[C]`, or one for all.
+
+        Raises:
+            ValueError: they are not that, or not finite.
+        """
+        return numbers(self.vae_config[name], name, self.channels(), self._vae_file)
+
+    def vae_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `[C]` of the VAE's own latents; by default 0, and what its `scaling_factor`
+        makes 1.
+        """
+        std = (1 / self.vae_numbers("scaling_factor")).expand(self.channels())
+        return torch.zeros_like(std), std
 
     def latent_moments(self) -> tuple[Tensor, Tensor]:
-        """See `LatentVideoConfig.latent_moments`; by default mean 0, and what the VAE's `scaling_factor` makes 1."""
-        std = torch.full([self.channels()], 1 / self.vae_config["scaling_factor"])
-        return torch.zeros_like(std), std
+        """See `LatentVideoConfig.latent_moments`: those of `vae_moments`; ValueError where latents cannot have them."""
+        mean, std = self.vae_moments()
+        for name, moment in (("mean", mean), ("standard deviation", std)):
+            least = -math.inf if moment is mean else 0.0
+            if moment.shape != (self.channels(),) or not (moment.isfinite() & (moment > least)).all():
+                raise ValueError(
+                    f"{self._vae_file}: the {name} of its latents must be {self.channels()} finite numbers"
+                    f"{' above 0' * (moment is std)}, not {shorten(str(moment.tolist()), 60)}; get the model's own VAE"
+                )
+        return mean, std
+
+    @property
+    def _vae_file(self) -> str:
+        return "the miniature's VAE" if self.pretrained is None else str(self.locate() / "vae" / "config.json")
 
     def from_file(self) -> str:
         cls = self.network_class()
@@ -218,10 +253,14 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
     def encode_with(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning of prompts by a pipeline that has text encoders and nothing else."""
 
-    text_limits: Mapping[str, int] = {}
-    """By the name of the pipeline's tokenizers: how many tokens of a prompt `encode_with` reads. Of a longer one the
-    rest is cut off, which a warning says.
+    text_limits: Mapping[str, str | int] = {}
+    """By the name of the pipeline's tokenizers: how many tokens of a prompt `encode_with` reads, or the one of the
+    config's `inputs` that is as long. Of a longer prompt the rest is cut off, which a warning says.
     """
+
+    def text_for(self, tokenizer: str, text: str) -> str:
+        """What of a prompt the pipeline gives to one of its tokenizers: all of it by default."""
+        return text
 
     prediction_type: ClassVar[str] = "flow_prediction"
 
@@ -475,8 +514,11 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
                 vae: Any = nn.Module.to(self.config.tiny_vae(), dtype)
         else:
             folder, what = self.config.locate() / "vae", f"pretrained {self.config.pretrained}: cannot load its VAE"
+            cls = type(self.config.tiny_vae())
+            if (file := folder / "config.json").is_file():
+                with_defaults(cls, file)  # raises
             vae = load_model(
-                type(self.config.tiny_vae()), folder, what, ignored=self.config.ignored_weights.get("vae", ()),
+                cls, folder, what, ignored=self.config.ignored_weights.get("vae", ()),
                 torch_dtype=dtype, variant=variant_in(folder, self.config.variant),
             )  # fmt: skip
         vae.enable_tiling()
@@ -508,21 +550,27 @@ class DiffusersBackbone(LatentVideoBackbone, OwnPipeline):
             torch_dtype=self.dtype, variant=self.config.variant,
         )  # fmt: skip
         pipeline.to(self.device)
-        for prompt in prompts:
-            self._warn_of_cuts(pipeline, prompt.text)
-        encoded = [self.encode_with(pipeline, [prompt.text]) for prompt in prompts]
+        self._warn_of_cuts(pipeline, [prompt.text for prompt in prompts])
+        encoded = []
+        with errors_alone():  # of each prompt that is cut it logs what is left out
+            for prompt in prompts:
+                made = self.encode_with(pipeline, [prompt.text])
+                encoded.append({name: value[0].cpu() for name, value in made.items()})
         del pipeline
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return [{name: value[0].cpu() for name, value in one.items()} for one in encoded]
+        return encoded
 
-    def _warn_of_cuts(self, pipeline: Any, text: str) -> None:
-        for name, limit in self.text_limits.items():
-            tokens = len(getattr(pipeline, name)(text, verbose=False).input_ids)
-            if tokens > limit:
+    def _warn_of_cuts(self, pipeline: Any, texts: Sequence[str]) -> None:
+        for name, length in self.text_limits.items():
+            limit = self.config.inputs()[length].shape[0] if isinstance(length, str) else length
+            tokenizer = getattr(pipeline, name)
+            read = [self.text_for(name, text) for text in texts]
+            cut = [text for text in read if len(tokenizer(text, verbose=False).input_ids) > limit]
+            if cut:
                 warnings.warn(
-                    f"a prompt of {tokens} tokens is cut after {limit}, all that the model's {name} reads: "
-                    f"{shorten(text, 60)}",
+                    f"{len(cut)} of {len(texts)} prompts {'is' if len(cut) == 1 else 'are'} cut after {limit} tokens, "
+                    f"all that the model's {name} reads; the first: {shorten(cut[0], 60)}",
                     stacklevel=2,
                 )

@@ -1,4 +1,4 @@
-"""diffusers' bars, which do not know the switch that those of transformers and of the Hub follow."""
+"""diffusers' bars, which do not know the switch that those of transformers and of the Hub follow, and its log."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,3 +18,16 @@ def bars_as_switched() -> Iterator[None]:
     finally:
         if off:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def errors_alone() -> Iterator[None]:
+    """For the block nothing but errors in diffusers' log."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

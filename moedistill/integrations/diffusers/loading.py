@@ -5,6 +5,8 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from moedistill.integrations.diffusers.bars import bars_as_switched
 from moedistill.integrations.diffusers.misfit import misfit
 from moedistill.runtime.reading import read_text, reason
 
+UNREAD = ("lm_head", "decoder", "vision_model", "visual_projection", "text_projection", "logit_scale")
+"""What whole models of transformers have beside their text encoders, and lies behind what a prompt is encoded to."""
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError where there is none."""
@@ -27,6 +32,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold an object, not {shorten(repr(content), 60)}; get the file again")
     return content
+
+
+def with_defaults(cls: Any, file: Path) -> dict[str, Any]:
+    """A config file of diffusers, and the class's own default where it leaves a value out; ValueError for another's."""
+    found = read_json(file)
+    if (own := found.get("_class_name", cls.__name__)) != cls.__name__:
+        raise ValueError(f"{file} is of class {shorten(str(own), 60)}, not {cls.__name__}; it is another model's")
+    return {**{name: given.default for name, given in inspect.signature(cls).parameters.items()}, **found}
 
 
 def read_tensors(folder: Path, names: Sequence[str]) -> list[Tensor]:
@@ -64,7 +77,9 @@ def from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
             raise ValueError(f"{what}: {shorten(reason, 400)}") from error
 
 
-def load_model(cls: Any, folder: Path, what: str, *, ignored: Iterable[str] = (), **arguments: Any) -> Any:
+def load_model(
+    cls: Any, folder: Path, what: str, *, ignored: Iterable[str] = (), unread: Iterable[str] = (), **arguments: Any
+) -> Any:
     """A network that a class of diffusers or transformers loads from a folder, every tensor of it and no other.
 
     The libraries use weights that do not fit, with a warning: what is missing is then random or no number at all, and
@@ -73,6 +88,7 @@ def load_model(cls: Any, folder: Path, what: str, *, ignored: Iterable[str] = ()
     Args:
         what: what the message of an error begins with.
         ignored: regular expressions of the names that may be missing or left over.
+        unread: modules that may be left over, all their tensors, where the class has none of that name.
 
     Raises:
         ValueError: it cannot be loaded, it is quantised, or its tensors are not those of the class.
@@ -83,14 +99,44 @@ def load_model(cls: Any, folder: Path, what: str, *, ignored: Iterable[str] = ()
         by = f", by {method}" if method else ""
         raise ValueError(f"{what}: it is quantised{by} ({file}); get the weights in bfloat16 or float32")
     model, found = from_pretrained(cls, folder, what, **arguments, output_loading_info=True)
-    allowed = [re.compile(pattern) for pattern in ignored]
-    missing, left_over = (
-        sorted(name for name in found[key] if not any(pattern.search(name) for pattern in allowed))
-        for key in ("missing_keys", "unexpected_keys")
-    )
+    missing, left_over = set(found["missing_keys"]), set(found["unexpected_keys"])
+    own = set(model.state_dict())
+    if (stored := _in_shards(folder, arguments.get("variant"))) is not None:
+        missing |= own - stored
+        left_over |= stored - own
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    missing |= {name for name, tensor in tensors if tensor.is_meta}
+    modules = set(unread) - {name.partition(".")[0] for name in own}
+    left_over = {name for name in left_over if name.partition(".")[0] not in modules}
+    missing = _without(missing, ignored)
+    left_over = _without(left_over, [*ignored, *(getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ())])
     if missing or left_over:
-        raise ValueError(f"{what}: {misfit(cls, folder, missing, left_over)}")
+        raise ValueError(f"{what}: {misfit(cls, folder, sorted(missing), sorted(left_over))}")
     return model
+
+
+def _without(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    allowed = [re.compile(pattern) for pattern in patterns]
+    return {name for name in names if not any(pattern.search(name) for pattern in allowed)}
+
+
+def _in_shards(folder: Path, variant: str | None) -> set[str] | None:
+    """The names of the tensors in a network of diffusers' that is saved in parts; None where it is not.
+
+    Of such a folder diffusers reports what the index says, which need not be what its files have.
+    """
+    first = "diffusion_pytorch_model.safetensors"
+    known = [f"{first}.index.json"]
+    if variant is not None:
+        known = [f"{first}.index.{variant}.json", f"{first}.{variant}.index.json"]  # the second in older folders
+    index = next((folder / name for name in known if (folder / name).is_file()), None)
+    if index is None:
+        return None
+    names: set[str] = set()
+    for shard in set(read_json(index)["weight_map"].values()):
+        with safe_open(folder / shard, "pt") as tensors:
+            names |= set(tensors.keys())
+    return names
 
 
 def variant_in(folder: Path, variant: str | None) -> str | None:
@@ -113,12 +159,15 @@ def load_text_encoders(
     file, loaded = folder / "model_index.json", {}
     index = read_json(file) if file.is_file() else {}  # without one the pipeline's class says what is wrong
     for name in names:
-        library, class_name = (*index.get(name, ()), None, None)[:2]
+        entry = index.get(name, [None, None])
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise ValueError(f"{file}: {name} must be [library, class], not {shorten(repr(entry), 60)}; get it again")
+        library, class_name = entry
         cls: Any = getattr(transformers, str(class_name), None) if library == "transformers" else None
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             loaded[name] = load_model(
-                cls, folder / name, f"{what} ({name})", ignored=ignored.get(name, ()), torch_dtype=dtype,
-                variant=variant_in(folder / name, variant),
+                cls, folder / name, f"{what} ({name})", ignored=ignored.get(name, ()), unread=UNREAD,
+                torch_dtype=dtype, variant=variant_in(folder / name, variant),
             )  # fmt: skip
     return loaded
 
@@ -142,6 +191,11 @@ class _Island(nn.Module):
     compiled, which entering autocast in one hook and leaving it in another cannot.
     """
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the module's own class: that of the island has its name, and would not be found by it."""
+        how: Any = super().__reduce_ex__(protocol)
+        return _new_island, type(self).__bases__[1:], *how[2:]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         device = next((arg.device.type for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), "cpu")
         with torch.autocast(device, enabled=False):
@@ -156,8 +210,18 @@ def keep_float32_islands(network: nn.Module) -> list[Callable[[], None]]:
 
 
 def _make_island(module: nn.Module) -> Callable[[], None]:
-    cls = type(module)
-    # Under its old name: classes are known by it, such as those of blocks to be compiled or sharded.
-    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    module.__class__ = type(cls.__name__, (_Island, cls), members)
+    cls: Any = type(module)
+    module.__class__ = _island(cls)
     return lambda: setattr(module, "__class__", cls)
+
+
+@cache
+def _island(cls: Any) -> Any:
+    """One class for all islands of a class: what is compiled for a block is compiled for the classes in it."""
+    # Under its old name: classes are known by it, such as those of blocks to be compiled or sharded.
+    return type(cls.__name__, (_Island, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _new_island(cls: Any) -> Any:
+    island = _island(cls)
+    return island.__new__(island)

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from moedistill.flow.process import add_noise, from_vp, jump, to_vp, velocity_from_vp
+from moedistill.flow.process import add_noise, from_vp, jump, listed, to_vp, velocity_from_vp, whole
 
 UNASKED = 50
 """The number of steps that a pipeline gives where its caller asks for none."""
@@ -59,8 +60,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         levels, times = _numbers("sigmas", sigmas), _numbers("timesteps", timesteps)
         _check_steps(levels, times)
-        if not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps {num_train_timesteps!r} must be a number of at least 1")
+        num_train_timesteps = whole("num_train_timesteps", num_train_timesteps)
         if prediction_type not in ("flow_prediction", "v_prediction"):
             raise ValueError(f"prediction_type {prediction_type!r} is unknown: use flow_prediction or v_prediction")
         self.sigmas = torch.tensor(levels, dtype=torch.float32)
@@ -101,15 +101,17 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Args:
             num_inference_steps: any; of a number that someone must have asked for it says once that it is not followed.
-            sigmas: those of the config. Pipelines of their own accord give numpy arrays, usually even ones from 1 down,
-                which are nothing but a number of steps.
+            sigmas: those of the config. Pipelines of their own accord give numpy arrays, even ones from 1 down, which
+                are nothing but a number of steps.
             timesteps: those of the config.
             mu: a pipeline's own shift, which is not looked at.
 
         Raises:
-            ValueError: other sigmas or times are asked for.
+            ValueError: other sigmas or times are asked for, or no whole number of steps.
         """
         own = len(self._times)
+        if num_inference_steps is not None:
+            whole("num_inference_steps", num_inference_steps)
         if sigmas is not None:
             num_inference_steps = self._check_sigmas(sigmas)
         if timesteps is not None:
@@ -117,7 +119,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if not _close(asked, self._times, CLOSE * self._num_train_timesteps):
                 raise ValueError(self._refusal("timesteps", asked, self._times))
         if num_inference_steps not in (None, own, UNASKED):
-            self._warn(f"{num_inference_steps} steps are asked for", f"steps={num_inference_steps}")
+            self._warn(num_inference_steps)
         self.timesteps = self.timesteps.to(device)
         self.num_inference_steps = own
         self.step_index = self.begin_index = self.batch = None
@@ -127,19 +129,19 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         asked, own = _numbers("sigmas", sigmas), self.sigmas.tolist()
         if _close(asked, own, CLOSE) or _close(asked, own[:-1], CLOSE):
             return None
-        if not isinstance(sigmas, np.ndarray) or not _descend(asked):
+        count = len(asked)
+        even = np.linspace(1.0, 1.0 / max(count, 1), count).tolist()
+        if not (isinstance(sigmas, np.ndarray) and count and _close(asked, even, 1e-6)):
             raise ValueError(self._refusal("sigmas", asked, own[:-1]))
-        if not _close(asked, np.linspace(1.0, 1.0 / len(asked), len(asked)).tolist(), CLOSE):
-            self._warn(f"sigmas {_listed(asked)} are given", "sigmas=[…]")
-        return len(asked)
+        return count
 
-    def _warn(self, what: str, argument: str) -> None:
+    def _warn(self, steps: int) -> None:
         if not self.has_warned:
             self.has_warned = True
             warnings.warn(
-                f"{what}, but the experts take their own {len(self._times)} steps, sigmas "
+                f"{steps} steps are asked for, but the experts take their own {len(self._times)} steps, sigmas "
                 f"{_listed(self.sigmas.tolist()[:-1])}; others are chosen with moedistill.apply(pipeline, source, "
-                f"{argument})",
+                f"steps={steps})",
                 stacklevel=3,
             )
 
@@ -151,9 +153,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says with which step, from 0, to begin; ValueError if there is none such."""
-        if not isinstance(begin_index, int) or not 0 <= begin_index < len(self._times):
-            raise ValueError(f"begin_index {begin_index!r} is no step: there are 0 to {len(self._times) - 1}")
-        self.begin_index = begin_index
+        index = whole("begin_index", begin_index, 0)
+        if index >= len(self._times):
+            raise ValueError(f"begin_index {index} is no step: there are 0 to {len(self._times) - 1}")
+        self.begin_index = index
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """The step of a native time, from 0; ValueError if no step is at that time.
@@ -254,10 +257,10 @@ def _check_steps(levels: Sequence[float], times: Sequence[float]) -> None:
 
 def _numbers(name: str, values: Any) -> list[float]:
     """Plain numbers of a list, an array or a tensor; ValueError for anything else."""
-    try:
-        return [float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} {values!r} must be a list of numbers") from error
+    numbers = listed(name, values)
+    if not all(isinstance(value, Real) and not isinstance(value, bool) for value in numbers):
+        raise ValueError(f"{name} {values!r} must be a list of numbers")
+    return [float(value) for value in numbers]
 
 
 def _one_time(timestep: Any) -> float:
