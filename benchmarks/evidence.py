@@ -34,8 +34,9 @@ from moedistill import MetricInputs, load_recipe, plotting
 from moedistill.data.loading import collate
 from moedistill.recipe.keys import Recipe, TrainingStageConfig
 from moedistill.runs.resume import changed_keys, comparable
+from moedistill.runs.saved import read_state
 from moedistill.runs.tables import Estimate, Line, Table, methods, read_records, tabulate
-from moedistill.runtime.checkpoint import Checkpoints, load_tree
+from moedistill.runtime.checkpoint import Checkpoints, parse_name
 from moedistill.stages.evaluate import EvaluateConfig
 from moedistill.stages.run import COST
 
@@ -162,8 +163,8 @@ class Job:
     def branching(self, other: "Job") -> "Job":
         """The same run begun where the first stage of `other`, a finished run, ends; itself if its own is different."""
         checkpoints = Checkpoints(other.folder / "checkpoints", keep=1).all()
-        begun = max((path for path in checkpoints if path.name.startswith("00_")), default=None)
-        if begun is None or changed_keys(self.load(), load_tree(begun, "state"))[0]:
+        begun = next((path for path in reversed(checkpoints) if (parse_name(path.name) or (1,))[0] == 0), None)
+        if begun is None or changed_keys(self.load(), read_state(begun))[0]:
             return self
         first, *_ = json.loads((other.folder / COST).read_text(encoding="utf-8")).values()
         return replace(self, begun=begun, forwards=self.forwards - first["forwards"])

@@ -250,12 +250,13 @@ class Recipe:
         plain: dict[str, Any] = to_plain(self)
         return plain
 
-    def missing(self) -> Iterator[str]:
+    def missing(self, *, data: bool = True) -> Iterator[str]:
         """What the recipe names but is not on this machine, or cannot be used as it is: data, prompts, stored samples.
 
-        It makes no recipe invalid, as it may be run elsewhere; `run` refuses to begin.
+        It makes no recipe invalid, as it may be run elsewhere; `run` refuses to begin. Without `data` only what stages
+        name is looked at.
         """
-        looks: dict[str, Callable[[], None]] = {"data": self.data.look_ahead} if self.data else {}
+        looks: dict[str, Callable[[], None]] = {"data": self.data.look_ahead} if self.data and data else {}
         looks |= {f"stage {stage.name}": partial(stage.look_ahead, self) for stage in self.stages}
         for where, look_ahead in looks.items():
             try:

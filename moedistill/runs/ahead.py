@@ -1,56 +1,76 @@
 """Whatever a later stage needs, tried before the first one trains."""
 
-import os
-import shutil
+import math
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from moedistill.errors import UserError, user_errors
-from moedistill.recipe.keys import TrainingStageConfig
+from moedistill.recipe.keys import StageConfig, TrainingStageConfig
 from moedistill.runs.memory import remedies
+from moedistill.runs.processes import on_main
+from moedistill.runtime.checkpoint import Checkpoints, parse_name
+from moedistill.runtime.writing import free_bytes
 from moedistill.stages.base import Stage
-from moedistill.stages.rehearsal import Part, rehearse, size
+from moedistill.stages.rehearsal import Part, needed, rehearse, size
 from moedistill.stages.run import Run
 
 
-def look_ahead(run: Run, first: int = 0, trained: Collection[str] = ()) -> None:
-    """Tries what the stages from number `first` on will need; experts in `trained` are in every checkpoint already.
+def look_ahead(run: Run, first: int = 0, step: int = 0, trained: Collection[str] = ()) -> None:
+    """Tries what the stages from `step` of number `first` on will need.
+
+    Training stages are set up on every process. What stages may load, such as a text encoder, and the disk are looked
+    at by the main process, which alone will use them.
+
+    Args:
+        trained: experts that are in every checkpoint already.
 
     Raises:
-        UserError: one of them would fail, or can certainly not fit into the memory, or on the disk.
+        UserError: a stage would fail, or can certainly not fit into the memory, or on the disk.
     """
     parts: dict[int, list[Part]] = {}
     for number, config in list(enumerate(run.recipe.stages))[first:]:
-        with user_errors(f"stage {config.name}"):
-            if isinstance(config, TrainingStageConfig):
+        if isinstance(config, TrainingStageConfig):
+            with user_errors(f"stage {config.name}"):
                 parts[number] = rehearse(run, config)
-            else:
-                stage = config.build()
-                assert isinstance(stage, Stage)
-                stage.look_ahead(run)
+        else:
+            on_main(run.accelerator, partial(_try, run, config))
     _check_memory(run, parts)
-    _check_room(run, parts, trained)
+    on_main(run.accelerator, partial(_check_room, run, parts, (first, step), trained))
+
+
+def _try(run: Run, config: StageConfig) -> None:
+    with user_errors(f"stage {config.name}"):
+        stage = config.build()
+        assert isinstance(stage, Stage)
+        stage.look_ahead(run)
 
 
 def _check_memory(run: Run, parts: Mapping[int, list[Part]]) -> None:
-    """Refuses what can certainly not fit: activations are not counted, nor what others use of the memory."""
+    """Refuses a stage whose tensors alone are more than there is.
+
+    Counted are the mixture's weights, what every trainable has from its first step on, and, with accumulation, all
+    gradients, else the largest ones: what stands at one moment. Not counted are activations, buffers of libraries, and
+    what others use of the memory, so that much of what is not refused will not fit either.
+    """
     if str(run.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         return  # what is cut among processes when a stage begins
     there = _memory(run.accelerator.device)
     held = 0 if there is None else sum(map(size, _tensors(run)))
+    accumulating = run.recipe.training.gradient_accumulation_steps > 1
     averages: dict[str, int] = {}
     for number, stage in parts.items():
         averages |= {part.expert: part.averaged for part in stage if part.expert is not None}
-        standing = sum(averages.values()) - sum(part.averaged for part in stage)
-        needed = standing + sum(part.memory for part in stage)
-        if there is not None and held + needed > there:
+        others = sum(averages.values()) - sum(part.averaged for part in stage)
+        most = others + needed(stage, accumulating=accumulating)
+        if there is not None and held + most > there:
             config = run.recipe.stages[number]
             largest = max(stage, key=lambda part: part.memory)
             raise UserError(
-                f"stage {config.name}: {_readable(needed)} of gradients, moments and weights are needed beside the "
+                f"stage {config.name}: {_readable(most)} of gradients, moments and weights are needed beside the "
                 f"model's {_readable(held)}, most of it for {largest.name!r}, and {run.accelerator.device} has "
                 f"{_readable(there)}; {remedies(run, config, largest=largest)}"
             )
@@ -62,25 +82,38 @@ def _tensors(run: Run) -> list[torch.Tensor]:
 
 
 def _memory(device: torch.device) -> int | None:
-    """Bytes of memory that a process could have on a device at most; None where that is not known."""
+    """Bytes of memory that a process could have on a device at most, of a CPU with swap; None where it is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     if device.type != "cpu":
         return None
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with suppress(OSError, ValueError):  # of the container
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits)
+    try:
+        fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        of_system = {name: 1024 * int(value) for name, value, *_ in fields}
+        memory, swap = of_system["MemTotal:"], of_system["SwapTotal:"]
+    except (OSError, ValueError, KeyError):  # of no Linux: swap may grow
+        return None
+    with suppress(OSError, ValueError):  # of the container; "max" is none
+        swap = min(swap, int(Path("/sys/fs/cgroup/memory.swap.max").read_text()))
+    with suppress(OSError, ValueError):
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory + swap
 
 
-def _check_room(run: Run, parts: Mapping[int, list[Part]], trained: Collection[str]) -> None:
-    """Refuses where the checkpoints of a stage, as many as are kept and the one being written, have no room."""
+def _check_room(run: Run, parts: Mapping[int, list[Part]], reached: tuple[int, int], trained: Collection[str]) -> None:
+    """Refuses where a checkpoint will have no room beside those that are kept, by saving them all in thought.
+
+    What is there gives room back only when `keep_checkpoints` removes it: the run's own ones up to the number and step
+    that it has `reached`. Whatever else lies beside them stays.
+    """
     settings = run.recipe.training
+    free = free_bytes(run.output)
+    if free is None:
+        return
     saved = {name: sum(map(size, run.mixture.experts[name].parameters.values())) for name in trained}
     averages: dict[str, int] = {}
-    folder = run.output / "checkpoints"
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    room = shutil.disk_usage(next(place for place in [run.output, *run.output.absolute().parents] if place.exists()))
+    kept = _sizes(run, reached)
+    room = free + sum(kept)
     for number, stage in parts.items():
         config = run.recipe.stages[number]
         assert isinstance(config, TrainingStageConfig)
@@ -88,14 +121,30 @@ def _check_room(run: Run, parts: Mapping[int, list[Part]], trained: Collection[s
             if part.expert is not None:
                 saved[part.expert], averages[part.expert] = part.trained, part.averaged
         one = sum(saved.values()) + sum(averages.values()) + sum(part.state for part in stage)
-        kept = min(settings.keep_checkpoints, -(-config.steps // (settings.checkpoint_every or config.steps)) - 1)
-        if (kept + 1) * one > room.free + there:
+        every, done = settings.checkpoint_every or config.steps, reached[1] if number == reached[0] else 0
+        saves = math.ceil(config.steps / every) - done // every if done < config.steps else 0
+        most = (0, 0)
+        for _ in range(min(saves, settings.keep_checkpoints + 1)):  # then each is as the one before
+            kept.append(one)
+            most = max(most, (sum(kept), len(kept)))
+            kept = kept[-settings.keep_checkpoints :]
+        if most[0] > room:
             raise UserError(
-                f"stage {config.name}: a checkpoint takes {_readable(one)}, and there have to be {kept + 1} at a time, "
-                f"the newest one being written; {run.output} has room for {_readable(room.free + there)}. Choose "
-                "another --output"
-                + (f", or lower training.keep_checkpoints {settings.keep_checkpoints}" if kept > 1 else "")
+                f"stage {config.name}: a checkpoint takes {_readable(one)}, and there have to be {most[1]} at a time, "
+                f"the newest one being written; {run.output} has room for {_readable(room)}. Choose another --output"
+                + (f", or lower training.keep_checkpoints {settings.keep_checkpoints}" if most[1] > 2 else "")
             )
+
+
+def _sizes(run: Run, reached: tuple[int, int]) -> list[int]:
+    """Bytes of the run's checkpoints up to the number and step that it has `reached`, oldest first."""
+    sizes = []
+    for path in Checkpoints(run.output / "checkpoints", run.recipe.training.keep_checkpoints).all():
+        number, _, step = parse_name(path.name) or (0, "", 0)
+        if (number, step) <= reached:
+            with suppress(OSError):  # what vanishes gives nothing back
+                sizes.append(sum(file.stat().st_size for file in path.iterdir()))
+    return sizes
 
 
 def _readable(count: float) -> str:

@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,11 @@ from moedistill.stages.run import Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+TIMEOUT = timedelta(days=7)
+"""Of an exchange between processes. The main one saves, evaluates and samples alone while the others wait in the next
+exchange: 144 GiB take 9 minutes to save, an evaluation of a large model days. By torch's own limit, 10 minutes, they
+would give up. What ends does not leave them waiting: the launcher sees it and ends all."""
 
 
 def build_mixture(
@@ -199,6 +205,7 @@ def make_accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
     """One process, or this one's part of what a launcher started."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
     chosen = find_device(device)
     cpu = chosen.type == "cpu"
@@ -211,5 +218,8 @@ def make_accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
         cpu=cpu,
         mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype],
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
     )

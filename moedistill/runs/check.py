@@ -15,7 +15,6 @@ from moedistill.data.check import (
 )
 from moedistill.data.latents import LatentsConfig, find_index
 from moedistill.data.plausible import can_be_told, padding_warning, size_warning, spread_warning
-from moedistill.data.prompts import read_prompts
 from moedistill.errors import SCREEN_LINES, UserError, counted, shorten
 from moedistill.model.backbone import BackboneConfig
 from moedistill.model.latent_video import LatentVideoConfig
@@ -86,7 +85,8 @@ def _compare(path: str | Path, contents: Contents, recipe: Recipe, layout: Sampl
     if layout is not None:
         report.problems += layout_problems(contents, layout, backbone.kind, backbone.unpack, _crops(recipe))
     report.problems += _too_short(contents, recipe)
-    report.problems += _prompt_files(recipe)
+    if missing := list(recipe.missing(data=False)):  # it would stop the run
+        report.problems.append(Misfit("what stages will read is missing, or does not fit", missing))
     report.notes += _notes(path, contents, recipe, layout)
     report.warnings += _warnings(contents, backbone, report)
 
@@ -133,17 +133,6 @@ def _too_short(contents: Contents, recipe: Recipe) -> Iterator[Misfit]:
                     + (f" and more than latent_frames {crop}" if crop is not None and crop <= lag else ""),
                     short,
                 )
-
-
-def _prompt_files(recipe: Recipe) -> Iterator[Misfit]:
-    """A stage may ask for prompts in a file, and would stop a long run if it is not there."""
-    for stage in recipe.stages:
-        prompts = getattr(stage, "prompts", None)
-        if isinstance(prompts, str):
-            try:
-                read_prompts(prompts)
-            except ValueError as error:
-                yield Misfit(f"stage {stage.name} cannot read its prompts", [str(error)])
 
 
 def _notes(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleLayout | None) -> Iterator[str]:

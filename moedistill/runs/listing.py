@@ -15,6 +15,7 @@ from moedistill.errors import RecipeError, UserError, shorten
 from moedistill.recipe.keys import Recipe, TrainingStageConfig
 from moedistill.recipe.loading import read_saved
 from moedistill.runs.tables import methods, newest_of_each_seed, was_miniature
+from moedistill.runtime.checkpoint import Checkpoints, parse_name
 from moedistill.stages.evaluate import ROWS, EvaluateConfig
 from moedistill.stages.run import COST, METRICS, RESULT
 
@@ -158,9 +159,8 @@ def _reached(folder: Path, stages: list[str]) -> tuple[int, int]:
                 found.append((stages.index(line["stage"]), int(line["step"])))
             except (ValueError, KeyError, TypeError):  # cut, at the beginning of what was read or by a crash
                 continue
-    for path in (folder / "checkpoints").glob("*"):
-        number, _, rest = path.name.partition("_")
-        name, _, step = rest.rpartition("_")
-        if number.isdigit() and step.isdigit() and int(number) < len(stages) and stages[int(number)] == name:
-            found.append((int(number), int(step)))
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1).all()
+    for number, name, step in filter(None, (parse_name(path.name) for path in checkpoints)):
+        if stages[number : number + 1] == [name]:
+            found.append((number, step))
     return max(found)

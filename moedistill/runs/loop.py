@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +25,7 @@ from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
 from moedistill.runs.not_finite import explain, newest
+from moedistill.runs.processes import on_main
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
 from moedistill.runtime.checkpoint import (
@@ -110,45 +112,47 @@ def run(
         if smoke:
             recipe = miniature(recipe)
         accelerator = make_accelerator(recipe, device)
-        _check_before_loading(recipe, accelerator)
-        checked = check_before(recipe, accelerator.num_processes)
+        training = recipe.training
+        with user_errors("this run"):
+            share_of_batch(training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes)
         command = RunCommand(smoke, device, tuple(plugins.files))
-        where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
-        numbered = output is None and (where.checkpoint is None or where.branch)
-        folder = _claim(where.folder, numbered, accelerator, stack)
-        # Once more, now that nobody else writes there.
-        where = plan(recipe, output=folder, resume=resume, resume_from=resume_from, command=command, seen=where)
-        accelerator.wait_for_everyone()  # nobody writes there before all have looked
+        # By one process: a checkpoint that is compared with its sums may have 100 GB.
+        begin = partial(
+            _begin, recipe, accelerator.num_processes, stack, command,
+            output=output, resume=resume, resume_from=resume_from,
+        )  # fmt: skip
+        where, warnings = on_main(accelerator, begin)
         with cpu_threads(recipe.training.num_threads):
             runner = _Runner(recipe, where, accelerator, plugins, command)
-            for warning in checked.warnings if checked is not None else ():
+            for warning in warnings:
                 runner.run.say(f"warning: {warning}")
             return runner.go()
 
 
-def _claim(folder: Path, numbered: bool, accelerator: "Accelerator", stack: ExitStack) -> Path:
-    """The run's folder, the same on every process; the one that writes holds it until `stack` is closed."""
-    from accelerate.utils import broadcast_object_list
+def _begin(
+    recipe: Recipe,
+    processes: int,
+    stack: ExitStack,
+    command: RunCommand,
+    *,
+    output: str | Path | None,
+    resume: bool,
+    resume_from: str | Path | None,
+) -> tuple[Plan, list[str]]:
+    """Where the run writes and goes on, and what is likely wrong with its data; `stack` holds its folder.
 
-    answer = ["", ""]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = str(stack.enter_context(claimed(folder, numbered=numbered)))
-        except UserError as error:  # the others must hear of it, or they would wait
-            answer[1] = str(error)
-    taken, problem = broadcast_object_list(answer)
-    if problem:
-        raise UserError(problem)
-    return Path(taken)
-
-
-def _check_before_loading(recipe: Recipe, accelerator: "Accelerator") -> None:
-    """UserError where something is missing, or the batch cannot be shared out among the processes."""
-    for missing in recipe.missing():
-        raise UserError(missing)
-    settings = recipe.training
-    with user_errors("this run"):
-        share_of_batch(settings.batch_size, settings.gradient_accumulation_steps, accelerator.num_processes)
+    Raises:
+        UserError: something is missing, in a line for each thing; or the data, the checkpoint or the folder won't do.
+    """
+    if missing := list(recipe.missing()):
+        raise UserError("\n".join(missing))
+    checked = check_before(recipe, processes)
+    where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
+    numbered = output is None and (where.checkpoint is None or where.branch)
+    folder = stack.enter_context(claimed(where.folder, numbered=numbered))
+    # Once more, now that nobody else writes there.
+    where = plan(recipe, output=folder, resume=resume, resume_from=resume_from, command=command, seen=where)
+    return where, checked.warnings if checked is not None else []
 
 
 class _Runner:
@@ -159,12 +163,12 @@ class _Runner:
         self.folder = folder = where.folder
         # What goes on with a miniature is one.
         self.command = replace(command, smoke=where.state.get("smoke", command.smoke))
-        with memory_errors(lambda: "loading the model", lambda: loading_remedies(recipe)):
+        with memory_errors(lambda: "loading the model", lambda _: loading_remedies(recipe)):
             self.run = build_run(recipe, folder, accelerator, smoke=self.command.smoke)
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.training.keep_checkpoints, self.run.say)
-        first = where.state["stage"] if where.checkpoint is not None else 0
-        with memory_errors(lambda: "trying the stages", lambda: loading_remedies(recipe)):
-            look_ahead(self.run, first, self._trained(first))
+        first, step = (where.state["stage"], where.state["step"]) if where.checkpoint is not None else (0, 0)
+        with memory_errors(lambda: "trying the stages", lambda _: loading_remedies(recipe)):
+            look_ahead(self.run, first, step, self._trained(first))
         self.last_checkpoint: Path | None = None
         self.under_way = ""
         self.training: Training | None = None
@@ -178,26 +182,25 @@ class _Runner:
     def go(self) -> RunResult:
         """All stages, or those after the checkpoint."""
         smoke = " (a miniature)" if self.run.smoke else ""
-        self._restore()
-        if self.run.main:
-            with disk_errors(self.folder):
-                self.checkpoints.folder.mkdir(exist_ok=True)  # the first thing, by which a folder is known as a run's
-            self.checkpoints.remove_leftovers()
-            write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
-            self._write_cost()
-        self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
-        for observer in self.observers:
-            self.plugins.manager.register(observer)
-        try:
-            with self.interruption:
-                self._stages()
-        except WriteError as error:
-            raise WriteError(f"{error}; {self._where_to_go_on()}") from error
-        finally:
-            self.progress.stop()
-            self.trackers.stop()
+        with ExitStack() as stack:
+            stack.callback(self.trackers.stop)
+            self._restore()
+            if self.run.main:
+                with disk_errors(self.folder):
+                    self.checkpoints.folder.mkdir(exist_ok=True)  # first: by it a folder is known as a run's
+                    self.checkpoints.remove_leftovers()
+                write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
+                self._write_cost()
+            self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
             for observer in self.observers:
-                self.plugins.manager.unregister(observer)
+                self.plugins.manager.register(observer)
+                stack.callback(self.plugins.manager.unregister, observer)
+            stack.callback(self.progress.stop)
+            try:
+                with self.interruption:
+                    self._stages()
+            except WriteError as error:
+                raise WriteError(f"{error}; {self._where_to_go_on()}") from error
         self.run.say(f"done{smoke}: {self.folder}")
         return RunResult(self.folder, self.run.metrics, self.run.cost, self.last_checkpoint, self.run.smoke)
 
@@ -375,7 +378,10 @@ class _Runner:
         def where() -> str:
             return f"stage {config.name}" + (f", step {self.training.step + 1}" if self.training is not None else "")
 
-        return memory_errors(where, lambda: f"{remedies(self.run, config)}; {newest(self.last_checkpoint)}")
+        def advice(error: BaseException) -> str:
+            return f"{remedies(self.run, config, error)}; {newest(self.last_checkpoint)}"
+
+        return memory_errors(where, advice)
 
     def _write_cost(self) -> None:
         file, text = self.folder / COST, json.dumps(self.run.cost, indent=1)

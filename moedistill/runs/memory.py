@@ -1,5 +1,6 @@
 """Out of memory: recognised, and what to change in the recipe at hand."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,19 +21,28 @@ SIGNS = (
     "ALLOC_FAILED",
     "Storage size calculation overflowed",
     "invalid buffer size",
-    "DataLoader worker (pid",  # killed, as a rule by the system, which had none left
 )
 """Torch's words for it, where it raises a RuntimeError."""
+
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) is killed by signal: (Killed|Bus error)")
+"""Killed by the system, which has no memory left; a bus error is of shared memory. Other ends have other reasons."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS))
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (any(sign in text for sign in SIGNS) or bool(_LOST_WORKER.search(text)))
+
+
+def _is_of_shared_memory(error: BaseException | None) -> bool:
+    lost = _LOST_WORKER.search(str(error))
+    return lost is not None and lost[1] == "Bus error"
 
 
 @contextmanager
-def memory_errors(where: Callable[[], str], advice: Callable[[], str]) -> Iterator[None]:
+def memory_errors(where: Callable[[], str], advice: Callable[[BaseException], str]) -> Iterator[None]:
     """Says in one line that memory ran out in the block, where, and what to change."""
     try:
         yield
@@ -40,7 +50,7 @@ def memory_errors(where: Callable[[], str], advice: Callable[[], str]) -> Iterat
         if not is_out_of_memory(error):
             raise
         reason = shorten((str(error).strip().splitlines() or ["no reason given"])[0], 240)
-        raise UserError(f"{where()}: out of memory ({reason}); {advice()}") from error
+        raise UserError(f"{where()}: out of memory ({reason}); {advice(error)}") from error
 
 
 def loading_remedies(recipe: Recipe) -> str:
@@ -48,9 +58,14 @@ def loading_remedies(recipe: Recipe) -> str:
     return _listed([*_smaller_weights(recipe, recipe.experts), "use a device with more"])
 
 
-def remedies(run: "Run", config: StageConfig, *, largest: "Part | None" = None) -> str:
+def remedies(
+    run: "Run", config: StageConfig, error: BaseException | None = None, *, largest: "Part | None" = None
+) -> str:
     """What makes a stage take less; where its weights and what belongs to them are too much, of the `largest` part."""
     recipe, found = run.recipe, list[str]()
+    if _is_of_shared_memory(error):
+        fewer = f"training.num_workers below {recipe.training.num_workers}"
+        return _listed([fewer, "allow more shared memory (/dev/shm)"])
     if largest is not None and largest.expert is None:
         found.append(f"a smaller critic of {largest.name!r}")
     elif isinstance(config, TrainingStageConfig):

@@ -261,7 +261,8 @@ class Checkpoints:
     def _set_aside(self, path: Path) -> None:
         names = (path.with_name(f"{path.name.removeprefix(_TEMPORARY)}.set-aside-{k}") for k in count(1))
         aside = next(name for name in names if not os.path.lexists(name))
-        path.rename(aside)
+        with disk_errors(aside):
+            path.rename(aside)
         self._say(f"{path} was there already: it is {aside.name} now, and stays until you remove it")
 
 
@@ -322,7 +323,8 @@ def newest_whole(folder: Path, but: Path) -> Path | None:
     for path in reversed(Checkpoints(folder, keep=1).all()):
         try:
             if not (path.name == but.name and path.parent.resolve() == but.parent.resolve()):
-                for tree in TREES:
+                verify(path, *TREES)
+                for tree in TREES if not os.path.lexists(path / SUMS) else ():  # what has no sums is read
                     load_tree(path, tree)
                 return path
         except Damaged:

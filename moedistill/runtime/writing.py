@@ -26,6 +26,14 @@ _WAYS_OUT = {
     errno.EIO: "look at the disk, or choose another place",
 }
 
+_OF_THE_DISK = {
+    *_WAYS_OUT,
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EBUSY, errno.ETXTBSY, errno.EXDEV, errno.EMLINK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS),
+    *(errno.ENOLCK, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.EPIPE),
+}
+"""What a path, a file system or an open file may say; not what a network does, such as a refused connection."""
+
 
 @contextmanager
 def disk_errors(place: Path, size: int | None = None) -> Iterator[None]:
@@ -34,17 +42,17 @@ def disk_errors(place: Path, size: int | None = None) -> Iterator[None]:
     Args:
         size: in bytes, where it is known: then the room for it is looked at first.
     """
-    if size is not None and (free := _free(place)) is not None and free < size:
+    if size is not None and (free := free_bytes(place)) is not None and free < size:
         message = f"it needs {_bytes(size)}, and {_bytes(free)} are free; make room there"
         raise WriteError(f"cannot write {_shown(place)}: {message}")
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _errno(error)
-        if number is None:
+        if number not in _OF_THE_DISK:
             raise
         facts = [] if size is None else [f"{_bytes(size)} needed"]
-        if number in (errno.ENOSPC, errno.EDQUOT) and (free := _free(place)) is not None:
+        if number in (errno.ENOSPC, errno.EDQUOT) and (free := free_bytes(place)) is not None:
             facts.append(f"{_bytes(free)} free there")
         why = os.strerror(number) + (f" ({', '.join(facts)})" if facts else "")
         way_out = f"; {_WAYS_OUT[number]}" if number in _WAYS_OUT else ""
@@ -134,7 +142,7 @@ def _errno(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def _free(place: Path) -> int | None:
+def free_bytes(place: Path) -> int | None:
     """Bytes free where `place` is to lie; None where the file system does not tell."""
     there = next((path for path in (place, *place.absolute().parents) if path.exists()), Path("/"))
     try:

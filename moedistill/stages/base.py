@@ -16,7 +16,7 @@ class Stage(ABC):
     """A built stage."""
 
     def look_ahead(self, run: Run) -> None:  # noqa: B027  many need nothing
-        """Tries what the stage will need of the loaded model; called before anything is trained.
+        """Tries what the stage will need of the loaded model; called before anything is trained, on the main process.
 
         Raises:
             ValueError: it would fail.

@@ -1,5 +1,6 @@
 """What a training stage will make trainable, set up once before anything is trained: whatever fails, fails at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +41,13 @@ class Part:
 
     @property
     def memory(self) -> int:
-        """Of all that is made for it: gradients, moments, the module itself, the average."""
-        return (1 + MOMENTS) * self.trained + self.brought + self.averaged
+        """Of all that is made for it: gradients, as large as what is trained, and what stays beside them."""
+        return self.trained + self.standing
+
+    @property
+    def standing(self) -> int:
+        """Of what stays from one step to the next: moments, the module itself, the average."""
+        return MOMENTS * self.trained + self.brought + self.averaged
 
     @property
     def state(self) -> int:
@@ -88,6 +94,15 @@ class Rehearsal(Training):
         held = trainable.bare
         brought = 0 if held is None else sum(map(size, [*held.parameters(), *held.buffers()]))
         return Part(name, trainable.expert, trained, brought, trained if trainable.expert in self._averaged else 0)
+
+
+def needed(parts: Sequence[Part], *, accumulating: bool) -> int:
+    """Bytes that a stage's trainables take together when they take the most.
+
+    An update frees its gradients before the next one begins; only where they are accumulated do all stand together.
+    """
+    gradients = [part.trained for part in parts]
+    return (sum(gradients) if accumulating else max(gradients, default=0)) + sum(part.standing for part in parts)
 
 
 def size(tensor: Tensor) -> int:

@@ -265,8 +265,8 @@ def test_a_stored_negative_prompt_needs_no_note(tmp_path, check):
 def test_prompts_of_a_stage(tmp_path, check):
     publish(tmp_path)
     message, places = problem(check(distil(), evaluate(prompts=str(tmp_path / "nowhere"))))
-    assert message == "stage evaluate cannot read its prompts"
-    assert "there is no file" in places[0]
+    assert message == "what stages will read is missing, or does not fit"
+    assert places[0].startswith(f"stage evaluate: there is no file {tmp_path / 'nowhere'}")
     assert check(distil(), evaluate(prompts=str(tmp_path / "videos2caption.json"))).fits
 
 

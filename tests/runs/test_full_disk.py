@@ -14,7 +14,7 @@ from moedistill.components.plugins import load_plugins
 from moedistill.errors import WriteError
 from moedistill.runs.loop import run
 from moedistill.runs.sample import sample_run
-from moedistill.runtime.checkpoint import size_of
+from moedistill.runtime.checkpoint import bytes_of
 from moedistill.stages.evaluate import EvaluateStage
 from moedistill.stages.export import ExportStage
 from moedistill.stages.sample import SampleStage
@@ -72,7 +72,7 @@ def test_no_room_for_a_checkpoint_is_seen_before_it_is_written(tmp_path, monkeyp
     folder, disk = tmp_path / "run", SimpleNamespace(free=20_000, total=10**12)
     message = fails(folder, lambda _: monkeypatch.setattr(shutil, "disk_usage", lambda _: disk))
     saved = folder / "checkpoints/00_semantic_00000001"
-    size, what = size_of(trees(saved)) / 2**20, folder / "checkpoints/00_semantic_00000002"
+    size, what = bytes_of(trees(saved)) / 2**20, folder / "checkpoints/00_semantic_00000002"
     refusal = f"cannot write {what}: it needs {size:.3g} MiB, and 19.5 KiB are free; make room there"
     assert message == f"{refusal}; saved is {saved}; go on with: {go_on(folder)}"
     monkeypatch.undo()
@@ -87,6 +87,19 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, whole, c
     assert "; saved is " in message
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["00_semantic_00000001"]
     assert_goes_on(folder, whole)
+
+
+def test_leftovers_that_cannot_be_removed(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / ".tmp-00_semantic_00000001").mkdir(parents=True)
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", denied)
+    with pytest.raises(WriteError) as caught:
+        run(tiny_recipe([distil()]), output=tmp_path, device="cpu")
+    way_out = "allow writing there, or choose another place"
+    assert str(caught.value) == f"cannot write {tmp_path}: Permission denied; {way_out}"
 
 
 def test_metrics_that_cannot_be_written(tmp_path):

@@ -20,7 +20,8 @@ def runs(tmp_path_factory):
     """Runs of one recipe: finished, miniature, without an evaluation."""
     folder = tmp_path_factory.mktemp("listing")
     stages = [distil(steps=STEPS), distil("detail", steps=STEPS), evaluate()]
-    run(tiny_recipe(stages, {"training.checkpoint_every": 2}), output=folder / "finished")
+    kept = {"training.checkpoint_every": 2, "training.keep_checkpoints": 9}
+    run(tiny_recipe(stages, kept), output=folder / "finished")
     run(tiny_recipe([distil(steps=1)], {"name": "unseen"}), output=folder / "unseen")
     run(tiny_recipe(stages), output=folder / "miniature", smoke=True)
     return folder
@@ -33,7 +34,11 @@ def cut(runs, folder, stage, step, *, checkpoints=()):
     [end] = [k for k, line in enumerate(map(json.loads, lines)) if (line["stage"], line["step"]) == (stage, step)]
     (folder / "metrics.jsonl").write_text("".join(lines[: end + 1]) + '{"stage": "det')
     for name in checkpoints:
-        (folder / "checkpoints" / name).mkdir(parents=True)
+        there = runs / "finished" / "checkpoints" / name
+        if there.is_dir():
+            shutil.copytree(there, folder / "checkpoints" / name)
+        else:
+            (folder / "checkpoints" / name).mkdir(parents=True)
     return folder
 
 
@@ -59,6 +64,7 @@ def test_every_run_is_there(runs):
     [
         ("semantic", 1, (), "unfinished: semantic at step 1 of 3"),
         ("semantic", 1, ("00_semantic_00000002", ".tmp-00_semantic_00000003"), "unfinished: semantic at step 2 of 3"),
+        ("semantic", 1, ("00_semantic_00000003", "01_detail_00000001"), "unfinished: detail at step 0 of 3"),  # empty
         ("semantic", 3, (), "unfinished: detail at step 0 of 3"),
         ("detail", 2, ("00_semantic_00000003", "my_backup_7"), "unfinished: detail at step 2 of 3"),
         ("detail", 3, (), "unfinished: before the end of evaluate"),
@@ -67,6 +73,16 @@ def test_every_run_is_there(runs):
 def test_an_unfinished_run_says_how_far_it_came(runs, tmp_path, stage, step, checkpoints, state):
     cut(runs, tmp_path / "run", stage, step, checkpoints=checkpoints)
     assert listed(tmp_path) == {"run": state}
+
+
+def test_only_whole_checkpoints_count(runs, tmp_path):
+    names = ["00_semantic_00000002", "00_semantic_00000003", "01_detail_00000002", "01_detail_00000003"]
+    checkpoints = cut(runs, tmp_path / "run", "semantic", 1, checkpoints=names) / "checkpoints"
+    (checkpoints / names[3] / "experts.safetensors").write_bytes(b"cut")
+    shutil.move(checkpoints / names[2], tmp_path / "moved")
+    (checkpoints / names[2]).symlink_to(tmp_path / "moved")
+    (checkpoints / "01_detail_00000001").write_text("a file")
+    assert listed(tmp_path) == {"run": "unfinished: detail at step 0 of 3"}
 
 
 def test_a_run_that_has_only_begun(runs, tmp_path):

@@ -1,5 +1,6 @@
 """Whatever a later stage needs is tried before the first one trains: nothing is loaded, trained or left for nothing."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.yaml_tree import dump_yaml
 from moedistill.runs import ahead
 from moedistill.runs.loop import run
+from moedistill.stages.rehearsal import needed
+from moedistill.stages.training import Training
 from moedistill_digits.backbone import DigitsBackboneConfig
 
 BOTH = [distil(steps=2), distil("detail", steps=2)]
@@ -64,6 +67,18 @@ def test_data_that_are_not_there_are_refused_before_anything_is_loaded(tmp_path,
     assert not (tmp_path / "analysis").exists()
 
 
+def test_all_that_is_missing_is_said_at_once(tmp_path):
+    stages = [*BOTH, evaluate(prompts="a.txt"), {"name": "samples", "kind": "sample", "prompts": "b.txt"}]
+    recipe = tiny_recipe(stages, {"data": {"kind": "latents", "path": "nowhere"}})
+    with pytest.raises(UserError) as caught:
+        run(recipe, output=tmp_path / "run", device="cpu")
+    starts = ["data: there is no file or folder nowhere", "stage evaluate: there is no file a.txt"]
+    starts.append("stage samples: there is no file b.txt")
+    for line, start in zip(str(caught.value).splitlines(), starts, strict=True):
+        assert line.startswith(start)
+    assert not (tmp_path / "run").exists()
+
+
 def test_validate_notes_what_is_missing_and_a_miniature_does_without(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_yaml(tiny_recipe(BOTH, {"data": {"kind": "latents", "path": "nowhere"}})))
@@ -95,8 +110,6 @@ def test_a_batch_is_shared_out_before_anything_is_loaded(tmp_path, monkeypatch):
     ],
 )
 def test_the_parts_of_a_model_that_sampling_needs(part, message, tmp_path):
-    import shutil
-
     model = save_pipeline(tmp_path / "model", "wan")
     recipe = pipeline_recipe("wan", model)
     recipe["stages"].append({"name": "samples", "kind": "sample", "prompts": ["a dog runs"]})
@@ -208,8 +221,6 @@ def test_the_memory_that_is_counted(tmp_path, monkeypatch):
         assert part.memory == size(moments) * 3 // 2 + size(critic) + part.averaged
         assert part.averaged == (size(saved["ema"]["detail"]) if part.name == "student" else 0)
 
-    there = ahead._memory(torch.device("cpu"))
-    assert 2**28 < there < 2**50
     expert = size(saved["experts"]["semantic"])
     monkeypatch.setattr(ahead, "_memory", lambda _: 5 * expert)
     message = refused(tiny_recipe(stages), tmp_path / "small")
@@ -219,6 +230,57 @@ def test_the_memory_that_is_counted(tmp_path, monkeypatch):
         "try experts.semantic.kind: lora in place of full, backbone.dtype: bfloat16, stages.semantic.ema_decay: null"
     )
     assert tried in message
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_no_more_is_needed_than_what_training_then_holds(tmp_path, monkeypatch, accumulation):
+    """Measured at every update of two steps, with its gradients: equal at most, or what fits would be refused."""
+    stage = distil("detail", ema_decay=0.9, probe={"block_stride": 1})
+    stage["losses"] = [{"kind": "huber"}, {"kind": "gan", "width": 8, "groups": 2}]
+    counted, measured = [], []
+
+    def look(run_, parts, usual=ahead._check_memory):
+        counted.append(needed(parts[0], accumulating=accumulation > 1))
+        usual(run_, parts)
+
+    def clip(self, trainable, parameters, limit, usual=Training._clip):
+        held = {}
+        for each in self.trained.values():
+            states = [value for one in each.optimizer.state.values() for key, value in one.items() if key != "step"]
+            gradients = [one.grad for one in each.parameters.values() if one.grad is not None]
+            critic = [] if each.bare is None else [*each.bare.parameters(), *each.bare.buffers()]
+            average = [] if each.average is None else list(each.average.average.values())
+            for tensor in [*states, *gradients, *critic, *average]:
+                held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        measured.append(sum(held.values()))
+        return usual(self, trainable, parameters, limit)
+
+    monkeypatch.setattr(ahead, "_check_memory", look)
+    monkeypatch.setattr(Training, "_clip", clip)
+    changes = {"training.gradient_accumulation_steps": accumulation}
+    run(tiny_recipe([stage], changes), output=tmp_path / "run", device="cpu")
+    assert len(measured) == 4  # student and critic, in two steps
+    assert counted == [max(measured)]
+
+
+def test_the_memory_of_a_machine(monkeypatch):
+    there = ahead._memory(torch.device("cpu"))
+    assert 2**28 < there < 2**50
+    files = {"meminfo": "MemTotal: 1000 kB\nMemFree: 7 kB\nHugePages_Total: 0\nSwapTotal: 500 kB\n"}
+
+    def read_text(path):
+        if path.name not in files:
+            raise FileNotFoundError
+        return files[path.name]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert ahead._memory(torch.device("cpu")) == 1500 * 1024
+    files |= {"memory.max": "max\n", "memory.swap.max": "max\n"}
+    assert ahead._memory(torch.device("cpu")) == 1500 * 1024
+    files |= {"memory.max": "2048\n", "memory.swap.max": "1024\n"}
+    assert ahead._memory(torch.device("cpu")) == 3 * 1024
+    files.clear()  # a system whose swap grows
+    assert ahead._memory(torch.device("cpu")) is None
 
 
 def test_rehearsing_changes_nothing_of_what_is_learned(tmp_path, monkeypatch):
@@ -235,10 +297,10 @@ def test_room_for_checkpoints(tmp_path, monkeypatch):
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4
 
     def disk(free):
-        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free, total=2**60))
 
     # Two of semantic and the same with an adapter: what is counted is a little less than what is written.
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=taken))
+    disk(taken)
     run(recipe, output=tmp_path / "other", device="cpu")
     disk(0)
     message = refused(recipe, tmp_path / "third")
@@ -246,6 +308,36 @@ def test_room_for_checkpoints(tmp_path, monkeypatch):
     assert "there have to be 2 at a time, the newest one being written; " in message
     assert f"{tmp_path / 'third'} has room for 0 bytes. Choose another --output" in message
     run(recipe, output=done.output, resume=True, device="cpu")  # what lies there already has its room
+    disk(taken * 3 // 4)  # all four are kept
+    message = refused(recipe, tmp_path / "third")
+    assert message.startswith("stage detail: a checkpoint takes ")
+    assert "there have to be 4 at a time, " in message
+
+
+def test_only_what_will_be_removed_gives_room(tmp_path, monkeypatch):
+    """Of three checkpoints two are kept: the next has the place of none, and the last one's of one."""
+    recipe = tiny_recipe([distil(steps=4)], {"training.checkpoint_every": 1})
+    done = run(recipe, output=tmp_path / "run", device="cpu")
+    folder = done.checkpoint.parent
+    third, last = sorted(folder.iterdir())
+    for name in ("00_semantic_00000004.set-aside-1", "mine", "00_semantic_00000001"):
+        shutil.copytree(last, folder / name)
+    (folder / "00_semantic_00000001" / "state.json").unlink()  # damaged: never removed
+    shutil.copytree(last, folder / "00_semantic_00000009")
+    run_ = SimpleNamespace(output=done.output, recipe=load_recipe(recipe))
+    one = sum(file.stat().st_size for file in third.iterdir())
+    assert ahead._sizes(run_, (0, 3)) == [one]
+    assert ahead._sizes(run_, (0, 4)) == [one, sum(file.stat().st_size for file in last.iterdir())]
+    shutil.rmtree(folder / "00_semantic_00000009")
+    shutil.rmtree(last)
+
+    free = [0]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0], total=2**60))
+    with pytest.raises(UserError, match="there have to be 2 at a time"):
+        run(recipe, output=done.output, resume_from=third, device="cpu")
+    assert third.is_dir()
+    free[0] = one
+    assert run(recipe, output=done.output, resume_from=third, device="cpu").checkpoint == last
 
 
 # -- values that make no sense ----------------------------------------------------------------------------------------
@@ -289,6 +381,6 @@ def test_a_rank_above_the_width_is_refused_of_real_weights(tmp_path):
     )
     run(
         tiny_recipe(BOTH, {"experts.detail.rank": 16, "backbone.pretrained": str(weights)}),
-        output=tmp_path,
+        output=tmp_path / "real",
         device="cpu",
     )

@@ -11,16 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from helpers import distil, tiny_recipe
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moedistill import hookimpl
 from moedistill.components.plugins import load_plugins
-from moedistill.errors import UserError
+from moedistill.errors import Interrupted, UserError
 from moedistill.losses.base import Loss, LossConfig
 from moedistill.runs.callbacks import Progress
 from moedistill.runs.loop import run
+from moedistill.stages.consistency import ConsistencyStage
 from moedistill_digits.data import DigitsDataset
 
 STAGES = [distil(steps=2), distil("detail", steps=2)]
@@ -59,6 +61,68 @@ def test_tensorboard_gets_what_metrics_jsonl_gets(tmp_path):
 def test_an_unknown_tracker_is_refused_with_what_there_is(tmp_path):
     with pytest.raises(UserError, match=r"'tensorbord' is not installed or not known; installed here: .*tensorboard"):
         run(tiny_recipe(STAGES, {"training.trackers": ["tensorbord"]}), output=tmp_path, device="cpu")
+
+
+def fail(*_, **__):
+    raise ConnectionRefusedError(111, "Connection refused")
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """The trackers that were closed, each of which then fails."""
+    names = []
+
+    def finish(self):
+        names.append(self.name)
+        fail()
+
+    monkeypatch.setattr(TensorBoardTracker, "finish", finish)
+    return names
+
+
+TRACKED = {"training.trackers": ["tensorboard"], "training.checkpoint_every": 1}
+UNCLOSED = (
+    "warning: training.trackers: tensorboard cannot be closed: [Errno 111] Connection refused; "
+    "what it was to get is in metrics.jsonl"
+)
+
+
+def test_a_tracker_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    with pytest.raises(UserError) as caught:
+        run(tiny_recipe(STAGES, TRACKED), output=tmp_path, device="cpu")
+    assert str(caught.value) == (
+        "training.trackers: tensorboard cannot be written to: [Errno 111] Connection refused; nothing is saved yet; "
+        f"begin it anew with: moedistill run {tmp_path}/recipe.yaml --output {tmp_path} --device cpu"
+    )
+
+
+def test_a_tracker_that_cannot_be_closed_hides_nothing(tmp_path, monkeypatch, closed, capsys):
+    plugins = load_plugins()
+    usual = plugins.manager.get_plugins()
+    assert run(tiny_recipe(STAGES, TRACKED), output=tmp_path / "a", device="cpu", plugins=plugins).checkpoint
+    assert UNCLOSED in capsys.readouterr().out
+
+    def stop(*_):
+        raise Interrupted(15, "stopped")
+
+    monkeypatch.setattr(ConsistencyStage, "step", stop)
+    with pytest.raises(Interrupted):
+        run(tiny_recipe(STAGES, TRACKED), output=tmp_path / "b", device="cpu", plugins=plugins)
+    assert closed == ["tensorboard"] * 2
+    assert plugins.manager.get_plugins() == usual
+
+
+def test_a_tracker_is_closed_where_a_run_does_not_begin(tmp_path, monkeypatch, closed):
+    run(tiny_recipe(STAGES, TRACKED), output=tmp_path, device="cpu")
+
+    def broken(*_, **__):
+        raise UserError("cannot be read")
+
+    monkeypatch.setattr("moedistill.runs.loop.read_weights", broken)
+    with pytest.raises(UserError, match="cannot be read"):
+        run(tiny_recipe(STAGES, TRACKED), output=tmp_path, resume=True, device="cpu")
+    assert closed == ["tensorboard"] * 2
 
 
 @dataclass(kw_only=True)

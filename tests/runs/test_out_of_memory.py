@@ -90,12 +90,32 @@ def test_loading(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_worker_that_is_killed(tmp_path, monkeypatch):
+def lost(reason, monkeypatch):
+    """A step that a data worker does not outlive; the recipe."""
+
     def fail(*_):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        raise RuntimeError(f"DataLoader worker (pid 7) {reason}")
 
     monkeypatch.setattr(ConsistencyStage, "step", fail)
-    assert ", training.num_workers below 2, " in said(tiny_recipe([distil()], {"training.num_workers": 2}), tmp_path)
+    return tiny_recipe([distil()], {"training.num_workers": 2})
+
+
+def test_a_worker_that_is_killed(tmp_path, monkeypatch):
+    message = said(lost("is killed by signal: Killed.", monkeypatch), tmp_path)
+    assert ", training.num_workers below 2, " in message
+
+
+def test_a_worker_without_shared_memory(tmp_path, monkeypatch):
+    reason = "is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory."
+    assert said(lost(reason, monkeypatch), tmp_path).endswith(
+        "; try training.num_workers below 2, or allow more shared memory (/dev/shm); no checkpoint is there yet"
+    )
+
+
+@pytest.mark.parametrize("reason", ["is killed by signal: Segmentation fault.", "exited unexpectedly"])
+def test_a_worker_that_breaks_otherwise(reason, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match=reason):
+        run(lost(reason, monkeypatch), output=tmp_path, device="cpu")
 
 
 def test_a_bug_stays_one(tmp_path, monkeypatch):

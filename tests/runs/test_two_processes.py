@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import dcm_recipe
+from helpers import dcm_recipe, distil, tiny_recipe
 from started_commands import start_pair
 
 from moedistill.components.plugins import load_plugins
@@ -21,17 +21,37 @@ STOPPED_AT = 14
 
 WITNESS = f"""
 import json, os, signal
+from pathlib import Path
+from torch.distributed import distributed_c10d
 from moedistill import hookimpl
+from moedistill.recipe.keys import Recipe
+from moedistill.runs import loop, resume
+from moedistill.stages.sample import SampleStage
 
 def note(training, **what):
-    with open(training.run.output.parent / f"rank-{{os.environ['RANK']}}.jsonl", "a") as file:
+    with open(Path(__file__).with_name(f"rank-{{os.environ['RANK']}}.jsonl"), "a") as file:
         file.write(json.dumps(what) + "\\n")
+
+def watch(place, name):
+    usual = getattr(place, name)
+
+    def watched(*arguments, **options):
+        note(None, called=name)
+        return usual(*arguments, **options)
+
+    setattr(place, name, watched)
+
+watch(resume, "verify")
+watch(loop, "check_before")
+watch(Recipe, "missing")
+watch(SampleStage, "look_ahead")
 
 @hookimpl
 def on_stage_start(training):
     accelerator = training.accelerator
     note(training, stage=training.config.name, step=training.step, world=accelerator.num_processes, pid=os.getpid(),
-         type=str(accelerator.distributed_type), rank=accelerator.process_index)
+         type=str(accelerator.distributed_type), rank=accelerator.process_index,
+         timeout=distributed_c10d._get_default_group()._get_backend(accelerator.device).options._timeout.days)
 
 @hookimpl
 def on_step_end(training, metrics):
@@ -58,6 +78,7 @@ def one_and_two(tmp_path_factory):
     """A run in one process; and one that torchrun starts as two, whose second is told to stop, and that is resumed."""
     folder = tmp_path_factory.mktemp("processes")
     recipe = dcm_recipe(STEPS, **{"training.batch_size": 8, "training.checkpoint_every": 10})
+    recipe["stages"].append({"name": "samples", "kind": "sample", "prompts": ["7 up"]})
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     (folder / "witness.py").write_text(WITNESS)
     arguments = ["run", folder / "recipe.yaml", "--device", "cpu", "--output", folder / "two"]
@@ -94,8 +115,40 @@ def test_there_are_two(one_and_two):
                 (rank, 2, "DistributedType.MULTI_CPU")
             }
         assert started[0][0]["pid"] != started[1][0]["pid"]
+        assert {note["timeout"] for rank in range(2) for note in started[rank]} == {7}  # days
     # The last micro-batch of a step: half of its samples each.
     assert [next(note["batch"] for note in first[rank] if "batch" in note) for rank in range(2)] == [[4, 5], [6, 7]]
+
+
+def test_one_process_looks_at_files_for_both(one_and_two):
+    """What is hashed, checked or loaded to be tried has 100 GB, or 11, on each process otherwise."""
+    _, folder, first = one_and_two
+    begun = ["missing", "check_before", "look_ahead"]
+    resumed = ["missing", "check_before", "verify", "look_ahead"]
+    for rank in range(2):
+        both = [first[rank], notes(folder, rank)[len(first[rank]) :]]
+        calls = [[note["called"] for note in each if "called" in note] for each in both]
+        assert calls == ([begun, resumed] if rank == 0 else [[], []])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages.2.prompts": ["seven"]}, 'stage samples: prompt "seven"'),
+        ({"seed": 1}, "two already holds a run"),
+    ],
+)
+def test_what_one_process_finds_stops_both(one_and_two, tmp_path, changes, message):
+    _, folder, _ = one_and_two
+    stages = [distil(steps=2), distil("detail", steps=2), {"name": "samples", "kind": "sample", "prompts": ["7 up"]}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tiny_recipe(stages, changes)))
+    output = folder / "two" if "seed" in changes else tmp_path / "run"
+    pair = start_pair(["run", tmp_path / "recipe.yaml", "--device", "cpu", "--output", output], tmp_path)
+    assert [command.exit_code() for command in pair] == [2, 2], pair[0].output + pair[1].output
+    for command in pair:
+        assert message in command.output
+        assert "Traceback" not in command.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_give_the_traces_of_one(one_and_two):

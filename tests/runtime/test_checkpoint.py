@@ -10,9 +10,18 @@ import pytest
 import torch
 from helpers import equal
 
-from moedistill.errors import UserError
+from moedistill.errors import UserError, WriteError
 from moedistill.runtime import checkpoint, writing
-from moedistill.runtime.checkpoint import Checkpoints, find_checkpoint, load_tree, save_tree, verify, write_text
+from moedistill.runtime.checkpoint import (
+    SUMS,
+    Checkpoints,
+    find_checkpoint,
+    load_tree,
+    newest_whole,
+    save_tree,
+    verify,
+    write_text,
+)
 from moedistill.runtime.integrity import Damaged
 
 DTYPES = [
@@ -263,6 +272,39 @@ def test_later_checkpoints_of_a_way_not_taken_are_set_aside(tmp_path):
     assert is_whole(checkpoints.folder / "00_a_00000003.set-aside-1", 3)
     assert is_whole(find_checkpoint(checkpoints.folder / "00_a_00000003.set-aside-1"), 3)
     assert len(said) == 2
+
+
+def test_what_cannot_be_set_aside_is_the_disk_s_word(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    old = checkpoints.save("00_a_00000002", trees(2))
+    monkeypatch.setattr(Path, "rename", lambda *_: denied())
+    with pytest.raises(WriteError) as caught:
+        checkpoints.save("00_a_00000001", trees(1))
+    aside = old.with_name(f"{old.name}.set-aside-1")
+    assert str(caught.value) == (
+        f"cannot write {aside}: Permission denied; allow writing there, or choose another place"
+    )
+    assert is_whole(old, 2)
+
+
+def denied():
+    raise PermissionError(13, "Permission denied")
+
+
+def test_the_newest_whole_one_is_found_by_sums_without_loading(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    saved = [checkpoints.save(f"00_a_0000000{step}", {**trees(step), "ema": {}}) for step in (1, 2, 3)]
+    first, second, third = saved
+    flip = (second / "experts.safetensors").read_bytes()
+    (second / "experts.safetensors").write_bytes(flip[:-1] + bytes([flip[-1] ^ 1]))
+    read = []
+    usual = checkpoint.read_tensors
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda path: read.append(path) or usual(path))
+    assert newest_whole(tmp_path, third) == first
+    assert read == []
+    (first / SUMS).unlink()
+    assert newest_whole(tmp_path, third) == first
+    assert {path.parent for path in read} == {first}
 
 
 def test_a_crash_at_any_point_of_writing_anew_loses_nothing(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from small_files import files_of
 
 from moedistill import media, plotting
 from moedistill.errors import UserError, WriteError
-from moedistill.runtime.checkpoint import save_tensors, size_of, write_text
+from moedistill.runtime.checkpoint import bytes_of, save_tensors, write_text
 from moedistill.runtime.writing import disk_errors, new_file, refuse_used
 
 LIMIT = 3000
@@ -63,7 +63,7 @@ def test_room_is_looked_at_first(tmp_path, monkeypatch):
 
 def test_the_size_of_a_tree():
     tree = {"a": torch.zeros(3), "b": [torch.zeros(2, dtype=torch.float64), (torch.zeros(1, dtype=torch.int8), "text")]}
-    assert size_of(tree) == 12 + 16 + 1
+    assert bytes_of(tree) == 12 + 16 + 1
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,16 @@ def test_what_the_disk_says(tmp_path, monkeypatch, number, message):
 def test_what_is_no_error_of_the_disk_stays_what_it_is(tmp_path):
     with pytest.raises(OSError, match="cannot write mode"), disk_errors(tmp_path):
         raise OSError("cannot write mode F as PNG")
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError, ConnectionResetError, TimeoutError, ChildProcessError])
+def test_what_a_network_says_is_no_error_of_the_disk(tmp_path, error):
+    numbers = {
+        ConnectionRefusedError: errno.ECONNREFUSED, ConnectionResetError: errno.ECONNRESET,
+        TimeoutError: errno.ETIMEDOUT, ChildProcessError: errno.ECHILD,
+    }  # fmt: skip
+    with pytest.raises(error), disk_errors(tmp_path):
+        raise OSError(numbers[error], os.strerror(numbers[error]))
 
 
 def test_several_files_appear_together(tmp_path):

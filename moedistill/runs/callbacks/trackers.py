@@ -1,11 +1,12 @@
 """Experiment trackers, by the names that accelerate knows."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from moedistill.components.plugins import hookimpl
-from moedistill.errors import UserError, shorten
-from moedistill.runtime.writing import disk_errors
+from moedistill.errors import UserError, WriteError, shorten
+from moedistill.stages.run import METRICS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 class Trackers:
     """Sends every logged step's metrics to `names` (tensorboard, wandb, …), as `stage/name`.
 
-    Steps count on through the stages.
+    Steps count on through the stages. What a tracker raises is its service's, its library's or its disk's: any of it
+    is said in one line.
 
     Raises:
         UserError: a tracker is unknown, not installed, or cannot be started.
@@ -33,16 +35,15 @@ class Trackers:
                     f"training.trackers: {name!r} is not installed or not known; installed here: "
                     f"{', '.join(sorted(available)) or 'none'}; known: {known}"
                 )
-        self._accelerator, self._names, self._folder = accelerator, names, Path(folder)
+        self._accelerator, self._names = accelerator, names
         accelerator.log_with = list(names)
         accelerator.project_configuration.set_directories(folder)
         self._offset = 0
         if names:
             try:
                 accelerator.init_trackers(project)
-            except Exception as error:  # whatever a service says that cannot be reached, or a folder that is no place
-                why = shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
-                raise UserError(f"training.trackers: {', '.join(names)} cannot be started: {why}") from error
+            except Exception as error:
+                raise UserError(f"training.trackers: {', '.join(names)} cannot be started: {_why(error)}") from error
 
     @hookimpl
     def on_stage_start(self, training: "Training") -> None:
@@ -54,12 +55,21 @@ class Trackers:
     def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
         if self._names:
             values = {f"{training.config.name}/{name}": value for name, value in metrics.items()}
-            with disk_errors(self._folder):
+            try:
                 self._accelerator.log(values, step=self._offset + training.step)
+            except Exception as error:
+                message = f"training.trackers: {', '.join(self._names)} cannot be written to: {_why(error)}"
+                raise WriteError(message) from error
 
     def stop(self) -> None:
-        """Closes the trackers; also after an error."""
-        if self._names:
-            with disk_errors(self._folder):
-                for tracker in self._accelerator.trackers:
-                    tracker.finish()
+        """Closes the trackers; also after an error, which this never takes the place of."""
+        for tracker in self._accelerator.trackers if self._names else ():
+            try:
+                tracker.finish()
+            except Exception as error:
+                message = f"training.trackers: {tracker.name} cannot be closed: {_why(error)}"
+                click.echo(f"warning: {message}; what it was to get is in {METRICS}")
+
+
+def _why(error: Exception) -> str:
+    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
