@@ -83,14 +83,14 @@ def test_a_run_looks_again_once_the_folder_is_its_own(tmp_path, monkeypatch):
     """Another run began and ended there between the look and the lock."""
     from moedistill.runs import loop
 
-    claim = loop._claim
+    claimed = loop.claimed
 
-    def late(folder, *arguments):
-        monkeypatch.setattr(loop, "_claim", claim)
+    def late(folder, **options):
+        monkeypatch.setattr(loop, "claimed", claimed)
         run(tiny_recipe(STAGES), output=folder, device="cpu")
-        return claim(folder, *arguments)
+        return claimed(folder, **options)
 
-    monkeypatch.setattr(loop, "_claim", late)
+    monkeypatch.setattr(loop, "claimed", late)
     assert "already holds a run" in refusal(run, tiny_recipe([distil(steps=1)]), output=tmp_path / "run", device="cpu")
     assert find_checkpoint(tmp_path / "run").name == "00_semantic_00000002"
 
