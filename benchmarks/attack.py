@@ -59,7 +59,10 @@ def main() -> None:
     rows = [done[part.name, number] for part, number in cases if (part.name, number) in done]
     print("\n" + "\n".join(_table(rows)))
     print("\n" + "\n".join(_afterwards(rows, skipped, options.seed, results)))
-    raise SystemExit(int(any(row["verdict"] in FAULTS for row in rows)))
+    whole = len([row for row in rows if row["part"] == kills.PART.name]) >= kills.PART.cases
+    if too_few := whole and _kills(rows) < kills.LEAST:
+        print(f"{_kills(rows)} kills are fewer than {kills.LEAST}: this attack is none")
+    raise SystemExit(int(too_few or any(row["verdict"] in FAULTS for row in rows)))
 
 
 def _options() -> argparse.Namespace:
@@ -109,19 +112,26 @@ def _attack(part: Part, number: int, seed: int, cases: Path, *, keep: bool) -> d
 
 
 def _table(rows: Sequence[dict[str, object]]) -> Iterator[str]:
-    yield f"| part | cases | {' | '.join(HEADINGS)} | seconds |"
+    budget = sum(part.seconds for part in PARTS)
+    yield f"| part | cases | {' | '.join(HEADINGS)} | seconds (of {budget} that all may take on one core) |"
     yield f"|---|{'---|' * (len(HEADINGS) + 2)}"
     for part in PARTS:
         mine = [row for row in rows if row["part"] == part.name]
         if mine:
-            yield _line(part.title, mine)
+            killed = f" ({_kills(mine)} kills)" if part is kills.PART else ""
+            yield _line(part.title + killed, mine, f" of {part.seconds * len(mine) // part.cases}")
     yield _line("all", rows)
 
 
-def _line(title: str, rows: Sequence[dict[str, object]]) -> str:
+def _line(title: str, rows: Sequence[dict[str, object]], budget: str = "") -> str:
     counts = [sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS]
     seconds = sum(float(str(row["seconds"])) for row in rows)
-    return f"| {title} | {len(rows)} | {' | '.join(map(str, counts))} | {seconds:.0f} |"
+    return f"| {title} | {len(rows)} | {' | '.join(map(str, counts))} | {seconds:.0f}{budget} |"
+
+
+def _kills(rows: Iterable[dict[str, object]]) -> int:
+    """Of the cases that ended well; what a faulty one has killed until then is not known."""
+    return sum(row["counts"].count("kills") for row in rows)  # type: ignore[attr-defined]
 
 
 def _afterwards(rows: Sequence[dict[str, object]], skipped: int, seed: int, results: Path) -> Iterator[str]:
