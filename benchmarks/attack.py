@@ -24,11 +24,20 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a process with threads must not fork
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "plugins")]  # this tree, whatever is installed
 
-from attacks import damage, data, disk, folders, hints, kills, recipes  # noqa: E402
+from attacks import damage, data, disk, folders, hints, kills, recipes, weights  # noqa: E402
 from attacks.case import VERDICTS, Fault, Part, Result  # noqa: E402
 from attacks.warm import warm_up  # noqa: E402
 
-PARTS: Sequence[Part] = (*recipes.PARTS, *damage.PARTS, data.PART, kills.PART, disk.PART, folders.PART, hints.PART)
+PARTS: Sequence[Part] = (
+    *recipes.PARTS,
+    *damage.PARTS,
+    data.PART,
+    weights.PART,
+    kills.PART,
+    disk.PART,
+    folders.PART,
+    hints.PART,
+)
 FAULTS = VERDICTS[2:]
 HEADINGS = ("refused in one screen", "done and right", "tracebacks", "hangs", "lost steps", "silent acceptances")
 

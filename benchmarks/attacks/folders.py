@@ -10,7 +10,19 @@ from pathlib import Path
 from random import Random
 
 from .case import (
-    EVERY, Fault, Part, Reference, Result, at_event, check_end, finish, follow, kill_now, newest, sound, steps_saved,
+    EVERY,
+    Fault,
+    Part,
+    Reference,
+    Result,
+    at_event,
+    check_end,
+    finish,
+    follow,
+    kill_now,
+    newest,
+    sound,
+    steps_saved,
     succeeded,
 )  # fmt: skip
 from .warm import Command, Outcome, run_command

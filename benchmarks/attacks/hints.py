@@ -15,8 +15,21 @@ from typing import Any
 
 from . import data
 from .case import (
-    EVERY, SIGNALS, Fault, Part, Reference, Result, at_event, check_end, count_events, kill_now, newest, small_recipe,
-    sound, steps_saved, succeeded,
+    EVERY,
+    SIGNALS,
+    Fault,
+    Part,
+    Reference,
+    Result,
+    at_event,
+    check_end,
+    count_events,
+    kill_now,
+    newest,
+    small_recipe,
+    sound,
+    steps_saved,
+    succeeded,
 )  # fmt: skip
 from .warm import Command, Outcome, run_command
 
