@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,6 +346,19 @@ def count_events(reference: Reference, folder: Path, *, writing: bool = False, w
 
 def kill_now(signum: int) -> Callable[[str], None]:
     return lambda _: os.kill(os.getpid(), signum)
+
+
+def kill_soon(signum: int, seconds: float) -> Callable[[str], None]:
+    """A short while after the event: within what reads or writes the file, also in compiled code."""
+
+    def act(_: str) -> None:
+        pid = os.getpid()
+        if os.fork() == 0:
+            time.sleep(seconds)
+            os.kill(pid, signum)
+            os._exit(0)
+
+    return act
 
 
 SIGNALS = (signal.SIGKILL,) * 7 + (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

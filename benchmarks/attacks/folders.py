@@ -224,9 +224,9 @@ def _survived(sampled: Outcome, mine: Mapping[Path, bytes], what: str) -> Result
 
 
 NAMES = (
-    "x" * 300, "a/" * 3000, "a" * 255, "ä" * 200, "\udcff", "", " ", ".", "..", "/", "/dev/null", "/dev/full", "/dev/zero",
-    "/proc/new", "/proc/self/mem", "/sys/new", "file", "file/below", "link", "link/below", "fifo", "fifo/below", "a\nb",
-    "\x1b[31m", "😀", "~", "%s {} {0}", "CON:", "nowhere",
+    "x" * 300, "a/" * 3000, "a" * 255, "ä" * 200, "\udcff", "", " ", ".", "..", "/", "/dev/null", "/dev/full",
+    "/dev/zero", "/proc/new", "/proc/self/mem", "/sys/new", "file", "file/below", "link", "link/below", "fifo",
+    "fifo/below", "a\nb", "\x1b[31m", "😀", "~", "%s {} {0}", "CON:", "nowhere",
 )  # fmt: skip
 """Names that no folder can have, or that look as if."""
 
@@ -247,7 +247,7 @@ def _odd_names(reference: Reference, moves: Random, folder: Path) -> Result:
         ["data", "check", "--recipe", recipe, "--", name], ["validate", "--", name], ["cp", "dcm_digits", "--", name],
         ["run", "--device", "cpu", "--", name], ["analyze", recipe, f"--output={name}"],
     ]  # fmt: skip
-    before = {path for path in folder.parent.iterdir()}
+    before = set(folder.parent.iterdir())
     outcome = sound(run_command(*moves.choice(commands), folder=folder, seconds=40), f"the name {name[:40]!r}")
     if outcome.refused and max(map(len, outcome.refusal().splitlines())) > 1500:
         raise Fault("traceback", f"`{outcome.command[:100]}`: a line of more than 1500 letters")
@@ -255,7 +255,7 @@ def _odd_names(reference: Reference, moves: Random, folder: Path) -> Result:
         follow(outcome, folder, f"the name {name[:40]!r}")
     if (folder / "file").read_text() != "mine":
         raise Fault("lost", f"`{outcome.command}` has written over a file")
-    for made in {path for path in folder.parent.iterdir()} - before:
+    for made in set(folder.parent.iterdir()) - before:
         shutil.rmtree(made) if made.is_dir() else made.unlink()
     return Result("refused" if outcome.refused else "right")
 

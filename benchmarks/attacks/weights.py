@@ -134,7 +134,8 @@ SHARDS: Sequence[tuple[str, str, Spoil]] = (
     ("nothing", TRAIN, lambda folder: None),
     ("a tensor in the index that no shard has", REFUSE,
      _map(lambda names: names.update({"blocks.0.no_such.weight": min(names.values())}))),
-    ("a scale in a shard that the index does not have", REFUSE, _added("blocks.0.attn1.to_q.scale_weight", listed=False)),
+    ("a scale in a shard that the index does not have", REFUSE,
+     _added("blocks.0.attn1.to_q.scale_weight", listed=False)),
     ("a scale in a shard and in the index", REFUSE, _added("blocks.0.attn1.to_q.scale_weight", listed=True)),
     ("a LoRA in a shard that the index does not have", REFUSE,
      _added("blocks.0.attn1.to_q.lora_A.weight", listed=False)),
@@ -158,8 +159,10 @@ SHARDS: Sequence[tuple[str, str, Spoil]] = (
     ("an empty map", REFUSE, _index(lambda index: {**index, "weight_map": {}})),
     ("a map of null", REFUSE, _index(lambda index: {**index, "weight_map": None})),
     ("a map that is a list", REFUSE, _index(lambda index: {**index, "weight_map": list(index["weight_map"])})),
-    ("a map to numbers", REFUSE, _index(lambda index: {**index, "weight_map": dict.fromkeys(index["weight_map"], 7)})),
-    ("a map to a path outside", REFUSE, _map(lambda names: names.update({min(names): "../../set/00000000.safetensors"}))),
+    ("a map to numbers", REFUSE,
+     _index(lambda index: {**index, "weight_map": dict.fromkeys(index["weight_map"], 7)})),
+    ("a map to a path outside", REFUSE,
+     _map(lambda names: names.update({min(names): "../../set/00000000.safetensors"}))),
     ("metadata of null", EITHER, _index(lambda index: {**index, "metadata": None})),
 )  # fmt: skip
 
