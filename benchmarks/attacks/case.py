@@ -318,7 +318,10 @@ _EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "
 
 def _below(root: str, arguments: tuple[Any, ...]) -> bool:
     path = arguments[0]
-    return isinstance(path, str | os.PathLike) and os.path.abspath(os.fspath(path)).startswith(root)
+    if not isinstance(path, str | os.PathLike):
+        return False
+    full = os.path.abspath(os.fspath(path))
+    return full == root or full.startswith(f"{root}{os.sep}")
 
 
 def _reads(event: str, arguments: tuple[Any, ...]) -> bool:

@@ -430,6 +430,6 @@ def _report(number: int, moves: Random, folder: Path, run: Path) -> Result:
 
 
 PARTS = (
-    Part("checkpoints", "damaged checkpoints", 120, 400, _checkpoints),
-    Part("exports", "damaged exports and run folders", 60, 200, _exports),
+    Part("checkpoints", "damaged checkpoints", 120, 300, _checkpoints),
+    Part("exports", "damaged exports and run folders", 60, 60, _exports),
 )

@@ -498,4 +498,4 @@ def _checked_and_run(folder: Path, title: str, expected: str) -> Result:
 
 
 ROUND = len(TENSORS) + len(FILES)
-PART = Part("data", "hostile data files", 2 * ROUND + len(SETS) + len(NEGATIVES), 420, _attack)
+PART = Part("data", "hostile data files", 2 * ROUND + len(SETS) + len(NEGATIVES), 240, _attack)

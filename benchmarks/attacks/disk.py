@@ -124,4 +124,4 @@ def _checked(code: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-PART = Part("disk", "full disks", 60, 300, _attack)
+PART = Part("disk", "full disks", 60, 260, _attack)

@@ -298,4 +298,4 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
     return ATTACKS[number % len(ATTACKS)](_reference(folder.parent / "reference"), moves, folder)
 
 
-PART = Part("folders", "two runs, used folders, odd names", 120, 300, _attack)
+PART = Part("folders", "two runs, used folders, odd names", 120, 260, _attack)

@@ -248,4 +248,4 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
     return ATTACKS[number % len(ATTACKS)](moves, folder)
 
 
-PART = Part("hints", "commands that messages print", 60, 240, _attack)
+PART = Part("hints", "commands that messages print", 60, 180, _attack)

@@ -109,4 +109,4 @@ def _where(output: str) -> str:
     return f"in stage {stages[-1]}" if stages else "in training" if "(consistency" in output else "before training"
 
 
-PART = Part("kills", "runs killed and resumed", 60, 700, _attack)
+PART = Part("kills", "runs killed and resumed", 60, 600, _attack)

@@ -234,4 +234,4 @@ def _losses(folder: Path) -> list[Any]:
     return [line.get("loss") for line in lines(folder / "run")]
 
 
-PART = Part("weights", "models' folders", len(SHARDS) + 2 * len(NETWORK) + 24, 150, _attack)
+PART = Part("weights", "models' folders", len(SHARDS) + 2 * len(NETWORK) + 24, 120, _attack)
