@@ -22,7 +22,7 @@ help:
 	@echo "               (evidence-quick and ablations-quick: a fifth of the steps, 400 samples)"
 	@echo "make halves    which half limits a model: above the boundary one, below it another, of make evidence"
 	@echo "make test      environment, then the tests"
-	@echo "make attack    mutated recipes, damaged and hostile files, kills, full disks: half an hour; goes on where it was"
+	@echo "make attack    mutated recipes, damaged and hostile files, kills, full disks: 30 to 50 minutes; goes on where it was"
 	@echo "make coverage  the tests, with line coverage of the core"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite what it can"

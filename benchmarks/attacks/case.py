@@ -7,7 +7,8 @@ import re
 import shutil
 import signal
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,7 +53,7 @@ class Part:
 
     Attributes:
         cases: how many there are in full.
-        seconds: after so many no case of it begins; the parts together stay within an hour.
+        seconds: what all of them may take on one busy core; the parts together stay within an hour.
         attack: runs one, in an empty folder; everything about it comes from its number and the `Random`.
     """
 
@@ -75,6 +76,21 @@ def succeeded(outcome: Outcome, verdict: str, why: str) -> Outcome:
     if sound(outcome, why).refused:
         raise Fault(verdict, f"{why}: `{outcome.command}` refuses: {outcome.refusal()[:500]}")
     return outcome
+
+
+def follow(outcome: Outcome, folder: Path, why: str, **options: Any) -> Outcome | None:
+    """What becomes of the command that a message prints as the way out, run as it is printed; None without one.
+
+    A fault if it is refused with the very message that it was to help out of, or as a command that cannot be read.
+    """
+    hint = outcome.hint()
+    if hint is None:
+        return None
+    after = sound(run_command(*hint, folder=folder, **options), f"{why}, then the command that is printed")
+    said = after.refusal()
+    if after.refused and (said == outcome.refusal() or "Usage: " in after.output):
+        raise Fault("lost", f"{why}: prints `{after.command}`, which is refused as before: {said[:300]}")
+    return after
 
 
 # -- the small run ----------------------------------------------------------------------------------------------------
@@ -126,9 +142,13 @@ def small_recipe(**changes: Any) -> dict[str, Any]:
 
 
 class Reference:
-    """The uninterrupted run, and how long it takes; made once, by a child like any other."""
+    """The uninterrupted run, and how long it takes; made once for each part, by a child like any other.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        recipe: `small_recipe()` if not given.
+    """
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
         self.run = folder / "run"
         self.recipe = folder / "recipe.yaml"
@@ -136,7 +156,7 @@ class Reference:
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            self.recipe.write_text(json.dumps(small_recipe()))
+            self.recipe.write_text(json.dumps(recipe or small_recipe()))
             outcome = run_command("run", self.recipe, "--output", "run", "--device", "cpu", folder=folder)
             if outcome.code != 0:
                 raise RuntimeError(f"the run that is to be attacked does not run by itself:\n{outcome.output}")
@@ -225,14 +245,18 @@ def leftovers(run: Path) -> list[str]:
     return sorted(str(path.relative_to(run)) for path in run.rglob(".tmp-*"))
 
 
-def finish(reference: Reference, folder: Path, log: Path | None = None) -> None:
-    """Goes on with a stopped run until it is done; its end must be that of the uninterrupted one."""
+def finish(reference: Reference, folder: Path, log: Path | None = None, hint: Sequence[str] | None = None) -> None:
+    """Goes on with a stopped run until it is done; its end must be that of the uninterrupted one.
+
+    Args:
+        hint: the arguments of the command that it printed for this; by default those that a user would choose.
+    """
     run = folder / "run"
     saved, name = steps_saved(run), newest(run)
-    command = reference.arguments(*(["--resume"] if name is not None else []))
+    command = hint or reference.arguments(*(["--resume"] if name is not None else []))
     outcome = succeeded(run_command(*command, folder=folder, log=log), "lost", f"stopped at step {saved}")
     if name is not None and name.name not in outcome.output:
-        raise Fault("lost", f"`--resume` does not go on from {name.name}: {outcome.output[:300]}")
+        raise Fault("lost", f"`{outcome.command}` does not go on from {name.name}: {outcome.output[:300]}")
     check_end(reference, run)
 
 
@@ -273,19 +297,22 @@ def _same_bytes(one: Path, other: Path) -> bool:
 # -- moments ----------------------------------------------------------------------------------------------------------
 
 
-def at_event(number: int | None, act: Callable[[str], object], *, writing: bool = False) -> Callable[[], None]:
-    """For a child: calls `act` as it is about to do the `number`-th thing to the files of the run's folder, or any.
+def at_event(
+    number: int | None, act: Callable[[str], object], *, writing: bool = False, within: str = "run"
+) -> Callable[[], None]:
+    """For a child: calls `act` as it is about to do the `number`-th thing to the files of a folder, or any.
 
     These are Python's audit events, so no name of a function is used: files opened, renamed, removed, folders made.
 
     Args:
         writing: count only what changes something.
+        within: the run's folder, or one in it.
     """
 
     def prepare() -> None:
         import sys
 
-        count, root = 0, os.path.join(os.getcwd(), "run")
+        count, root = 0, os.path.join(os.getcwd(), within)
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal count
@@ -304,16 +331,19 @@ _EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "
 
 def _below(root: str, arguments: tuple[Any, ...]) -> bool:
     path = arguments[0]
-    return isinstance(path, str | os.PathLike) and os.path.abspath(os.fspath(path)).startswith(root)
+    if not isinstance(path, str | os.PathLike):
+        return False
+    full = os.path.abspath(os.fspath(path))
+    return full == root or full.startswith(f"{root}{os.sep}")
 
 
 def _reads(event: str, arguments: tuple[Any, ...]) -> bool:
     return event == "open" and not int(arguments[2]) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
 
 
-def count_events(reference: Reference, folder: Path, *, writing: bool = False) -> int:
+def count_events(reference: Reference, folder: Path, *, writing: bool = False, within: str = "run") -> int:
     """How many there are in the whole run."""
-    file = reference.folder / f"events-{writing}.json"
+    file = reference.folder / f"events-{writing}-{within.replace('/', '-')}.json"
     if not file.exists():
         place = folder / "counting"
         place.mkdir(exist_ok=True)
@@ -323,7 +353,7 @@ def count_events(reference: Reference, folder: Path, *, writing: bool = False) -
             with open(tally, "a") as out:
                 out.write(".")
 
-        prepare = at_event(None, act, writing=writing)
+        prepare = at_event(None, act, writing=writing, within=within)
         succeeded(run_command(*reference.arguments(), folder=place, prepare=prepare), "lost", "counting events")
         file.write_text(str(len(tally.read_text())))
         shutil.rmtree(place)
@@ -332,6 +362,19 @@ def count_events(reference: Reference, folder: Path, *, writing: bool = False) -
 
 def kill_now(signum: int) -> Callable[[str], None]:
     return lambda _: os.kill(os.getpid(), signum)
+
+
+def kill_soon(signum: int, seconds: float) -> Callable[[str], None]:
+    """A short while after the event: within what reads or writes the file, also in compiled code."""
+
+    def act(_: str) -> None:
+        pid = os.getpid()
+        if os.fork() == 0:
+            time.sleep(seconds)
+            os.kill(pid, signum)
+            os._exit(0)
+
+    return act
 
 
 SIGNALS = (signal.SIGKILL,) * 7 + (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -275,22 +275,33 @@ def _checkpoints(number: int, moves: Random, folder: Path) -> Result:
     what = f"{file.name}, {damage.__name__.strip('_')}"
     if number % 3 == 2:
         other_numbers = file.name == "experts.safetensors" and _other_numbers(file, whole)
-        return _sampled(folder, "run", what, _sample_of(reference, "run/checkpoints/" + STOPPED), other_numbers)
+        expected = _sample_of(reference, "run/checkpoints/" + STOPPED)
+        return _sampled(folder, "run", what, expected, other_numbers, must_name=_before(run).name)
     outcome = sound(run_command(*reference.arguments("--resume"), folder=folder, seconds=30), what)
     if not outcome.refused:
         if different := reference.differs(run, reports=False):
             raise Fault("wrong", f"{what}: resumes without a word, and ends otherwise: {different}")
         return Result("right")
     # As the message must say: an earlier whole one is there, and the way is open afterwards.
-    whole = sorted(path for path in (run / "checkpoints").iterdir() if path.name < STOPPED)[-1]
-    earlier = ("run", reference.recipe, "--device", "cpu", "--resume-from", f"run/checkpoints/{whole.name}")
-    succeeded(run_command(*earlier, folder=folder), "lost", f"{what}, refused by --resume; then from the earlier one")
+    earlier = _before(run)
+    if earlier.name not in outcome.output:
+        raise Fault("lost", f"{what}: {earlier.name} is whole, and is not named: {outcome.refusal()[:300]}")
+    hint = outcome.hint()
+    if hint is None:
+        raise Fault("lost", f"{what}: no command to go on from {earlier.name} is printed: {outcome.refusal()[:300]}")
+    own = ["run", reference.recipe, "--device", "cpu", "--resume-from", f"run/checkpoints/{earlier.name}"]
+    way = hint if number % 2 else own
+    succeeded(run_command(*way, folder=folder), "lost", f"{what}, refused by --resume; then from the earlier one")
     if different := reference.differs(run):
         raise Fault("wrong", f"{what}: from the earlier checkpoint it ends otherwise: {different}")
     again = run_command(*reference.arguments("--resume"), folder=folder)
     succeeded(again, "lost", f"{what}: after it was done from an earlier checkpoint")
-    named = whole.name in outcome.output
-    return Result("refused", counts=() if named else ("refusals that do not name the newest whole checkpoint",))
+    return Result("refused", counts=("commands followed as printed",) if way is hint else ())
+
+
+def _before(run: Path) -> Path:
+    """The newest checkpoint of those before the damaged one, which are whole."""
+    return sorted(path for path in (run / "checkpoints").iterdir() if path.name < STOPPED)[-1]
 
 
 def _choose(file: Path, moves: Random) -> Damage:
@@ -340,9 +351,13 @@ def _pictures(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".png", ".mp4", ".webp")}
 
 
-def _sampled(folder: Path, source: str, what: str, expected: Mapping[str, bytes], other_numbers: bool) -> Result:
+def _sampled(
+    folder: Path, source: str, what: str, expected: Mapping[str, bytes], other_numbers: bool, must_name: str = ""
+) -> Result:
     outcome = sound(run_command(*_sample(source), folder=folder, seconds=30), what)
     if outcome.refused:
+        if must_name not in outcome.output:
+            raise Fault("lost", f"{what}: {must_name} is whole, and is not named: {outcome.refusal()[:300]}")
         return Result("refused")
     if other_numbers or _pictures(folder / "out") != expected:
         raise Fault("wrong", f"{what}: sampled without a word, with other numbers")
@@ -410,6 +425,6 @@ def _report(number: int, moves: Random, folder: Path, run: Path) -> Result:
 
 
 PARTS = (
-    Part("checkpoints", "damaged checkpoints", 120, 500, _checkpoints),
-    Part("exports", "damaged exports and run folders", 60, 150, _exports),
+    Part("checkpoints", "damaged checkpoints", 120, 300, _checkpoints),
+    Part("exports", "damaged exports and run folders", 60, 60, _exports),
 )

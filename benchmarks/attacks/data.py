@@ -28,7 +28,7 @@ SHAPES = {"wan": (16, 3, 4, 6), "hunyuan_video": (16, 3, 4, 6), "digits": (12, 8
 SAMPLES = 3
 
 
-def _recipe(backbone: str) -> dict[str, Any]:
+def recipe(backbone: str, batch_size: int = 1, samples: int = SAMPLES) -> dict[str, Any]:
     more = {"width": 16, "num_layers": 2, "num_heads": 2} if backbone == "digits" else {}
     return {
         "name": "hostile",
@@ -37,16 +37,18 @@ def _recipe(backbone: str) -> dict[str, Any]:
         "router": {"kind": "timestep", "experts": ["semantic"]},
         "experts": {"semantic": {"kind": "lora", "rank": 2, "targets": "attention"}},
         "data": {"kind": "latents", "path": "set"},
-        "training": {"batch_size": 1, "monitor": None, "num_threads": 1, "log_every": 1, "checkpoint_every": None},
+        "training": {
+            "batch_size": batch_size, "monitor": None, "num_threads": 1, "log_every": 1, "checkpoint_every": None,
+        },
         "stages": [
             # Every sample is drawn once.
-            {"name": "semantic", "kind": "consistency", "expert": "semantic", "steps": SAMPLES,
+            {"name": "semantic", "kind": "consistency", "expert": "semantic", "steps": -(-samples // batch_size),
              "losses": [{"kind": "huber"}]},
         ],
     }  # fmt: skip
 
 
-def _sample(backbone: str, i: int) -> dict[str, Tensor]:
+def sample(backbone: str, i: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(i)
     latents = torch.randn(SHAPES[backbone], generator=generator)
     if backbone == "digits":
@@ -137,6 +139,71 @@ TENSORS: Sequence[tuple[str, str, Change]] = (
     ("a tensor with a name of control characters", EITHER, lambda sample: sample.update({"\x1b[31m\n": torch.ones(3)})),
 )  # fmt: skip
 
+# -- what is done to a whole set --------------------------------------------------------------------------------------
+
+FEW, MANY = 8, 12
+"""Of so many samples a run looks at the numbers before it starts; and a set of more."""
+Samples = list[dict[str, Tensor]]
+
+
+def _last(change: Change) -> Callable[[Samples], object]:
+    return lambda samples: change(samples[-1])
+
+
+def _all(change: Change) -> Callable[[Samples], object]:
+    return lambda samples: [change(sample) for sample in samples]
+
+
+def _mask(values: Callable[[Tensor], Tensor]) -> Change:
+    return lambda sample: sample.update(prompt_attention_mask=values(sample["prompt_attention_mask"]))
+
+
+def _additive(mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape).masked_fill(~mask, -10_000.0)
+
+
+def _without_text(samples: Samples) -> None:
+    samples[1] = {"latents": samples[1]["latents"]}
+
+
+SETS: Sequence[tuple[str, str, str, int, Callable[[Samples], object]]] = (
+    ("masks padded on the left", REFUSE, "hunyuan_video", 1, _all(_mask(lambda mask: mask.flip(0)))),
+    ("a last mask padded on the left", REFUSE, "hunyuan_video", 1, _last(_mask(lambda mask: mask.flip(0)))),
+    ("additive masks", REFUSE, "hunyuan_video", 1, _all(_mask(_additive))),
+    ("masks of 2s", REFUSE, "hunyuan_video", 1, _all(_mask(lambda mask: 2 * mask.long()))),
+    ("a last mask of 2s", REFUSE, "hunyuan_video", 1, _last(_mask(lambda mask: 2 * mask.long()))),
+    ("masks of 1s and 0s", TRAIN, "hunyuan_video", 1, _all(_mask(lambda mask: mask.long()))),
+    ("a mask with a hole", REFUSE, "hunyuan_video", 1, _last(_mask(lambda mask: mask & (torch.arange(10) != 2)))),
+    ("a last mask of nothing", EITHER, "hunyuan_video", 2, _last(_mask(torch.zeros_like))),
+    ("a last text of int64", REFUSE, "wan", 1, _last(_text(lambda x: x.long()))),
+    ("a last text of int64, batched", REFUSE, "hunyuan_video", 2, _last(_text(lambda x: x.long()))),
+    ("a last digit of float32", EITHER, "digits", 2, _last(_text(lambda x: x.float()))),
+    ("a last text without a dimension", REFUSE, "wan", 1, _last(_text(lambda x: x.sum()))),
+    ("a last text without a dimension, batched", REFUSE, "hunyuan_video", 2, _last(_text(lambda x: x.sum()))),
+    ("a last text of bfloat16, batched", EITHER, "wan", 2, _last(_text(lambda x: x.bfloat16()))),
+    ("captions beside stored text", EITHER, "wan", 1, _without_text),
+    ("captions beside stored text, batched", EITHER, "wan", 2, _without_text),
+    ("captions beside stored text, batched", EITHER, "hunyuan_video", 2, _without_text),
+    ("captions beside stored digits, batched", EITHER, "digits", 2, _without_text),
+    ("NaN in the last latents", LATE, "wan", 1, _last(_latents(_with(float("nan"))))),
+    ("last latents of zeros", LATE, "hunyuan_video", 1, _last(_latents(torch.zeros_like))),
+)  # fmt: skip
+"""What, what has to become of it, the backbone, the batch size, and the change."""
+
+NEGATIVES: Sequence[tuple[str, str, str, Change]] = (
+    ("a negative prompt", TRAIN, "hunyuan_video", lambda sample: None),
+    ("a negative prompt with an empty mask", EITHER, "hunyuan_video", _mask(torch.zeros_like)),
+    ("a negative prompt padded on the left", REFUSE, "hunyuan_video", _mask(lambda mask: mask.flip(0))),
+    ("a negative prompt with a mask of 2s", REFUSE, "hunyuan_video", _mask(lambda mask: 2 * mask.long())),
+    ("a negative prompt without a mask", EITHER, "hunyuan_video", _out("prompt_attention_mask")),
+    ("a negative prompt of int64", REFUSE, "wan", _text(lambda x: x.long())),
+    ("a negative prompt without a dimension", REFUSE, "wan", _text(lambda x: x.sum())),
+    ("a negative prompt with NaN", LATE, "wan", _text(_with(float("nan")))),
+    ("a negative prompt of another length", EITHER, "wan", _text(lambda x: x[:4].clone())),
+    ("a negative prompt of another width", REFUSE, "wan", _text(lambda x: x[:, :5].clone())),
+)  # fmt: skip
+"""Stored with the set, and used: half of the text is dropped for it."""
+
 # -- how they are written ---------------------------------------------------------------------------------------------
 
 
@@ -157,7 +224,7 @@ def _published(folder: Path, samples: Sequence[dict[str, Tensor]]) -> None:
     (folder / "videos2caption.json").write_text(json.dumps(entries))
 
 
-def _own(folder: Path, samples: Sequence[dict[str, Tensor]]) -> None:
+def write_own(folder: Path, samples: Sequence[dict[str, Tensor]], negative: dict[str, Tensor] | None = None) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
@@ -166,7 +233,10 @@ def _own(folder: Path, samples: Sequence[dict[str, Tensor]]) -> None:
         save_file({name: value.contiguous() for name, value in sample.items()}, folder / f"{i:08}.safetensors")
         shape = list(sample["latents"].shape)
         entries.append({"file": f"{i:08}.safetensors", "shape": shape, "caption": f"{i} right"})
-    index = {"format": "moedistill-latents", "version": 1, "samples": entries, "negative": None}
+    if negative is not None:
+        save_file({name: value.contiguous() for name, value in negative.items()}, folder / "negative.safetensors")
+    name = None if negative is None else "negative.safetensors"
+    index = {"format": "moedistill-latents", "version": 1, "samples": entries, "negative": name}
     (folder / "index.json").write_text(json.dumps(index))
 
 
@@ -332,19 +402,21 @@ FILES: Sequence[tuple[str, str, Spoil]] = (
 
 # -- the cases --------------------------------------------------------------------------------------------------------
 
-KINDS = (("wan", _published), ("wan", _own), ("hunyuan_video", _published), ("digits", _own))
+KINDS = (("wan", _published), ("wan", write_own), ("hunyuan_video", _published), ("digits", write_own))
 
 
 def _attack(number: int, moves: Random, folder: Path) -> Result:
     """Attacks in turn, on backbones and layouts in turn; the later rounds have the other backbones."""
+    if number >= 2 * ROUND:
+        return _whole_set(number - 2 * ROUND, moves, folder)
     attacks = (*TENSORS, *FILES)
     what, expected, change = attacks[number % len(attacks)]
     backbone, write = KINDS[(number + number // len(attacks)) % len(KINDS)]
-    title = f"{what} ({backbone}, {'published' if write is _published else 'own'} layout)"
-    (folder / "recipe.yaml").write_text(json.dumps(_recipe(backbone)))
+    title = f"{what} ({backbone}, {_layout(write)} layout)"
+    (folder / "recipe.yaml").write_text(json.dumps(recipe(backbone)))
 
     def make() -> None:
-        samples = [_sample(backbone, i) for i in range(SAMPLES)]
+        samples = [sample(backbone, i) for i in range(SAMPLES)]
         if number % len(attacks) < len(TENSORS):
             change(samples[1])  # type: ignore[call-arg, arg-type]
         (folder / "set").mkdir()
@@ -353,7 +425,7 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
     # In a child: this process computes nothing.
     made = run_command(folder=folder, main=make)
     if made.code != 0:
-        if write is _own and number % len(attacks) < len(TENSORS):
+        if write is write_own and number % len(attacks) < len(TENSORS):
             return Result("refused", counts=("sets that safetensors does not write",))
         raise RuntimeError(made.output)
     if number % len(attacks) >= len(TENSORS):
@@ -362,6 +434,46 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
         spoiled = run_command(folder=folder, main=lambda: spoil(folder / "set", second))
         if spoiled.code != 0:
             raise RuntimeError(spoiled.output)
+    return _checked_and_run(folder, title, expected)
+
+
+def _whole_set(number: int, moves: Random, folder: Path) -> Result:
+    if number < len(SETS):
+        what, expected, backbone, batch_size, change = SETS[number]
+        write = moves.choice([each for kind, each in KINDS if kind == backbone])
+        if "captions" in what:
+            write = write_own  # in the published layout every sample has its text
+    else:
+        what, expected, backbone, spoil = NEGATIVES[number - len(SETS)]
+        write, batch_size = write_own, 2
+    tree = recipe(backbone, batch_size, MANY)
+
+    def make() -> None:
+        samples = [sample(backbone, i % 10) for i in range(MANY)]
+        (folder / "set").mkdir()
+        if number < len(SETS):
+            change(samples)
+            write(folder / "set", samples)
+        else:
+            negative = sample(backbone, 99)
+            del negative["latents"]
+            spoil(negative)
+            write_own(folder / "set", samples, negative)
+
+    if number >= len(SETS):
+        tree["data"]["text_dropout"] = 0.5
+    (folder / "recipe.yaml").write_text(json.dumps(tree))
+    made = run_command(folder=folder, main=make)
+    if made.code != 0:
+        raise RuntimeError(made.output)
+    return _checked_and_run(folder, f"{what} ({backbone}, {_layout(write)} layout, batch size {batch_size})", expected)
+
+
+def _layout(write: Any) -> str:
+    return "published" if write is _published else "own"
+
+
+def _checked_and_run(folder: Path, title: str, expected: str) -> Result:
     check = sound(run_command("data", "check", "set", "--recipe", "recipe.yaml", folder=folder, seconds=30), title)
     run = sound(
         run_command("run", "recipe.yaml", "--device", "cpu", "--output", "run", folder=folder, seconds=60), title
@@ -385,4 +497,5 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
     return Result("refused" if run.refused else "right")
 
 
-PART = Part("data", "hostile data files", 2 * len(TENSORS) + 2 * len(FILES), 250, _attack)
+ROUND = len(TENSORS) + len(FILES)
+PART = Part("data", "hostile data files", 2 * ROUND + len(SETS) + len(NEGATIVES), 240, _attack)

@@ -51,8 +51,9 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
     _nothing_lost(folder, what)
     if outcome.code == 2 and outcome.refusal().count("\n") > 2:
         raise Fault("traceback", f"{what}: more than a line or two: {outcome.refusal()[:300]}")
-    finish(reference, folder)
-    return Result("refused" if outcome.refused else "right")
+    hint = outcome.hint() if moves.random() < 0.5 else None
+    finish(reference, folder, hint=hint)
+    return Result("refused" if outcome.refused else "right", counts=("commands followed as printed",) if hint else ())
 
 
 def _nothing_lost(folder: Path, what: str) -> None:
@@ -131,4 +132,4 @@ def _checked(code: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-PART = Part("disk", "full disks", 60, 250, _attack)
+PART = Part("disk", "full disks", 60, 260, _attack)

@@ -8,7 +8,9 @@ import contextlib
 import gc
 import importlib
 import os
+import re
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -22,6 +24,8 @@ MEMORY = 8 * 2**30
 SCREEN = 24
 """Lines that a refusal may have."""
 SECONDS = 60.0
+HINT = re.compile(r"(?:go on|begin it anew) with: (moedistill .+)")
+"""A command that a message prints; it ends the line, and is to be copied as it is."""
 
 _MODULES = (
     "moedistill.cli", "moedistill.runs.loop", "moedistill.runs.sample", "moedistill.runs.tables",
@@ -104,6 +108,11 @@ class Outcome:
         """What is said from the first `error:` on, or all."""
         at = self.output.find("error: ")
         return self.output[max(at, 0) :].strip()
+
+    def hint(self) -> list[str] | None:
+        """The arguments of the command that it prints as the way to go on, if it prints one."""
+        found = HINT.findall(self.output)
+        return shlex.split(found[-1])[1:] if found else None
 
 
 class Command:
