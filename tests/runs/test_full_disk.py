@@ -14,7 +14,7 @@ from moedistill.components.plugins import load_plugins
 from moedistill.errors import WriteError
 from moedistill.runs.loop import run
 from moedistill.runs.sample import sample_run
-from moedistill.runtime.checkpoint import size_of
+from moedistill.runtime.checkpoint import bytes_of
 from moedistill.stages.evaluate import EvaluateStage
 from moedistill.stages.export import ExportStage
 from moedistill.stages.sample import SampleStage
@@ -72,7 +72,7 @@ def test_no_room_for_a_checkpoint_is_seen_before_it_is_written(tmp_path, monkeyp
     folder, disk = tmp_path / "run", SimpleNamespace(free=20_000, total=10**12)
     message = fails(folder, lambda _: monkeypatch.setattr(shutil, "disk_usage", lambda _: disk))
     saved = folder / "checkpoints/00_semantic_00000001"
-    size, what = size_of(trees(saved)) / 2**20, folder / "checkpoints/00_semantic_00000002"
+    size, what = bytes_of(trees(saved)) / 2**20, folder / "checkpoints/00_semantic_00000002"
     refusal = f"cannot write {what}: it needs {size:.3g} MiB, and 19.5 KiB are free; make room there"
     assert message == f"{refusal}; saved is {saved}; go on with: {go_on(folder)}"
     monkeypatch.undo()

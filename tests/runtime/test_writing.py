@@ -12,7 +12,7 @@ from small_files import files_of
 
 from moedistill import media, plotting
 from moedistill.errors import UserError, WriteError
-from moedistill.runtime.checkpoint import save_tensors, size_of, write_text
+from moedistill.runtime.checkpoint import bytes_of, save_tensors, write_text
 from moedistill.runtime.writing import disk_errors, new_file, refuse_used
 
 LIMIT = 3000
@@ -63,7 +63,7 @@ def test_room_is_looked_at_first(tmp_path, monkeypatch):
 
 def test_the_size_of_a_tree():
     tree = {"a": torch.zeros(3), "b": [torch.zeros(2, dtype=torch.float64), (torch.zeros(1, dtype=torch.int8), "text")]}
-    assert size_of(tree) == 12 + 16 + 1
+    assert bytes_of(tree) == 12 + 16 + 1
 
 
 @pytest.mark.parametrize(
