@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +24,7 @@ from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_late
 from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
-from moedistill.runs.not_finite import explain, newest
+from moedistill.runs.not_finite import explain
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
 from moedistill.runtime.checkpoint import (
@@ -80,6 +81,7 @@ def run(
     smoke: bool = False,
     device: str | None = None,
     plugins: Plugins | None = None,
+    command: RunCommand | None = None,
     **overrides: Any,
 ) -> RunResult:
     """Runs all stages of a recipe.
@@ -94,6 +96,7 @@ def run(
         smoke: replace sizes, never code: a miniature backbone, few samples, few steps.
         device: as torch names it; the accelerator if there is one, else "cpu".
         plugins: as loaded by `load_plugins`; all installed ones if not given.
+        command: how messages name this run, if another way than by these arguments.
         overrides: top-level keys of the recipe to replace, such as `seed=1`.
 
     Raises:
@@ -101,10 +104,17 @@ def run(
             writes in that folder.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
     """
-    with Interruption(lambda: "stopped before training; nothing is lost, start it again"), ExitStack() as stack:
+    settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    if command is None:
+        given = str(recipe) if isinstance(recipe, str | Path) else None
+        command = RunCommand(smoke, device, tuple(plugins.files) if plugins else (), given, tuple(settings))
+    again = command.as_given(output=output, resume=resume, resume_from=resume_from)
+    with (
+        Interruption(lambda: f"stopped before training; nothing is lost, start it again with: {again}"),
+        ExitStack() as stack,
+    ):
         plugins = plugins or load_plugins()
         if not isinstance(recipe, Recipe) or overrides:
-            settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
             source = recipe.resolved() if isinstance(recipe, Recipe) else recipe
             recipe = load_recipe(source, settings, plugins)
         if smoke:
@@ -112,7 +122,6 @@ def run(
         accelerator = make_accelerator(recipe, device)
         _check_before_loading(recipe, accelerator)
         checked = check_before(recipe)
-        command = RunCommand(smoke, device, tuple(plugins.files))
         where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
         numbered = output is None and (where.checkpoint is None or where.branch)
         folder = _claim(where.folder, numbered, accelerator, stack)
@@ -134,6 +143,8 @@ def _claim(folder: Path, numbered: bool, accelerator: "Accelerator", stack: Exit
     if accelerator.is_main_process:
         try:
             answer[0] = str(stack.enter_context(claimed(folder, numbered=numbered)))
+            with disk_errors(Path(answer[0])):
+                Checkpoints(Path(answer[0]) / "checkpoints", keep=1).remove_leftovers()
         except UserError as error:  # the others must hear of it, or they would wait
             answer[1] = str(error)
     taken, problem = broadcast_object_list(answer)
@@ -182,8 +193,8 @@ class _Runner:
         if self.run.main:
             with disk_errors(self.folder):
                 self.checkpoints.folder.mkdir(exist_ok=True)  # the first thing, by which a folder is known as a run's
-            self.checkpoints.remove_leftovers()
             write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
+            self._take_history()
             self._write_cost()
         self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
         for observer in self.observers:
@@ -212,15 +223,19 @@ class _Runner:
         self.run.metrics.update(state["metrics"])
         self.run.cost.update(state["cost"])
         self.last_checkpoint = checkpoint
-        history = checkpoint.parent.parent / METRICS
-        if self.run.main and not (self.folder / METRICS).exists() and history.is_file():
-            with new_file(self.folder / METRICS) as new:
-                shutil.copyfile(history, new)  # a run that goes on in another folder
-            stages = [stage["name"] for stage in state["recipe"]["stages"]]
-            drop_later_lines(self.folder / METRICS, stages, state["stage"], state["step"])
         self.run.say(f"resuming from {checkpoint}: stage {state['stage_name']}, step {state['step']}")
         if others := sorted({".".join(key.split(".")[:2]) for key in self.where.changed}):
             self.run.say(f"other than there: {', '.join(others)}")
+
+    def _take_history(self) -> None:
+        """What was logged up to the checkpoint, where the run goes on in another folder."""
+        checkpoint, state = self.where.checkpoint, self.where.state
+        history = checkpoint.parent.parent / METRICS if checkpoint is not None else None
+        if history is not None and not (self.folder / METRICS).exists() and history.is_file():
+            with new_file(self.folder / METRICS) as new:
+                shutil.copyfile(history, new)
+            stages = [stage["name"] for stage in state["recipe"]["stages"]]
+            drop_later_lines(self.folder / METRICS, stages, state["stage"], state["step"])
 
     def _stages(self) -> None:
         """The stages in order, from where the checkpoint stands."""
@@ -253,7 +268,7 @@ class _Runner:
     def _reported_since_checkpoint(self) -> dict[str, Any]:
         """What stages that train nothing reported after the checkpoint, if this folder's run was there before."""
         file = self.folder / RESULT
-        if self.where.checkpoint is None or self.where.branch or not file.is_file():
+        if not file.is_file():
             return {}
         try:
             reported: dict[str, Any] = read_json(file)
@@ -366,7 +381,8 @@ class _Runner:
         earlier = [path for path in self.checkpoints.all() if (parse_name(path.name) or (number,))[0] < number]
         with user_errors(str(error)):  # where a sample cannot be read again
             where = self._where_to_go_on()
-            message = explain(training, error, samples, self.last_checkpoint, earlier[-1] if earlier else None, where)
+            lower = partial(self.command.change, self.folder, source=earlier[-1] if earlier else None)
+            message = explain(training, error, samples, self.last_checkpoint, where, lower)
         raise UserError(message) from None
 
     def _memory_errors(self, config: StageConfig) -> AbstractContextManager[None]:
@@ -375,7 +391,7 @@ class _Runner:
         def where() -> str:
             return f"stage {config.name}" + (f", step {self.training.step + 1}" if self.training is not None else "")
 
-        return memory_errors(where, lambda: f"{remedies(self.run, config)}; {newest(self.last_checkpoint)}")
+        return memory_errors(where, lambda: f"{remedies(self.run, config)}; {self._where_to_go_on()}")
 
     def _write_cost(self) -> None:
         file, text = self.folder / COST, json.dumps(self.run.cost, indent=1)
