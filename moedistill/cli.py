@@ -85,13 +85,15 @@ def run(
         raise click.UsageError("give --resume or --resume-from, not both")
     from moedistill.recipe.loading import load_recipe
 
-    plugins = _plugins(plugin_files)
-    loaded = load_recipe(recipe, _with_seed(overrides, seed), plugins)
+    plugins, settings = _plugins(plugin_files), tuple(_with_seed(overrides, seed))
+    loaded = load_recipe(recipe, settings, plugins)
+    from moedistill.runs.commands import RunCommand
     from moedistill.runs.loop import run as run_recipe
 
     run_recipe(
-        loaded, output=output, resume=resume, resume_from=resume_from, smoke=smoke, device=device, plugins=plugins
-    )
+        loaded, output=output, resume=resume, resume_from=resume_from, smoke=smoke, device=device, plugins=plugins,
+        command=RunCommand(smoke, device, tuple(plugins.files), recipe, settings),
+    )  # fmt: skip
 
 
 @cli.command()
@@ -233,8 +235,8 @@ def cp(recipe: str, dest: str, force: bool) -> None:
     from moedistill.recipe.loading import find_recipe
 
     source = find_recipe(recipe)
-    target = Path(dest) / source.name if dest.endswith(("/", os.sep)) or Path(dest).is_dir() else Path(dest)
-    if target.exists() and not force:
+    target = Path(dest) / source.name if dest.endswith(("/", os.sep)) or os.path.isdir(dest) else Path(dest)
+    if os.path.exists(target) and not force:
         raise UserError(f"{target} exists; choose another name, or add --force to overwrite it")
     _write(target, _copy_text(source))
     click.echo(f"{source} → {target}")
@@ -298,7 +300,10 @@ class _Sigmas(click.ParamType):
 @click.option("--frames", type=click.IntRange(min=1), metavar="N", help="How many; the recipe's if not given.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Frames per second of the files.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), metavar="DIR", help="A new or empty folder; RUN/samples if not given."
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A new or empty folder; RUN/samples, or RUN/samples-2 …",
 )
 @click.option("--ema", is_flag=True, help="With the averaged weights, not the last ones.")
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to compute: cpu, cuda …")

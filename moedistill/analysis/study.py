@@ -43,7 +43,7 @@ from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runs.build import build_run, make_accelerator
 from moedistill.runtime.devices import cpu_threads
 from moedistill.runtime.lock import claimed
-from moedistill.runtime.writing import refuse_used
+from moedistill.runtime.writing import is_there, refuse_used
 from moedistill.stages.consistency import ConsistencyConfig
 from moedistill.stages.run import Run
 
@@ -109,7 +109,7 @@ def analyze(
         recipe.data.look_ahead()
     names = f"{recipe.name}-smoke" if smoke else recipe.name
     folder = Path(output) if output is not None else Path("runs", f"{names}-analysis", time.strftime("%Y%m%d-%H%M%S"))
-    if found := [name for name in ("suggestion.yaml", "analysis.json") if (folder / name).exists()]:
+    if found := [name for name in ("suggestion.yaml", "analysis.json") if is_there(folder / name)]:
         raise UserError(f"{folder} already holds an analysis ({found[0]}); choose another --output, or move it away")
     plan = _Plan(recipe, experts, student_steps)
     with claimed(folder, numbered=output is None) as folder, cpu_threads(recipe.training.num_threads):

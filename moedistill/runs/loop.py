@@ -24,7 +24,7 @@ from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_late
 from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
-from moedistill.runs.not_finite import explain, newest
+from moedistill.runs.not_finite import explain
 from moedistill.runs.processes import on_main
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
@@ -82,6 +82,7 @@ def run(
     smoke: bool = False,
     device: str | None = None,
     plugins: Plugins | None = None,
+    command: RunCommand | None = None,
     **overrides: Any,
 ) -> RunResult:
     """Runs all stages of a recipe.
@@ -96,6 +97,7 @@ def run(
         smoke: replace sizes, never code: a miniature backbone, few samples, few steps.
         device: as torch names it; the accelerator if there is one, else "cpu".
         plugins: as loaded by `load_plugins`; all installed ones if not given.
+        command: how messages name this run, if another way than by these arguments.
         overrides: top-level keys of the recipe to replace, such as `seed=1`.
 
     Raises:
@@ -103,10 +105,17 @@ def run(
             writes in that folder.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
     """
-    with Interruption(lambda: "stopped before training; nothing is lost, start it again"), ExitStack() as stack:
+    settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    if command is None:
+        given = str(recipe) if isinstance(recipe, str | Path) else None
+        command = RunCommand(smoke, device, tuple(plugins.files) if plugins else (), given, tuple(settings))
+    again = command.as_given(output=output, resume=resume, resume_from=resume_from)
+    with (
+        Interruption(lambda: f"stopped before training; nothing is lost, start it again with: {again}"),
+        ExitStack() as stack,
+    ):
         plugins = plugins or load_plugins()
         if not isinstance(recipe, Recipe) or overrides:
-            settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
             source = recipe.resolved() if isinstance(recipe, Recipe) else recipe
             recipe = load_recipe(source, settings, plugins)
         if smoke:
@@ -115,7 +124,6 @@ def run(
         training = recipe.training
         with user_errors("this run"):
             share_of_batch(training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes)
-        command = RunCommand(smoke, device, tuple(plugins.files))
         # By one process: a checkpoint that is compared with its sums may have 100 GB.
         begin = partial(
             _begin, recipe, accelerator.num_processes, stack, command,
@@ -150,6 +158,8 @@ def _begin(
     where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
     numbered = output is None and (where.checkpoint is None or where.branch)
     folder = stack.enter_context(claimed(where.folder, numbered=numbered))
+    with disk_errors(folder):
+        Checkpoints(folder / "checkpoints", keep=1).remove_leftovers()
     # Once more, now that nobody else writes there.
     where = plan(recipe, output=folder, resume=resume, resume_from=resume_from, command=command, seen=where)
     return where, checked.warnings if checked is not None else []
@@ -188,8 +198,8 @@ class _Runner:
             if self.run.main:
                 with disk_errors(self.folder):
                     self.checkpoints.folder.mkdir(exist_ok=True)  # first: by it a folder is known as a run's
-                    self.checkpoints.remove_leftovers()
                 write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
+                self._take_history()
                 self._write_cost()
             self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
             for observer in self.observers:
@@ -215,15 +225,19 @@ class _Runner:
         self.run.metrics.update(state["metrics"])
         self.run.cost.update(state["cost"])
         self.last_checkpoint = checkpoint
-        history = checkpoint.parent.parent / METRICS
-        if self.run.main and not (self.folder / METRICS).exists() and history.is_file():
-            with new_file(self.folder / METRICS) as new:
-                shutil.copyfile(history, new)  # a run that goes on in another folder
-            stages = [stage["name"] for stage in state["recipe"]["stages"]]
-            drop_later_lines(self.folder / METRICS, stages, state["stage"], state["step"])
         self.run.say(f"resuming from {checkpoint}: stage {state['stage_name']}, step {state['step']}")
         if others := sorted({".".join(key.split(".")[:2]) for key in self.where.changed}):
             self.run.say(f"other than there: {', '.join(others)}")
+
+    def _take_history(self) -> None:
+        """What was logged up to the checkpoint, where the run goes on in another folder."""
+        checkpoint, state = self.where.checkpoint, self.where.state
+        history = checkpoint.parent.parent / METRICS if checkpoint is not None else None
+        if history is not None and not (self.folder / METRICS).exists() and history.is_file():
+            with new_file(self.folder / METRICS) as new:
+                shutil.copyfile(history, new)
+            stages = [stage["name"] for stage in state["recipe"]["stages"]]
+            drop_later_lines(self.folder / METRICS, stages, state["stage"], state["step"])
 
     def _stages(self) -> None:
         """The stages in order, from where the checkpoint stands."""
@@ -256,7 +270,7 @@ class _Runner:
     def _reported_since_checkpoint(self) -> dict[str, Any]:
         """What stages that train nothing reported after the checkpoint, if this folder's run was there before."""
         file = self.folder / RESULT
-        if self.where.checkpoint is None or self.where.branch or not file.is_file():
+        if not file.is_file():
             return {}
         try:
             reported: dict[str, Any] = read_json(file)
@@ -369,7 +383,8 @@ class _Runner:
         earlier = [path for path in self.checkpoints.all() if (parse_name(path.name) or (number,))[0] < number]
         with user_errors(str(error)):  # where a sample cannot be read again
             where = self._where_to_go_on()
-            message = explain(training, error, samples, self.last_checkpoint, earlier[-1] if earlier else None, where)
+            lower = partial(self.command.change, self.folder, source=earlier[-1] if earlier else None)
+            message = explain(training, error, samples, self.last_checkpoint, where, lower)
         raise UserError(message) from None
 
     def _memory_errors(self, config: StageConfig) -> AbstractContextManager[None]:
@@ -379,7 +394,7 @@ class _Runner:
             return f"stage {config.name}" + (f", step {self.training.step + 1}" if self.training is not None else "")
 
         def advice(error: BaseException) -> str:
-            return f"{remedies(self.run, config, error)}; {newest(self.last_checkpoint)}"
+            return f"{remedies(self.run, config, error)}; {self._where_to_go_on()}"
 
         return memory_errors(where, advice)
 

@@ -1,6 +1,6 @@
 """Numbers that are not finite: are the data at fault, and what to do."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,16 +24,16 @@ def explain(
     error: NotFinite,
     samples: Sequence[int],
     checkpoint: Path | None,
-    earlier: Path | None,
     where: str,
+    lower: Callable[[str], str],
 ) -> str:
     """What is wrong, and how to go on.
 
     Args:
         samples: those that the numbers are of, as indices of the dataset.
         checkpoint: the newest one.
-        earlier: the newest one of an earlier stage.
         where: what is saved, and the command that goes on.
+        lower: the command that begins anew elsewhere with a changed key, as `--set` takes it.
     """
     said = str(error)
     assert training.dataset is not None
@@ -44,10 +44,10 @@ def explain(
     if error.step == 0:
         cause = f"the model's weights, or backbone.dtype {training.recipe.backbone.dtype},"
         return f"{said}, before any training, though the samples are finite: {cause} must be at fault"
-    rate = f"stages.{training.config.name}.optimizer.lr {training.config.optimizer.lr:g}"
+    key, rate = f"stages.{training.config.name}.optimizer.lr", training.config.optimizer.lr
     return (
-        f"{said}. The samples of that step are finite, so it comes again if the run goes on as it is: lower {rate} and "
-        f"begin anew{f', or from {earlier} with another --output' if earlier is not None else ''}; {newest(checkpoint)}"
+        f"{said}. The samples of that step are finite, so it comes again if the run goes on as it is; "
+        f"{newest(checkpoint)}. Lower {key} {rate:g} and begin anew with: {lower(f'{key}={rate / 10:g}')}"
     )
 
 

@@ -1,5 +1,6 @@
 """Where a run writes, and from which checkpoint it goes on."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,13 +11,13 @@ from typing import Any
 from moedistill.errors import UserError
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words
-from moedistill.runs.commands import RunCommand
+from moedistill.runs.begun import finished_file, holds_only_checkpoints, is_miniature, left_recipe
+from moedistill.runs.commands import RunCommand, another
 from moedistill.runs.longer import made_longer
 from moedistill.runs.saved import read_state
 from moedistill.runtime.checkpoint import Checkpoints, NoCheckpoint, find_checkpoint, newest_whole, verify
 from moedistill.runtime.integrity import Damaged
-from moedistill.runtime.writing import refuse_used
-from moedistill.stages.run import METRICS, RESULT
+from moedistill.runtime.writing import is_there, refuse_used
 
 OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads", "monitor")
 """Keys of `training` that may differ when a run is resumed: they do not change what is learned."""
@@ -70,12 +71,14 @@ def plan(
     home = run_of(checkpoint)
     branch = output is not None and not belongs_to(checkpoint, Path(output))
     before, after = changed_keys(recipe, state)
-    longer = made_longer(recipe, in_todays_words(state["recipe"]), state, checkpoint)
+    elsewhere = Path(output) if output is not None and branch else another(home or checkpoint)
+    longer = made_longer(recipe, in_todays_words(state["recipe"]), state, checkpoint, command, elsewhere)
     before = [key for key in before if key != longer]
     if keys := before if branch else before + after:
         ways = "Start a new run"
         if not before:
-            ways += f"; use --resume-from {checkpoint} with a new --output, where what comes later may differ"
+            other = command.as_given(resume_from=checkpoint, output=elsewhere)
+            ways += f"; or, as what comes later may differ in another folder, begin there with: {other}"
         if home is not None and (home / "recipe.yaml").is_file():
             theirs = replace(command, smoke=state.get("smoke", command.smoke))
             ways += f"; or, with its own recipe, go on with: {theirs.go_on(home, checkpoint)}"
@@ -83,7 +86,7 @@ def plan(
             f"the recipe is not the one that {checkpoint} was made with: {', '.join(sorted(keys))} differ. {ways}"
         )
     if output is not None:
-        folder = Path(output) if not branch else _new_folder(recipe, output, command, checkpoint)
+        folder = Path(output) if not branch else _new_folder(recipe, output, command, checkpoint, state["cost"])
     else:
         folder = home if home is not None else _new_folder(recipe, None, command)
     changed = (*after, *([longer] if longer else []))
@@ -113,7 +116,7 @@ def ways_out(command: RunCommand) -> Iterator[None]:
         if whole is None:
             way = "beside it there is no whole checkpoint to go on from"
         elif home is None or not (home / "recipe.yaml").is_file():
-            way = f"the newest whole one is {whole}: go on from it, with --resume-from"
+            way = f"the newest whole one is {whole}; go on with: {command.as_given(resume_from=whole)}"
         else:
             way = f"the newest whole one is {whole}; go on with: {command.go_on(home, whole)}"
         raise UserError(f"{error}; {way}") from error
@@ -180,12 +183,14 @@ def _checkpoint(
         try:
             return find_checkpoint(Path(asked))
         except NoCheckpoint as error:
-            if not (Path(asked) / "recipe.yaml").is_file():
+            folder = Path(asked)
+            left = left_recipe(folder)
+            if left is None:
                 raise
-            anew = command.begin(Path(asked))
-            raise UserError(
-                f"{error}; if the run was stopped before its first one, begin it anew with: {anew}"
-            ) from error
+            if held := finished_file(folder, left, True, {}):
+                raise UserError(f"{error}; {folder} holds a run's results ({held})") from error
+            anew = replace(command, smoke=command.smoke or is_miniature(folder)).begin(folder)
+            raise UserError(f"{error}; the run was stopped before its first one: begin it anew with: {anew}") from error
     if not resume:
         return None
     runs = _runs(recipe, command.smoke)
@@ -195,21 +200,43 @@ def _checkpoint(
     return find_checkpoint(found[-1])
 
 
-def _new_folder(recipe: Recipe, output: str | Path | None, command: RunCommand, checkpoint: Path | None = None) -> Path:
-    """A folder for a run that is not there yet; UserError where it holds another one, or what is no run's."""
+def _new_folder(
+    recipe: Recipe,
+    output: str | Path | None,
+    command: RunCommand,
+    checkpoint: Path | None = None,
+    cost: Mapping[str, Any] | None = None,
+) -> Path:
+    """A folder for a run that is not there yet, or was stopped before its first checkpoint.
+
+    Args:
+        checkpoint: of another folder, where the run begins.
+        cost: what that says of its run's cost.
+
+    Raises:
+        UserError: it holds another run, or what is no run's.
+    """
     if output is None:
         return _runs(recipe, command.smoke) / time.strftime("%Y%m%d-%H%M%S")
     folder = Path(output)
-    resumable = bool(Checkpoints(folder / "checkpoints", keep=1).there())
-    if resumable or (folder / RESULT).exists():
+    if not is_there(folder):
+        return folder
+    if Checkpoints(folder / "checkpoints", keep=1).there():
         ways = "choose another --output"
         if checkpoint is not None:
             ways = f"{checkpoint} is not one of its: {ways}"
-        elif resumable and (folder / "recipe.yaml").is_file():
+        elif (folder / "recipe.yaml").is_file():
             ways += f", or go on with: {command.go_on(folder)}"
         raise UserError(f"{folder} already holds a run; {ways}")
-    if not any((folder / name).exists() for name in ("checkpoints", METRICS)):  # else it is a run that did not get far
-        refuse_used(folder)
+    left = left_recipe(folder)
+    if left is None:
+        # A run makes `checkpoints` first; it may have been killed then.
+        begun = not os.path.lexists(folder / "recipe.yaml") and holds_only_checkpoints(folder / "checkpoints")
+        refuse_used(folder, ("checkpoints",) if begun else ())
+    else:
+        same = comparable(in_todays_words(left)) == comparable(recipe.resolved())
+        if held := finished_file(folder, left, same, cost or {}):
+            raise UserError(f"{folder} already holds a run's results ({held}); choose another --output")
     return folder
 
 

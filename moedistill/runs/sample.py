@@ -20,6 +20,7 @@ from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words, load_model, load_recipe
 from moedistill.recipe.sampling import notes_on, sampling_sigmas, untrained_notes
 from moedistill.runs.build import build_mixture
+from moedistill.runs.resume import run_of
 from moedistill.runs.saved import read_state, read_weights
 from moedistill.runtime.checkpoint import find_checkpoint, newest_whole
 from moedistill.runtime.devices import cpu_threads, find_device
@@ -58,14 +59,14 @@ def read_trained(
             plugin of the backbone, an expert, the trajectory or the router is missing. An export of which nothing but
             the router's plugin is missing keeps its boundaries, if those are a `TimestepRouter`'s.
     """
-    recipe, experts, averages = _read_trained(Path(source), plugins)
+    recipe, experts, averages = _read_trained(Path(source), plugins, averaged=weights == "ema")
     if weights == "ema" and not averages:
         raise UserError(f"{source} holds no averaged weights; sample the trained ones")
-    return recipe, experts, averages if weights == "ema" else {}
+    return recipe, experts, averages
 
 
-def _read_trained(folder: Path, plugins: Plugins | None) -> tuple[Recipe, Weights, Weights]:
-    if not folder.is_dir():
+def _read_trained(folder: Path, plugins: Plugins | None, *, averaged: bool) -> tuple[Recipe, Weights, Weights]:
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: there is no such folder; give a run's, such as runs/dcm_digits/20260101-120000")
     if os.path.lexists(folder / INDEX):
         index, experts = read_export(folder)
@@ -74,7 +75,7 @@ def _read_trained(folder: Path, plugins: Plugins | None) -> tuple[Recipe, Weight
         checkpoint = find_checkpoint(folder)
         state = read_state(checkpoint)
         recipe = _recipe_of(checkpoint, state["recipe"], plugins, {})
-        return recipe, *read_weights(checkpoint, state)
+        return recipe, *read_weights(checkpoint, state, averaged=averaged)
     except Damaged as error:
         damaged = error.path.parent
         whole = newest_whole(damaged.parent, damaged)
@@ -175,8 +176,8 @@ def sample_run(
         weights: the experts' `trained` weights or their `ema`.
         video: height, width and num_frames, those that shall differ from the backbone's own.
         fps: frames per second of the files; the backbone's own, if not given.
-        output: a new or an empty folder; if not given, `samples` inside `source`, or `samples-2` and so on where that
-            is there.
+        output: a new or an empty folder; if not given, `samples` inside `source`, or inside the run that a checkpoint
+            is one of; or `samples-2` and so on where that is there, or is a stage's.
         keep: also give the videos, all of which must then have room in memory.
 
     Raises:
@@ -184,10 +185,11 @@ def sample_run(
     """
     if not prompts:
         raise UserError("there is no prompt to sample; give at least one")
-    folder = Path(output) if output is not None else Path(source) / "samples"
     if output is not None:
-        refuse_used(folder)
+        refuse_used(Path(output))
     recipe, experts, averages = read_trained(source, weights=weights, plugins=plugins)
+    folder = Path(output) if output is not None else _home(Path(source)) / "samples"
+    stages = [stage.name for stage in recipe.stages]
     mixture = _loaded(recipe, experts, averages, source, device)
     path, config = sampling_steps(recipe, steps, sigmas), sampling_config(recipe, steps, sigmas, eta)
     notes = untrained_notes(recipe, experts, path)
@@ -195,7 +197,7 @@ def sample_run(
     asked = [prompt for prompt in prompts for _ in range(num)]
     with cpu_threads(recipe.training.num_threads), user_errors("sample"):
         size = _video_size(mixture, {key: value for key, value in (video or {}).items() if value is not None})
-        with claimed(folder, numbered=output is None) as folder:
+        with claimed(folder, numbered=output is None, but=stages) as folder:
             refuse_used(folder)  # once more: it is ours now
             try:
                 videos = write_samples(
@@ -205,6 +207,13 @@ def sample_run(
             except (Interrupted, WriteError) as error:
                 raise _with_what_is_there(error, folder, len(asked)) from error
     return SampleResult(folder, torch.stack(videos) if keep else None, notes)
+
+
+def _home(source: Path) -> Path:
+    """Where samples of a run, an export or a checkpoint go; what lies in a run's checkpoint is deleted with it."""
+    if (source / "checkpoints").is_dir() or os.path.lexists(source / INDEX):
+        return source
+    return run_of(source) or source
 
 
 def _with_what_is_there(error: Interrupted | WriteError, folder: Path, asked: int) -> Interrupted | WriteError:

@@ -81,13 +81,16 @@ def read_state(checkpoint: Path, *, verified: bool = False) -> dict[str, Any]:
     return state
 
 
-def read_weights(checkpoint: Path, state: Mapping[str, Any], *, verified: bool = False) -> tuple[Weights, Weights]:
-    """The weights of the experts trained so far, and the averages of those that have one.
+def read_weights(
+    checkpoint: Path, state: Mapping[str, Any], *, verified: bool = False, averaged: bool = True
+) -> tuple[Weights, Weights]:
+    """The weights of the experts trained so far, and the averages of those that have one, if wanted.
 
     Raises:
         Damaged: they are not what was written, or not those that the checkpoint's `state` names.
     """
-    experts, averages = (load_tree(checkpoint, tree, verified=verified) for tree in ("experts", "ema"))
+    experts = load_tree(checkpoint, "experts", verified=verified)
+    averages = load_tree(checkpoint, "ema", verified=verified) if averaged else {}
     for tree, weights in (("experts", experts), ("ema", averages)):
         each = weights.values() if isinstance(weights, Mapping) else [None]
         if not all(isinstance(one, Mapping) and all(isinstance(w, Tensor) for w in one.values()) for one in each):

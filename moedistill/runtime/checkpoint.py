@@ -194,6 +194,11 @@ def parse_name(name: str) -> tuple[int, str, int] | None:
     return parts if checkpoint_name(*parts) == name else None
 
 
+def is_own_name(name: str) -> bool:
+    """Whether a name in a run's `checkpoints` is one that runs give: a checkpoint's, finished or not or set aside."""
+    return parse_name(re.sub(r"\.set-aside-[0-9]+$|-old$", "", name.removeprefix(_TEMPORARY))) is not None
+
+
 class Checkpoints:
     """The checkpoints of one run, of which the newest `keep` stay.
 
@@ -217,16 +222,16 @@ class Checkpoints:
         self.remove_leftovers()
         temporary, final = self.folder / f"{_TEMPORARY}{name}", self.folder / name
         if os.path.lexists(temporary):  # no leftover of ours
-            self._set_aside(temporary)
+            self._set_aside(temporary, f"{temporary} was there already")
         temporary.mkdir()
         for tree_name, tree in trees.items():
             save_tree(temporary, tree_name, tree)
         write_sums(temporary)
         sync(temporary)
         for other in [path for path in self.there() if _progress(path) > _progress(final)]:
-            self._set_aside(other)
+            self._set_aside(other, f"{other} is of a way not taken")
         if os.path.lexists(final):
-            self._set_aside(final)
+            self._set_aside(final, f"{final} was there already")
         temporary.rename(final)
         sync(self.folder)
         for old in self.all()[: -self._keep]:
@@ -246,24 +251,50 @@ class Checkpoints:
             raise UserError(f"cannot read {self.folder}: {error.strerror}") from error
 
     def remove_leftovers(self) -> None:
-        """Removes what a crash left half written or half deleted."""
-        for path in self.folder.glob(f"{_TEMPORARY}*"):
-            name = path.name.removeprefix(_TEMPORARY).removesuffix("-old")
-            if parse_name(name) and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+        """Removes what a crash left half written or half deleted; what was written whole gets its name."""
+        for path in sorted(self.folder.glob(f"{_TEMPORARY}*")):
+            name = path.name.removeprefix(_TEMPORARY)
+            if not path.is_dir() or path.is_symlink():
+                continue
+            if parse_name(name.removesuffix("-old")) and name.endswith("-old"):
+                self._delete(path)
+            elif parse_name(name):
+                final = self.folder / name
+                if os.path.lexists(path / SUMS) and _is_complete(path) and not os.path.lexists(final):
+                    path.rename(final)
+                    sync(self.folder)
+                else:
+                    shutil.rmtree(path)
 
     def _remove(self, path: Path) -> None:
         # Out of sight first: a checkpoint that is being deleted must not look like one.
         doomed = path.with_name(f"{_TEMPORARY}{path.name}-old")
+        if os.path.lexists(doomed):  # no leftover of ours
+            self._set_aside(doomed, f"{doomed} was there already")
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        self._delete(doomed)
 
-    def _set_aside(self, path: Path) -> None:
-        names = (path.with_name(f"{path.name.removeprefix(_TEMPORARY)}.set-aside-{k}") for k in count(1))
-        aside = next(name for name in names if not os.path.lexists(name))
+    def _delete(self, doomed: Path) -> None:
+        """Deletes a checkpoint's own files, sums last, as they say which those are; anything else is set aside."""
+        try:
+            own = list(_sums(doomed) or ())
+        except Damaged:
+            own = []
+        for name in [*(own or [f"{tree}.{suffix}" for tree in TREES for suffix in ("json", "safetensors")]), SUMS]:
+            if not (doomed / name).is_dir() or (doomed / name).is_symlink():
+                (doomed / name).unlink(missing_ok=True)
+        if any(doomed.iterdir()):
+            name = doomed.name.removeprefix(_TEMPORARY).removesuffix("-old")
+            self._set_aside(doomed, f"{self.folder / name} is removed, but held more than a checkpoint")
+        else:
+            doomed.rmdir()
+
+    def _set_aside(self, path: Path, what: str) -> None:
+        name = path.name.removeprefix(_TEMPORARY).removesuffix("-old")
+        aside = next(new for k in count(1) if not os.path.lexists(new := path.with_name(f"{name}.set-aside-{k}")))
         with disk_errors(aside):
             path.rename(aside)
-        self._say(f"{path} was there already: it is {aside.name} now, and stays until you remove it")
+        self._say(f"{what}: it is {aside.name} now, and stays until you remove it")
 
 
 def _progress(path: Path) -> tuple[int, int]:

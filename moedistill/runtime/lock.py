@@ -5,6 +5,7 @@ not before, even if it is only stopped. So on one machine there is nothing stale
 content, who holds it, is for people. NFS passes flock on to other machines, too. Some file systems keep it to one
 machine, or have none. There the file's time tells: its holder touches it every `HEARTBEAT` seconds, and what another
 machine has left is watched for `WATCH` seconds, by that file system's own clock; if nobody touches it, nobody holds it.
+What this machine left before it was started anew is known by its name and that time, and is not watched.
 (Without any flock, two that start in the same moment are not told apart.)
 """
 
@@ -17,7 +18,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import click
 
 from moedistill.errors import UserError, shorten
-from moedistill.runtime.writing import disk_errors, make_folder, make_numbered
+from moedistill.runtime.writing import disk_errors, is_there, make_folder, make_numbered
 
 NAME = ".lock"
 HEARTBEAT = 15.0
@@ -38,18 +39,19 @@ _held: set[int] = set()
 
 
 @contextmanager
-def claimed(folder: Path, *, numbered: bool = False) -> Iterator[Path]:
+def claimed(folder: Path, *, numbered: bool = False, but: Collection[str] = ()) -> Iterator[Path]:
     """The folder, made if need be and locked while the block runs; a new one that is left empty by an error goes away.
 
     Args:
         numbered: take a new folder: this one or, where it is there already, `folder-2` and so on.
+        but: names that a numbered one must not have.
 
     Raises:
         UserError: another process writes there, or nobody can.
     """
-    new = numbered or not folder.exists()
+    new = numbered or not is_there(folder)
     if numbered:
-        folder = make_numbered(folder)
+        folder = make_numbered(folder, but)
     else:
         make_folder(folder)
     try:
@@ -99,7 +101,7 @@ def _take(path: Path) -> int:
             flock = _flock(descriptor)
             if flock is False:
                 raise _refusal(path, holder)
-            dead = not holder or (flock and holder.get("machine") == _machine())
+            dead = not holder or (flock and (holder.get("machine") == _machine() or _rebooted(descriptor, holder)))
             if not dead and _beats(path, holder):
                 raise _refusal(path, holder)
         except BaseException:
@@ -110,6 +112,17 @@ def _take(path: Path) -> int:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         os.close(descriptor)
+
+
+def _rebooted(descriptor: int, holder: Mapping[str, Any]) -> bool:
+    """Whether the lock is of this machine, before it was started last.
+
+    Another machine may have the same name; but if it lived, it would have touched the file since.
+    """
+    if holder.get("host") != platform.node() or not hasattr(time, "CLOCK_BOOTTIME"):
+        return False
+    started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return os.fstat(descriptor).st_mtime < started - HEARTBEAT
 
 
 def _flock(descriptor: int) -> bool | None:

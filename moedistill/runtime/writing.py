@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -69,7 +69,9 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full, or refuses otherwise.
     """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    with disk_errors(path):
+        as_it_is = path.is_symlink() or (path.exists() and not path.is_file())
+    if as_it_is:
         with disk_errors(path):
             yield path
         return
@@ -102,10 +104,31 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
 
 
-def make_numbered(folder: Path) -> Path:
-    """Makes a folder that was not there: this one, or the first of `folder-2`, `folder-3` … that nobody else makes."""
+def is_there(path: Path) -> bool:
+    """Whether there is anything; UserError where that cannot be seen, or where it is no name that a file can have."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path.is_symlink()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"cannot write to {path}: {why}; choose another --output") from error
+    return True
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """This path, `path-2`, `path-3` …"""
+    return chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+
+
+def make_numbered(folder: Path, but: Collection[str] = ()) -> Path:
+    """Makes a folder that was not there: this one, or the first of `folder-2`, `folder-3` … that nobody else makes.
+
+    Args:
+        but: names that it must not have.
+    """
     make_folder(folder.parent)
-    for candidate in chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2))):
+    for candidate in (path for path in numbered(folder) if path.name not in but):
         try:
             candidate.mkdir()
         except FileExistsError:
@@ -116,14 +139,18 @@ def make_numbered(folder: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def refuse_used(folder: Path) -> None:
-    """UserError where an output folder holds anything but hidden files and logs, as of `> FOLDER/log.txt`."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose another --output, a new or an empty folder")
-    if not folder.exists():
+def refuse_used(folder: Path, but: Collection[str] = ()) -> None:
+    """UserError where an output folder holds anything but hidden files and logs, as of `> FOLDER/log.txt`.
+
+    Args:
+        but: other names that do no harm.
+    """
+    if not is_there(folder):
         return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --output, a new or an empty folder")
     with disk_errors(folder):
-        found = sorted(path.name for path in folder.iterdir() if not _harmless(path))
+        found = sorted(path.name for path in folder.iterdir() if path.name not in but and not _harmless(path))
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         names = f"{', '.join(found[:3])}{more}"
@@ -144,7 +171,7 @@ def _errno(error: Exception) -> int | None:
 
 def free_bytes(place: Path) -> int | None:
     """Bytes free where `place` is to lie; None where the file system does not tell."""
-    there = next((path for path in (place, *place.absolute().parents) if path.exists()), Path("/"))
+    there = next((path for path in (place, *place.absolute().parents) if os.path.exists(path)), Path("/"))
     try:
         usage = shutil.disk_usage(there)
     except OSError:

@@ -33,7 +33,7 @@ from moedistill.recipe.sampling import notes_on, sampling_sigmas, trained_before
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.randomness import Draws, generator
 from moedistill.runtime.reading import check_file, reason
-from moedistill.runtime.writing import make_folder, new_file
+from moedistill.runtime.writing import new_file
 from moedistill.stages.base import Stage
 
 if TYPE_CHECKING:
@@ -319,8 +319,7 @@ class EvaluateStage(Stage):
         latents: dict[str, Tensor],
         cond: dict[str, Tensor],
     ) -> None:
-        config, folder = self.config, run.output / self.config.name
-        make_folder(folder)
+        config, folder = self.config, run.folder(self.config.name)
         with ExitStack() as files:  # all or none
 
             def new(name: str) -> Path:

@@ -23,7 +23,7 @@ from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.integrity import Damaged, read_json, read_tensors, sum_of
 from moedistill.runtime.sharding import whole
-from moedistill.runtime.writing import disk_errors, make_folder, new_file
+from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage
 from moedistill.stages.run import Run
 
@@ -76,12 +76,11 @@ class ExportStage(Stage):
 
     def execute(self, run: Run) -> None:
         with ExitStack() as files:
-            self._write(run, run.output / self.config.name, files)
+            self._write(run, run.folder(self.config.name) if run.main else run.output / self.config.name, files)
 
     def _write(self, run: Run, folder: Path, files: ExitStack) -> None:
         mixture, recipe = run.mixture, run.recipe
         if run.main:
-            make_folder(folder)
             index_file = files.enter_context(new_file(folder / INDEX))  # first in, so last out: it says all is there
         trained = {name for stage in recipe.stages for name in stage.trained_experts()}
         experts: dict[str, Any] = {}

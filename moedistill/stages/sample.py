@@ -19,7 +19,7 @@ from moedistill.model.generate import OwnPipeline, generate
 from moedistill.recipe.keys import StageConfig
 from moedistill.recipe.sampling import sampling_sigmas, trained_before, untrained_notes
 from moedistill.runtime.checkpoint import write_text
-from moedistill.runtime.writing import make_folder, new_file
+from moedistill.runtime.writing import new_file
 from moedistill.stages.base import Stage
 
 SHOWN = 8
@@ -89,8 +89,7 @@ class SampleStage(Stage):
             return
         config, recipe = self.config, run.recipe
         assert recipe.sample is not None
-        folder = run.output / config.name
-        make_folder(folder)
+        folder = run.folder(config.name)
         asked = [prompt for prompt in self.prompts(run) for _ in range(config.num)]
         sigmas = sampling_sigmas(recipe)
         for note in untrained_notes(recipe, trained_before(recipe, config.name), sigmas):

@@ -15,6 +15,7 @@ import yaml
 from moedistill import __version__, cli
 from moedistill.errors import Interrupted, UserError
 from moedistill.recipe.loading import load_recipe, shipped_recipes
+from moedistill.runs.commands import RunCommand
 
 SHIPPED = "digits_teacher"
 
@@ -87,6 +88,7 @@ def test_run_passes_everything_on(call, fake_train, tmp_path):
     [((recipe,), options)] = fake_train.calls
     assert recipe.name == SHIPPED
     assert options.pop("plugins").broken == {}
+    assert options.pop("command") == RunCommand(recipe=SHIPPED)
     assert options == {"output": None, "resume": False, "resume_from": None, "smoke": False, "device": None}
     assert call(
         "run", SHIPPED, "--smoke", "--resume", "--output", tmp_path, "--device", "cpu", "--seed", 7,
@@ -96,6 +98,8 @@ def test_run_passes_everything_on(call, fake_train, tmp_path):
     assert (recipe.seed, recipe.training.log_every, recipe.description) == (7, 3, "two words")
     assert (options["smoke"], options["resume"], options["device"]) == (True, True, "cpu")
     assert options["output"] == str(tmp_path)
+    settings = ("training.log_every=3", "description=two words", "seed=7")
+    assert options["command"] == RunCommand(True, "cpu", (), SHIPPED, settings)
     assert call("run", SHIPPED, "--resume-from", "there")[0] == 0
     assert fake_train.calls[2][1]["resume_from"] == "there"
 

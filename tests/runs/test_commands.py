@@ -98,6 +98,80 @@ def test_a_run_of_which_nothing_is_saved_begins_anew(inputs, capsys, monkeypatch
     assert len(list(Path("-a run/checkpoints").iterdir())) == 2
 
 
+LOOK = {"name": "look", "kind": "sample", "prompts": ["3 right"]}
+"""A stage that trains nothing."""
+
+
+def test_a_run_that_has_evaluated_before_it_trained_begins_anew(inputs, capsys, monkeypatch):
+    """What it has reported is taken over; and a folder in which all is done is not begun again."""
+    made = json.loads(Path("my files/recipe.yaml").read_text())
+    Path("my files/recipe.yaml").write_text(json.dumps({**made, "stages": [LOOK, *made["stages"]]}))
+    monkeypatch.setenv("STOP", "semantic")
+    command(*START, "--output", "run", code=143)
+    anew = printed(capsys, "begin it anew")
+    videos = [file.stat().st_mtime_ns for file in Path("run/look").glob("*.mp4")]
+    command(*START[:-1], "seed=6", "--output", "run", code=2)  # another recipe's reports are not taken over
+    assert "run already holds a run's results (result.json); choose another" in capsys.readouterr().err
+    command("run", "run/recipe.yaml", "--resume-from", "run", *anew[4:], code=2)
+    assert printed(capsys, "begin it anew") == anew
+    command(*anew)
+    assert "stage look: done before" in capsys.readouterr().out
+    assert videos == [file.stat().st_mtime_ns for file in Path("run/look").glob("*.mp4")]
+    assert json.loads(Path("run/result.json").read_text()).keys() == {"look"}
+    shutil.rmtree("run/checkpoints")
+    Path("run/checkpoints").mkdir()
+    command(*anew, code=2)
+    assert "run already holds a run's results (cost.json); choose another" in capsys.readouterr().err
+
+
+def test_a_miniature_of_which_nothing_is_saved_begins_anew_as_one(inputs, capsys, monkeypatch):
+    monkeypatch.setenv("STOP", "semantic")
+    command(*START, "--smoke", "--output", "run", code=143)
+    capsys.readouterr()
+    command("run", "run/recipe.yaml", "--resume-from", "run", code=2)
+    anew = printed(capsys, "begin it anew")
+    assert anew == ["run", "run/recipe.yaml", "--output", "run", "--smoke"]
+    command(*anew)
+
+
+def test_a_branch_that_has_evaluated_before_it_trained_goes_on(inputs, capsys, monkeypatch):
+    made = json.loads(Path("my files/recipe.yaml").read_text())
+    command(*START, "--output", "first")
+    first, second = made["stages"]
+    Path("my files/recipe.yaml").write_text(json.dumps({**made, "stages": [first, LOOK, second]}))
+    monkeypatch.setenv("STOP", "detail")
+    begun = Path("first/checkpoints/00_semantic_00000002")
+    command(*START, "--resume-from", begun, "--output", "other", code=143)
+    on = printed(capsys, "go on")
+    assert on[:6] == ["run", "other/recipe.yaml", "--resume-from", str(begun), "--output", "other"]
+    command(*on)
+    assert "stage look: done before" in capsys.readouterr().out
+    assert [path.name for path in Path("other/checkpoints").iterdir()] == ["02_detail_00000002"]
+    whole, other = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("first", "other"))
+    assert [line for line in other if '"semantic"' in line] == [line for line in whole if '"semantic"' in line] != []
+
+
+def test_what_may_differ_later_begins_elsewhere(inputs, capsys):
+    command(*START, "--output", "run")
+    begun, changed = "run/checkpoints/00_semantic_00000002", ("--set", "stages.detail.optimizer.lr=0.002")
+    capsys.readouterr()
+    command(*START, *changed, "--resume-from", begun, code=2)
+    said = capsys.readouterr().err
+    command(*shlex.split(said.split("begin there with: moedistill ")[1].split("; or,")[0]))
+    assert [path.name for path in Path("run-2/checkpoints").iterdir()] == ["01_detail_00000002"]
+
+
+def test_a_whole_checkpoint_beside_a_damaged_one_outside_of_a_run(inputs, capsys):
+    command(*START, "--output", "run", "--set", "training.checkpoint_every=1")
+    shutil.move("run/checkpoints", "kept")
+    Path("kept/01_detail_00000002/ema.json").write_text("cut")
+    capsys.readouterr()
+    command(*START, "--resume-from", "kept/01_detail_00000002", code=2)
+    on = printed(capsys, "go on")
+    assert on[on.index("--resume-from") + 1] == "kept/01_detail_00000001"
+    command(*on)
+
+
 def test_a_branch_of_which_nothing_is_saved_goes_on_from_the_other_run(inputs, capsys, monkeypatch):
     command(*START, "--output", "first")
     begun = Path("first/checkpoints/00_semantic_00000002")

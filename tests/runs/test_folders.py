@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from itertools import count
+from pathlib import Path
 
 import pytest
 from helpers import distil, evaluate, tiny_recipe
@@ -17,7 +18,7 @@ from moedistill.errors import UserError
 from moedistill.runs.loop import run
 from moedistill.runs.sample import sample_run
 from moedistill.runtime.checkpoint import find_checkpoint
-from moedistill.runtime.lock import locked
+from moedistill.runtime.lock import claimed, locked
 
 STAGES = [distil()]
 LATER = {"training.checkpoint_every": 1}
@@ -126,6 +127,113 @@ def test_a_folder_with_other_things_is_refused(tmp_path, finished):
     assert contents(folder) == before
 
 
+def test_folders_of_other_projects_are_refused(tmp_path):
+    """Whatever they share with those of runs: only what a run itself writes is a run that did not get far."""
+    recipe = tiny_recipe(STAGES)
+    run(recipe, output=tmp_path / "ours", device="cpu")
+    written = (tmp_path / "ours/recipe.yaml").read_text()
+    foreign = {
+        "weights": {"checkpoints/model.bin": "mine", "recipe.yaml": "# mine\nbackbone: mine\n"},
+        "weights beside a recipe of ours": {"checkpoints/model.bin": "mine", "recipe.yaml": written},
+        "a recipe of one's own": {"checkpoints/.tmp-00_a_00000001/x": "", "recipe.yaml": f"# mine\n{written}"},
+        "metrics": {"metrics.jsonl": '{"stage": "semantic", "step": 1}\n'},
+        "a recipe": {"recipe.yaml": written},
+    }
+    for name, files in foreign.items():
+        folder = tmp_path / name
+        for file, text in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text)
+        before = contents(folder)
+        assert f"{folder} is not empty (" in refusal(run, recipe, output=folder, device="cpu"), name
+        assert contents(folder) == before
+
+
+def test_a_run_killed_while_it_made_its_folder_starts_afresh_there(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/.tmp-recipe.yaml").write_text("name: ti")
+    assert run(tiny_recipe(STAGES), output=tmp_path / "run", device="cpu").checkpoint
+
+
+TOO_LONG = "x" * 300
+
+
+def test_a_name_that_cannot_be_is_one_line(finished, tmp_path, capsys):
+    why = "File name too long"
+    for function, source in ((run, tiny_recipe(STAGES)), (sample_run, finished.output), (analyze, tiny_recipe(STAGES))):
+        assert why in refusal(function, source, output=tmp_path / TOO_LONG, device="cpu")
+        assert why in refusal(function, source, output=tmp_path / TOO_LONG / "in it", device="cpu")
+    with pytest.raises(UserError, match=why), claimed(tmp_path / TOO_LONG):
+        pass
+    for arguments in (
+        ["cp", "dcm_digits"],
+        ["report", finished.output, "--json"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(argument) for argument in (*arguments, tmp_path / TOO_LONG)])
+        said = capsys.readouterr().err
+        assert why in said
+        assert said.count("\n") == 1
+
+
+def test_a_folder_into_which_one_may_not_look_is_one_line(finished, tmp_path, monkeypatch):
+    stat = Path.stat
+
+    def forbidden(path, **options):
+        if path.parent == tmp_path / "private":
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    for function, source in ((run, tiny_recipe(STAGES)), (sample_run, finished.output), (analyze, tiny_recipe(STAGES))):
+        message = refusal(function, source, output=tmp_path / "private/in it", device="cpu")
+        assert message.endswith("private/in it: Permission denied; choose another --output")
+
+
+def test_samples_of_a_checkpoint_outlive_it(done):
+    """Without an output they go to the run's folder, not into what retention deletes."""
+    early = done / "checkpoints/00_semantic_00000001"
+    assert sample_run(early).output == done / "samples"
+    outside = shutil.copytree(early, done.parent / "00_semantic_00000001")
+    assert sample_run(outside).output == outside / "samples"
+
+
+def test_samples_do_not_take_a_stage_s_name(tmp_path):
+    """The stage of that name may yet come, and writes there."""
+    stages = [*STAGES, {"name": "samples", "kind": "sample", "prompts": ["3 right"], "seed": 7}]
+    folder = run(tiny_recipe(stages, LATER), output=tmp_path / "run", device="cpu").output
+    shutil.rmtree(folder / "samples")
+    assert sample_run(folder / "checkpoints/00_semantic_00000001").output == folder / "samples-2"
+
+
+@pytest.mark.parametrize("stage", ["sample", "export", "evaluate"])
+def test_a_stage_sets_aside_what_it_did_not_make(done, stage, capsys):
+    shutil.rmtree(done / stage)
+    (done / stage).mkdir()
+    for name in ("000.mp4", "export.json", "metrics.json"):
+        (done / stage / name).write_text("mine")
+    before = contents(done / stage)
+    (done / "result.json").unlink()
+    run(done / "recipe.yaml", resume_from=done, device="cpu")
+    assert contents(done / f"{stage}-2") == before
+    said = f"  {done / stage} was there, and is not of this stage: it is {stage}-2 now\n"
+    assert capsys.readouterr().out.count(said) == 1
+    assert b"mine" not in contents(done / stage).values()
+    (done / "result.json").unlink()
+    run(done / "recipe.yaml", resume_from=done, device="cpu")  # its own now
+    assert not (done / f"{stage}-3").exists()
+
+
+def test_a_stage_does_not_move_what_another_process_writes(done):
+    shutil.rmtree(done / "sample")
+    (done / "sample").mkdir()
+    (done / "sample/000.mp4").write_text("theirs")
+    (done / "result.json").unlink()
+    with locked(done / "sample"):
+        assert f"{done / 'sample'} is in use by" in refusal(run, done / "recipe.yaml", resume_from=done, device="cpu")
+    assert (done / "sample/000.mp4").read_text() == "theirs"
+
+
 def test_samples_are_never_written_over_others(finished, tmp_path):
     first = sample_run(finished.output, prompts=["3 right"], num=2, output=tmp_path / "a")
     before = contents(first.output)
@@ -179,7 +287,7 @@ def test_a_resumed_run_rewrites_its_own_samples_and_nothing_else(done):
     result = run(done / "recipe.yaml", resume_from=done / "checkpoints/00_semantic_00000001", device="cpu")
     assert result.output == done
     assert sorted(path.name for path in (done / "sample").iterdir()) == [
-        "000.mp4", "001.mp4", "notes.txt", "samples.json", "samples.png", "samples.webp",
+        ".stage", "000.mp4", "001.mp4", "notes.txt", "samples.json", "samples.png", "samples.webp",
     ]  # fmt: skip
     assert (done / "sample/000.mp4").stat().st_size > 100
     assert (done / "sample/notes.txt").read_text() == "mine"

@@ -1,15 +1,19 @@
 """A finished stage is trained longer where that is exact: bit for bit what the longer run gives from its beginning."""
 
 import json
+import shlex
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from helpers import dcm_recipe, distil, equal, evaluate, tiny_recipe, trees
 
+from moedistill.cli import main
 from moedistill.errors import UserError
 from moedistill.losses.optim import OptimizerConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.loop import run
+from moedistill.runtime.checkpoint import find_checkpoint
 
 EVALUATE = evaluate(candidates=[{"name": "student"}, {"name": "teacher", "model": "teacher"}], weights="ema")
 
@@ -110,20 +114,27 @@ def test_what_depends_on_the_number_of_steps_is_named(change, reason, tmp_path):
         run(long, output=tmp_path / "run", resume=True, device="cpu")
     assert str(caught.value) == (
         f"stages.0.steps: stage detail was made for 2 steps, and would not have been the same with 5: {reason} "
-        "depends on their number. Start a new run; or train detail on with a further stage after it, with "
-        f"--resume-from {done.checkpoint} --output NEW"
+        "depends on their number. Start a new run; or give it 2 steps again and train detail on with a further stage "
+        f"after it, which goes on with: moedistill run RECIPE --resume-from {done.checkpoint} --output "
+        f"{tmp_path}/run-2 --device cpu"
     )
 
 
-def test_the_way_that_is_named_is_one(tmp_path):
+def test_the_way_that_is_named_is_one(tmp_path, capsys):
     stages = [distil(steps=1, optimizer={"lr": 1e-3, "schedule": "linear"})]
-    done = run(tiny_recipe(stages), output=tmp_path / "run", device="cpu")
-    stages.append({**stages[0], "name": "more", "steps": 2})
-    longer = run(tiny_recipe(stages), output=tmp_path / "new", resume_from=done.checkpoint, device="cpu")
-    assert longer.checkpoint.name == "01_more_00000002"
+    run(tiny_recipe(stages), output=tmp_path / "run", device="cpu")
+    source = tmp_path / "recipe.yaml"
+    source.write_text(json.dumps(tiny_recipe(stages)))
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", str(source), "--set", "stages.semantic.steps=3", "--resume-from", str(tmp_path / "run")])
+    printed = capsys.readouterr().err.split(", which goes on with: moedistill ")[1]
+    source.write_text(json.dumps(tiny_recipe([*stages, {**stages[0], "name": "more", "steps": 2}])))
+    with pytest.raises(SystemExit, match="0"):
+        main(shlex.split(printed))
+    assert find_checkpoint(tmp_path / "run-2").name == "01_more_00000002"
 
 
-def test_a_later_stage_stands_on_it(five, tmp_path):
+def test_a_later_stage_stands_on_it(five, tmp_path, capsys):
     whole, _ = five
     changed = recipe(5, **{"stages.0.steps": 3})
     with pytest.raises(UserError) as caught:
@@ -131,9 +142,17 @@ def test_a_later_stage_stands_on_it(five, tmp_path):
     end = whole.output / "checkpoints/00_semantic_00000002"
     assert str(caught.value) == (
         f"stages.0.steps: 3 is more than {whole.checkpoint} was made with: its stage detail began with what semantic "
-        f"was after 2 steps; go on from the end of semantic, with --resume-from {end} --output NEW"
+        "was after 2 steps; from the end of semantic, go on with: moedistill run RECIPE "
+        f"--resume-from {end} --output {whole.output}-2 --device cpu"
     )
-    longer = run(changed, output=tmp_path / "new", resume_from=end, device="cpu")
+    source = tmp_path / "recipe.yaml"
+    source.write_text(json.dumps(recipe(5)))
+    common = ["run", str(source), "--set", "stages.semantic.steps=3", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*common, "--resume-from", str(whole.output)])
+    with pytest.raises(SystemExit, match="0"):
+        main(shlex.split(capsys.readouterr().err.split(" with: moedistill ")[1]))
+    longer = SimpleNamespace(checkpoint=find_checkpoint(whole.output.with_name("whole-2")))
     alone = run(changed, output=tmp_path / "alone", device="cpu")
     assert equal(trees(longer.checkpoint), trees(alone.checkpoint))
     folder = shutil.copytree(whole.output, tmp_path / "run")

@@ -1,7 +1,9 @@
 """Numbers that are not finite: the step where they begin, the samples at fault, and what is saved, in one line."""
 
 import json
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from moedistill.data.latents import LatentsDataset, write_latents
 from moedistill.data.loading import batch_of_step
 from moedistill.errors import UserError
 from moedistill.losses.base import Loss, LossConfig
+from moedistill.recipe.loading import load_recipe
 from moedistill.runs.loop import run
 from moedistill.stages.monitor import Monitor
 from moedistill.stages.training import Training
@@ -89,7 +92,9 @@ def test_the_step_where_it_began_is_named_wherever_it_is_noticed(at_once, spoil,
     broken = "grad_norm/student = nan, loss = nan, loss/breaking = nan" if spoil else "loss = inf, loss/breaking = inf"
     assert message == (
         f"stage semantic, step 9: {broken}. The samples of that step are finite, so it comes again if the run goes on "
-        "as it is: lower stages.semantic.optimizer.lr 0.001 and begin anew; no checkpoint is there yet"
+        "as it is; no checkpoint is there yet. Lower stages.semantic.optimizer.lr 0.001 and begin anew with: "
+        f"moedistill run {tmp_path}/recipe.yaml --set stages.semantic.optimizer.lr=0.0001"
+        f" --output {tmp_path}-2 --device cpu"
     )
     assert looks == (list(range(1, 10)) if at_once else [7, 14])
     assert [row["step"] for row in rows] == [7, 9]
@@ -102,7 +107,7 @@ def test_the_step_where_it_began_is_named_wherever_it_is_noticed(at_once, spoil,
 def test_the_newest_checkpoint_is_named_and_resuming_drops_the_broken_row(plugins, tmp_path):
     message, rows = stopped(breaking(4), tmp_path, plugins)
     newest = tmp_path / "checkpoints/00_semantic_00000002"
-    assert message.endswith(f"and begin anew; the newest checkpoint is {newest}")
+    assert f"as it is; the newest checkpoint is {newest}. Lower stages.semantic" in message
     assert sorted((tmp_path / "checkpoints").iterdir())[-1] == newest
     assert [row["step"] for row in rows] == [1, 2, 3]
     # The loss counts its calls anew, so that it would break three steps later.
@@ -117,7 +122,14 @@ def test_an_earlier_stages_checkpoint_is_offered(plugins, tmp_path):
     recipe["experts"]["detail"]["from"] = "teacher"
     message, _ = stopped(recipe, tmp_path, plugins)
     first = tmp_path / "checkpoints/00_first_00000001"
-    assert f"begin anew, or from {first} with another --output; the newest checkpoint is {first}" in message
+    assert f"the newest checkpoint is {first}. Lower stages.semantic.optimizer.lr 0.001 and begin anew" in message
+    printed = shlex.split(message.split(" with: moedistill ")[1])
+    assert printed[printed.index("--resume-from") + 1] == str(first)
+    begun = load_recipe(f"{tmp_path}/recipe.yaml", [printed[printed.index("--set") + 1]], plugins)
+    other = printed[printed.index("--output") + 1]
+    with pytest.raises(UserError, match="stage semantic, step 1"):  # it breaks at any rate
+        run(begun, resume_from=first, output=other, device="cpu", plugins=plugins)
+    assert "optimizer:\n    lr: 0.0001" in Path(other, "recipe.yaml").read_text()
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def test_a_step(fail, reason, tmp_path, monkeypatch):
         "; try training.gradient_accumulation_steps: 2, training.batch_size below 4, "
         "training.gradient_checkpointing: true, stages.semantic.latent_frames below 8, "
         "experts.semantic.kind: lora in place of full, backbone.dtype: bfloat16, or use a device with more; "
-        f"the newest checkpoint is {tmp_path / 'checkpoints/00_semantic_00000002'}"
+        f"saved is {tmp_path / 'checkpoints/00_semantic_00000002'}; "
+        f"go on with: moedistill run {tmp_path}/recipe.yaml --resume-from {tmp_path} --device cpu"
     )
 
 
@@ -67,7 +68,8 @@ def test_only_what_applies_is_named(tmp_path, monkeypatch):
         "backbone.dtype": "bfloat16",
     }
     assert said(tiny_recipe([stage], changes), tmp_path).endswith(
-        "; try stages.detail.ema_decay: null, or use a device with more; no checkpoint is there yet"
+        "; try stages.detail.ema_decay: null, or use a device with more; nothing is saved yet; "
+        f"begin it anew with: moedistill run {tmp_path}/recipe.yaml --output {tmp_path} --device cpu"
     )
 
 
@@ -77,7 +79,8 @@ def test_an_evaluation(tmp_path, monkeypatch):
     assert message.startswith("stage evaluate: out of memory (")
     assert message.endswith(
         "; try stages.evaluate.batch_size below 7, or use a device with more; "
-        f"the newest checkpoint is {tmp_path / 'checkpoints/00_semantic_00000001'}"
+        f"saved is {tmp_path / 'checkpoints/00_semantic_00000001'}; "
+        f"go on with: moedistill run {tmp_path}/recipe.yaml --resume-from {tmp_path} --device cpu"
     )
 
 

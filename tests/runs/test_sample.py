@@ -115,9 +115,10 @@ def test_other_steps_take_the_edges_that_are_trained(tmp_path):
 
 def test_an_expert_that_is_not_trained_is_named(folder, tmp_path, capsys):
     """Where it runs: not in a whole run or an export, and not where every step is another's."""
+    numbers = count()
 
     def notes(source, **options):
-        return sample_run(source, output=tmp_path / "samples", **options).notes
+        return sample_run(source, output=tmp_path / f"samples-{next(numbers)}", **options).notes
 
     early = folder / "checkpoints" / "00_semantic_00000002"
     note = "expert 'detail' is not trained: it is still a copy of 'semantic'"

@@ -113,6 +113,7 @@ def crash_at(monkeypatch, number):
     for owner, name in [
         (checkpoint, "save_file"), (checkpoint, "sync"), (writing, "sync"), (shutil, "rmtree"),
         (Path, "mkdir"), (Path, "write_text"), (Path, "rename"), (Path, "replace"),
+        (Path, "unlink"), (Path, "rmdir"),
     ]:  # fmt: skip
         monkeypatch.setattr(owner, name, breaking(getattr(owner, name)))
 
@@ -136,8 +137,9 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_valid_checkpoint(tmp_path, monk
         leftovers = [path.name for path in checkpoints.folder.iterdir() if path.name.startswith(".")]
         seen.add((step, bool(leftovers)))
 
-        # The run that goes on there makes the next checkpoint, and tidies up.
-        if step == 1:
+        # The run that goes on there tidies up, and makes the next checkpoint.
+        checkpoints.remove_leftovers()
+        if find_checkpoint(folder).name[-1] == "1":
             assert is_whole(checkpoints.save("00_a_00000002", trees(2)), 2)
         checkpoints.save("00_a_00000003", trees(3))
         assert [path.name for path in checkpoints.folder.iterdir()] == ["00_a_00000003"]
@@ -305,6 +307,47 @@ def test_the_newest_whole_one_is_found_by_sums_without_loading(tmp_path, monkeyp
     (first / SUMS).unlink()
     assert newest_whole(tmp_path, third) == first
     assert {path.parent for path in read} == {first}
+
+
+def test_a_checkpoint_written_whole_gets_its_name(tmp_path):
+    """A kill between setting the old one aside and renaming the new one in its place."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    new = checkpoints.save("00_a_00000002", trees(2))
+    for name, spoil in (("00_a_00000002", None), ("00_a_00000003", "experts.safetensors"), ("00_a_00000004", SUMS)):
+        shutil.copytree(new, tmp_path / "checkpoints" / f".tmp-{name}")
+        if spoil:
+            (tmp_path / "checkpoints" / f".tmp-{name}" / spoil).unlink()
+    new.rename(new.with_name("00_a_00000002.set-aside-1"))
+    checkpoints.remove_leftovers()
+    assert is_whole(new, 2)
+    assert sorted(os.listdir(checkpoints.folder)) == ["00_a_00000002", "00_a_00000002.set-aside-1"]
+
+
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("crashed", [True, False])
+def test_removing_a_checkpoint_leaves_what_else_lies_in_it(tmp_path, sums, crashed):
+    said = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, say=said.append)
+    old = checkpoints.save("00_a_00000001", trees(1))
+    (old / "samples").mkdir()
+    (old / "samples/000.mp4").write_text("mine")
+    (old / "notes.txt").write_text("mine")
+    if not sums:
+        (old / SUMS).unlink()
+        (old / "ema.json").write_text("{}")  # one of before is whole with it
+    if crashed:
+        old.rename(old.with_name(f".tmp-{old.name}-old"))
+        checkpoints.remove_leftovers()
+    else:
+        checkpoints.save("00_a_00000002", trees(2))
+    aside = old.with_name(f"{old.name}.set-aside-1")
+    assert [path.relative_to(aside).as_posix() for path in sorted(aside.rglob("*"))] == [
+        "notes.txt", "samples", "samples/000.mp4",
+    ]  # fmt: skip
+    assert said == [
+        f"{old} is removed, but held more than a checkpoint: it is {aside.name} now, and stays until you remove it"
+    ]
+    assert not list(checkpoints.folder.glob(".*"))
 
 
 def test_a_crash_at_any_point_of_writing_anew_loses_nothing(tmp_path, monkeypatch):

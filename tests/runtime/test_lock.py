@@ -113,6 +113,18 @@ def test_what_a_dead_machine_left_is_taken_after_a_while(tmp_path, quick, capsys
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize(("name", "ago", "watched"), [("ours", 10**9, 0), ("ours", 0, 1), ("node7", 10**9, 1)])
+def test_what_this_machine_left_before_it_started_anew_is_taken_at_once(
+    tmp_path, quick, monkeypatch, capsys, name, ago, watched
+):
+    """Another machine may have our name; it would have touched its lock since we were started."""
+    left_by("an earlier start", tmp_path)
+    os.utime(tmp_path / ".lock", (time.time() - ago,) * 2)
+    monkeypatch.setattr(lock.platform, "node", lambda: "node7" if name == "ours" else name + "b")
+    assert taken(tmp_path)
+    assert capsys.readouterr().err.count("watching for") == watched
+
+
 def beat(path):
     while True:
         os.utime(path)

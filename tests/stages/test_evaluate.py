@@ -273,7 +273,7 @@ def test_who_is_not_trained_yet_is_named(tmp_path, capsys):
 def test_pictures_open(trained):
     """A frame is 24 pixels wide, shown at 72 in the sheet (4 of 8 frames) and 96 in the animation."""
     result = trained.evaluate(candidates=[STUDENT, TEACHER], pictures=2)
-    assert {path.name for path in result.folder.iterdir()} == {
+    assert {path.name for path in result.folder.glob("[!.]*")} == {
         "metrics.json", "rows.safetensors", "latents.safetensors", "contact_sheet.png", "side_by_side.webp",
     }  # fmt: skip
     with Image.open(result.folder / "contact_sheet.png") as sheet:
