@@ -155,6 +155,16 @@ def test_a_run_killed_while_it_made_its_folder_starts_afresh_there(tmp_path):
     assert run(tiny_recipe(STAGES), output=tmp_path / "run", device="cpu").checkpoint
 
 
+def test_a_run_goes_on_from_what_was_written_whole(done, capsys):
+    """It was killed before the newest checkpoint had its name; the evaluation after it is not done again."""
+    newest = find_checkpoint(done)
+    newest.rename(newest.with_name(f".tmp-{newest.name}"))
+    run(done / "recipe.yaml", resume_from=done, device="cpu")
+    said = capsys.readouterr().out
+    assert f"resuming from {newest}: stage semantic, step 2" in said
+    assert "stage evaluate: done before" in said
+
+
 TOO_LONG = "x" * 300
 
 
