@@ -28,6 +28,7 @@ from moedistill.model import conditioning
 from moedistill.runtime.checkpoint import save_tensors, write_text
 from moedistill.runtime.randomness import Draws
 from moedistill.runtime.reading import LARGEST_INDEX, check_file, read_text, reason
+from moedistill.runtime.signals import Interruption
 from moedistill.runtime.writing import disk_errors, sync
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ class Store(ABC):
         except FileNotFoundError as error:
             raise SampleError(sample, file, absent(file)) from error
         except Exception as error:  # What a damaged file raises could be anything.
+            Interruption.check()
             first = (str(error).strip().splitlines() or [""])[0]
             reason = f"cannot be read ({type(error).__name__}: {shorten(first, 120)})"
             raise SampleError(sample, file, reason) from error

@@ -45,6 +45,9 @@ class Metric(ABC):
 
     share: ClassVar[bool] = False
 
+    def look_ahead(self, conditioning: "Mapping[str, Tensor]") -> None:  # noqa: B027 (most have nothing to say)
+        """ValueError where nothing can be measured of samples of this conditioning; called before training."""
+
     @abstractmethod
     def rows(self, inputs: MetricInputs) -> "Tensor":
         """What the number is made of, one row per sample: float64 `[N, D]`."""

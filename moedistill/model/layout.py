@@ -31,6 +31,7 @@ class Input:
         droppable: whether the null condition takes it from the negative prompt; else it stays as it is.
         required: whether a sample must have it.
         frame_axis: where its latent frames are, without the batch dimension; None where it has none.
+        whole: whether its numbers are whole ones, such as a class, or tokens of a text that the network embeds itself.
         may_be_empty: of a mask: whether no token at all may count, which makes the attention of some models NaN.
     """
 
@@ -42,6 +43,7 @@ class Input:
     droppable: bool = True
     required: bool = True
     frame_axis: int | None = None
+    whole: bool = False
     may_be_empty: bool = False
 
     def fits(self, shape: Sequence[int]) -> bool:
@@ -110,8 +112,10 @@ class SampleLayout:
             shape, text = tuple(cond[name].shape[1:]), cond.get(each.masks or "")
             if not each.fits(shape):
                 yield f"has {name} {list(shape)}; the model takes {each.pattern()}"
-            elif each.role not in ("mask", "scalar") and not cond[name].is_floating_point():
+            elif each.role not in ("mask", "scalar") and not each.whole and not cond[name].is_floating_point():
                 yield f"has {name} of {cond[name].dtype}; the model takes floating-point numbers"
+            elif each.whole and cond[name].is_floating_point():
+                yield f"has {name} of {cond[name].dtype}; the model takes whole numbers"
             elif each.role == "video" and latents is not None and shape[1:] != tuple(latents[1:]):
                 yield f"has {name} {list(shape)} for latents {list(latents)}; (T, H, W) must be the same"
             elif text is not None and text.ndim > 1 and shape[0] != text.shape[1]:

@@ -35,11 +35,24 @@ def look_ahead(run: Run, first: int = 0, step: int = 0, trained: Collection[str]
     for number, config in list(enumerate(run.recipe.stages))[first:]:
         if isinstance(config, TrainingStageConfig):
             with user_errors(f"stage {config.name}"):
+                _check_shapes(run, config)
                 parts[number] = rehearse(run, config)
         else:
             on_main(run.accelerator, partial(_try, run, config))
     _check_memory(run, parts)
     on_main(run.accelerator, partial(_check_room, run, parts, (first, step), trained))
+
+
+def _check_shapes(run: Run, config: TrainingStageConfig) -> None:
+    """ValueError where the model makes no tokens of the latents that the stage cuts."""
+    dataset, backbone = run.dataset, run.mixture.backbone
+    for channels, frames, *rest in {dataset.shape(i) for i in range(len(dataset))} if dataset is not None else ():
+        cut = torch.empty(1, channels, min(frames, config.latent_frames or frames), *rest, device="meta")
+        try:
+            latents, _ = backbone.prepare(cut, {})
+        except (KeyError, NotImplementedError, RuntimeError, TypeError):  # it wants numbers, or conditioning
+            continue
+        backbone.token_grid(latents.shape)
 
 
 def _try(run: Run, config: StageConfig) -> None:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from moedistill.components.plugins import Plugins, load_plugins
-from moedistill.data.loading import batch_of_step, load_batches, share_of_batch
+from moedistill.data.loading import Batch, batch_of_step, load_batches, share_of_batch
 from moedistill.errors import Interrupted, UserError, WriteError, user_errors
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
@@ -316,7 +316,7 @@ class _Runner:
         with closing(batches), self.interruption.deferred(), training.mixture.using(config.expert):
             if monitor is not None and step == 0:
                 self._log(number, training, monitor, {})
-            for batch in batches:
+            for batch in self._with_a_way_out(batches):
                 begun, forwards = time.perf_counter(), training.mixture.forwards
                 with training.micro_batch(), user_errors(f"stage {config.name}"):
                     stage.step(training, training.begin(batch))
@@ -334,6 +334,13 @@ class _Runner:
         self.training = None
         # What is not trained yet starts as its parent is now; an evaluation may come before its turn.
         self.run.mixture.initialise(but=self._trained(number + 1))
+
+    def _with_a_way_out(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; says of data that cannot be read what is saved, and how to go on."""
+        try:
+            yield from batches
+        except UserError as error:
+            raise UserError(f"{error}; {self._where_to_go_on()}") from error
 
     def _end_step(self, number: int, training: Training, monitor: Monitor | None) -> None:
         """After an optimiser step: numbers, a checkpoint, a stop, where they are due."""

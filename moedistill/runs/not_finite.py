@@ -41,6 +41,8 @@ def explain(
     if faults:
         more = f" and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
         return f"{said}. The data are at fault: {'; '.join(faults[:MOST_NAMED])}{more}. Make them again; {where}"
+    if broken := _broken_weights(training):
+        return f"{said}. The model's own weights are at fault: {broken} is not finite; get them again; {where}"
     if error.step == 0:
         cause = f"the model's weights, or backbone.dtype {training.recipe.backbone.dtype},"
         return f"{said}, before any training, though the samples are finite: {cause} must be at fault"
@@ -49,6 +51,15 @@ def explain(
         f"{said}. The samples of that step are finite, so it comes again if the run goes on as it is; "
         f"{newest(checkpoint)}. Lower {key} {rate:g} and begin anew with: {lower(f'{key}={rate / 10:g}')}"
     )
+
+
+def _broken_weights(training: Training) -> str:
+    """One of the pretrained weights that is not finite; nothing where all are."""
+    for network in training.mixture.backbone.networks.values():
+        for name, weight in network.named_parameters():
+            if not weight.isfinite().all():
+                return name
+    return ""
 
 
 def _faults(training: Training, dataset: Dataset, samples: Sequence[int]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moedistill.errors import UserError, shorten
+from moedistill.runtime.signals import Interruption
 
 _CHUNK = 1 << 20
 
@@ -72,6 +73,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        Interruption.check()
         raise Damaged(path, f"is damaged: it is no safetensors file ({error})") from error
 
 

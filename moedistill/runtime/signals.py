@@ -55,6 +55,13 @@ class Interruption:
             for signum, handler in self._previous.items():
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 
+    @classmethod
+    def check(cls) -> None:
+        """Raises what a signal has raised already, where compiled code has made an error of its own of that."""
+        one = cls._innermost
+        if one is not None and one.signum and not one._deferring:
+            raise Interrupted(one.signum, one._message())
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """The block reads `signum` and stops where it likes, at its end at the latest; a second signal raises."""

@@ -22,7 +22,7 @@ from moedistill.data.prompts import read_prompts
 from moedistill.flow.process import guide, velocity_of
 from moedistill.flow.sampling_points import SampleConfig
 from moedistill.media import contact_sheet, side_by_side
-from moedistill.metrics.base import MetricConfig, MetricInputs
+from moedistill.metrics.base import Metric, MetricConfig, MetricInputs
 from moedistill.model import conditioning
 from moedistill.model.backbone import TEACHER
 from moedistill.model.conditioning import Conditioning
@@ -227,6 +227,11 @@ class EvaluateStage(Stage):
         if (prompts := self.prompts()) is not None:
             run.mixture.backbone.encode(prompts[: self.config.samples])
         run.mixture.backbone.look_ahead(pipeline=False)
+        metrics = [metric.build() for metric in self.config.metrics]
+        if asking := [metric for metric in metrics if type(metric).look_ahead is not Metric.look_ahead]:
+            _, cond = self.inputs(run)
+            for metric in asking:
+                metric.look_ahead(cond)
 
     def prompts(self) -> Sequence[str] | None:
         """What is asked for, in turn; None where the data say it."""

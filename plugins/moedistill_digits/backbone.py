@@ -193,7 +193,7 @@ class DigitsBackboneConfig(BackboneConfig):
             )
 
     def layout(self) -> SampleLayout:
-        number = Input("scalar", ())
+        number = Input("scalar", (), whole=True)
         return SampleLayout(Codec.latent_shape[0], Codec.latent_shape[1:], {"digit": number, "direction": number})
 
     def build(self, seed: int = 0) -> DigitsBackbone:

@@ -3,7 +3,7 @@
 `features` is public for whoever needs more than the number: `frechet_distance(features(videos), real_features())`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Literal
@@ -95,15 +95,17 @@ class Accuracy(Metric):
     def __init__(self, name: Literal["digit", "direction"], part: slice, null: int) -> None:
         self.name, self.part, self.null = name, part, null
 
+    def look_ahead(self, conditioning: Mapping[str, Tensor]) -> None:
+        if not (conditioning[self.name] != self.null).any():
+            raise ValueError("no sample asked for anything: accuracy needs conditioning other than the null condition")
+
     @torch.no_grad()
     def rows(self, inputs: MetricInputs) -> Tensor:
+        self.look_ahead(inputs.conditioning)
         read = (_features_of(inputs)[:, self.part] / FEATURE_SCALE).float()
         logits = getattr(DigitsClassifier.load(), self.name)(read)
         asked = inputs.conditioning[self.name].to(logits.device)
-        counted = asked != self.null
-        if not counted.any():
-            raise ValueError("no sample asked for anything: accuracy needs conditioning other than the null condition")
-        return torch.where(counted, (logits.argmax(1) == asked).double(), torch.nan)[:, None]
+        return torch.where(asked != self.null, (logits.argmax(1) == asked).double(), torch.nan)[:, None]
 
     def value(self, rows: Tensor) -> float:
         return float(rows.nanmean())

@@ -24,6 +24,7 @@ from moedistill.errors import shorten
 from moedistill.integrations.diffusers.bars import errors_alone
 from moedistill.integrations.diffusers.loading import (
     cast,
+    check_kinds,
     from_pretrained,
     keep_float32_islands,
     load_model,
@@ -216,6 +217,7 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
         if (found := read_json(file).get("_class_name", wanted)) != wanted:
             raise ValueError(f"pretrained {self.pretrained}: {base} is a {found}, not a {wanted}; it is another model")
         self.check_folder(folder)
+        check_kinds(self.network_class(), read_json(file), file)
         what = f"pretrained {self.pretrained}: cannot load its {base}"
         network: nn.Module = load_model(
             self.network_class(), folder / base, what, ignored=self.ignored_weights.get(base, ()),

@@ -18,6 +18,7 @@ from moedistill.errors import shorten
 from moedistill.integrations.diffusers.bars import bars_as_switched
 from moedistill.integrations.diffusers.misfit import misfit
 from moedistill.runtime.reading import read_text, reason
+from moedistill.runtime.signals import Interruption
 
 UNREAD = ("lm_head", "decoder", "vision_model", "visual_projection", "text_projection", "logit_scale")
 """What whole models of transformers have beside their text encoders, and lies behind what a prompt is encoded to."""
@@ -72,6 +73,7 @@ def from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
         try:
             return cls.from_pretrained(folder, **arguments, use_safetensors=True, local_files_only=True)
         except Exception as error:  # a damaged file or config could raise anything
+            Interruption.check()
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             reason = first.split(" If you want to instead overwrite")[0]  # advice that would hide the fault
             raise ValueError(f"{what}: {shorten(reason, 400)}") from error
@@ -112,7 +114,27 @@ def load_model(
     left_over = _without(left_over, [*ignored, *(getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ())])
     if missing or left_over:
         raise ValueError(f"{what}: {misfit(cls, folder, sorted(missing), sorted(left_over))}")
+    if whole := sorted(name for name in _whole_numbers(folder) & own if model.state_dict()[name].is_floating_point()):
+        raise ValueError(f"{what}: {shorten(', '.join(whole), 200)} is stored in whole numbers; get the weights again")
     return model
+
+
+def check_kinds(cls: Any, config: Mapping[str, Any], file: Path) -> None:
+    """ValueError where a config has an argument of another kind than the class's default: a list for a number."""
+    for name, parameter in inspect.signature(cls).parameters.items():
+        default, value = parameter.default, config.get(name)
+        number = isinstance(default, int | float) and isinstance(value, list | dict | str)
+        if number or (isinstance(default, str) and value is not None and not isinstance(value, str)):
+            raise ValueError(f"{file}: {name} is {shorten(repr(value), 60)}, where {cls.__name__} has {default!r}")
+
+
+def _whole_numbers(folder: Path) -> set[str]:
+    """The names of the tensors in a folder that are stored in integers or booleans."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names |= {name for name in tensors.keys() if "F" not in tensors.get_slice(name).get_dtype()}  # noqa: SIM118
+    return names
 
 
 def _without(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
