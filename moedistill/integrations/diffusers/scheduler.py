@@ -101,7 +101,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Args:
             num_inference_steps: any; of a number that someone must have asked for it says once that it is not followed.
-            sigmas: those of the config. Pipelines of their own accord give numpy arrays from 1 down, even ones as a rule
+            sigmas: those of the config. Pipelines of their own accord give numpy arrays from 1 down, mostly even ones
                 (Mochi's are not), which are nothing but a number of steps.
             timesteps: those of the config.
             mu: a pipeline's own shift, which is not looked at.
