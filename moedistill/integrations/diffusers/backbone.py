@@ -181,12 +181,11 @@ class DiffusersBackboneConfig(LatentVideoConfig, ABC):
     def latent_moments(self) -> tuple[Tensor, Tensor]:
         """See `LatentVideoConfig.latent_moments`: those of `vae_moments`; ValueError where latents cannot have them."""
         mean, std = self.vae_moments()
-        for name, moment in (("mean", mean), ("standard deviation", std)):
-            least = -math.inf if moment is mean else 0.0
+        for name, moment, least in (("mean", mean, -math.inf), ("standard deviation", std, 0.0)):
             if moment.shape != (self.channels(),) or not (moment.isfinite() & (moment > least)).all():
                 raise ValueError(
                     f"{self._vae_file}: the {name} of its latents must be {self.channels()} finite numbers"
-                    f"{' above 0' * (moment is std)}, not {shorten(str(moment.tolist()), 60)}; get the model's own VAE"
+                    f"{' above 0' * (least == 0)}, not {shorten(str(moment.tolist()), 60)}; get the model's own VAE"
                 )
         return mean, std
 

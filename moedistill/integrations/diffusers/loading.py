@@ -106,11 +106,10 @@ def load_model(
     if (stored := _in_shards(folder, arguments.get("variant"))) is not None:
         missing |= own - stored
         left_over |= stored - own
-    tensors = chain(model.named_parameters(), model.named_buffers())
-    missing |= {name for name, tensor in tensors if tensor.is_meta}
     modules = set(unread) - {name.partition(".")[0] for name in own}
     left_over = {name for name in left_over if name.partition(".")[0] not in modules}
-    missing = _without(missing, ignored)
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    missing = _without(missing, ignored) | {name for name, tensor in tensors if tensor.is_meta}
     left_over = _without(left_over, [*ignored, *(getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ())])
     if missing or left_over:
         raise ValueError(f"{what}: {misfit(cls, folder, sorted(missing), sorted(left_over))}")

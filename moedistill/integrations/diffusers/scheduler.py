@@ -101,8 +101,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Args:
             num_inference_steps: any; of a number that someone must have asked for it says once that it is not followed.
-            sigmas: those of the config. Pipelines of their own accord give numpy arrays, even ones from 1 down, which
-                are nothing but a number of steps.
+            sigmas: those of the config. Pipelines of their own accord give numpy arrays from 1 down, mostly even ones
+                (Mochi's are not), which are nothing but a number of steps.
             timesteps: those of the config.
             mu: a pipeline's own shift, which is not looked at.
 
@@ -119,7 +119,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if not _close(asked, self._times, CLOSE * self._num_train_timesteps):
                 raise ValueError(self._refusal("timesteps", asked, self._times))
         if num_inference_steps not in (None, own, UNASKED):
-            self._warn(num_inference_steps)
+            self._warn(f"{num_inference_steps} steps are asked for", f"steps={num_inference_steps}")
         self.timesteps = self.timesteps.to(device)
         self.num_inference_steps = own
         self.step_index = self.begin_index = self.batch = None
@@ -129,19 +129,20 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         asked, own = _numbers("sigmas", sigmas), self.sigmas.tolist()
         if _close(asked, own, CLOSE) or _close(asked, own[:-1], CLOSE):
             return None
-        count = len(asked)
-        even = np.linspace(1.0, 1.0 / max(count, 1), count).tolist()
-        if not (isinstance(sigmas, np.ndarray) and count and _close(asked, even, 1e-6)):
+        made = isinstance(sigmas, np.ndarray) and _descend(asked) and asked[0] == 1.0 and asked[-1] > 0.0
+        if not made:
             raise ValueError(self._refusal("sigmas", asked, own[:-1]))
-        return count
+        if not _close(asked, np.linspace(1.0, 1.0 / len(asked), len(asked)).tolist(), 1e-6):
+            self._warn(f"sigmas {_listed(asked)} are given", "sigmas=[…]")
+        return len(asked)
 
-    def _warn(self, steps: int) -> None:
+    def _warn(self, what: str, argument: str) -> None:
         if not self.has_warned:
             self.has_warned = True
             warnings.warn(
-                f"{steps} steps are asked for, but the experts take their own {len(self._times)} steps, sigmas "
+                f"{what}, but the experts take their own {len(self._times)} steps, sigmas "
                 f"{_listed(self.sigmas.tolist()[:-1])}; others are chosen with moedistill.apply(pipeline, source, "
-                f"steps={steps})",
+                f"{argument})",
                 stacklevel=3,
             )
 
