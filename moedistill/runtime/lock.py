@@ -179,7 +179,7 @@ def _this_process() -> dict[str, Any]:
 def _machine() -> str:
     """Names the running kernel: flock is what its processes, also in containers, have in common."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return platform.node()
 
