@@ -60,7 +60,7 @@ def main() -> None:
             continue
         row = _attack(part, number, options.seed, folder / "cases", keep=bool(options.case))
         done[part.name, number] = row
-        with _made(results).open("a") as file:
+        with _made(results).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if row["verdict"] in FAULTS:
             print(f"{row['case']}: {row['verdict']}: {row['reason']}", flush=True)
@@ -166,7 +166,7 @@ def _afterwards(rows: Sequence[dict[str, object]], skipped: int, seed: int, resu
 def _read(results: Path) -> dict[tuple[str, int], dict[str, object]]:
     if not results.exists():
         return {}
-    rows = [json.loads(line) for line in results.read_text().splitlines() if line.endswith("}")]
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     return {(row["part"], row["number"]): row for row in rows}
 
 

@@ -156,12 +156,12 @@ class Reference:
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            self.recipe.write_text(json.dumps(recipe or small_recipe()))
+            self.recipe.write_text(json.dumps(recipe or small_recipe()), encoding="utf-8")
             outcome = run_command("run", self.recipe, "--output", "run", "--device", "cpu", folder=folder)
             if outcome.code != 0:
                 raise RuntimeError(f"the run that is to be attacked does not run by itself:\n{outcome.output}")
-            done.write_text(json.dumps({"seconds": outcome.seconds}))
-        self.seconds: float = json.loads(done.read_text())["seconds"]
+            done.write_text(json.dumps({"seconds": outcome.seconds}), encoding="utf-8")
+        self.seconds: float = json.loads(done.read_text(encoding="utf-8"))["seconds"]
 
     def arguments(self, *more: object) -> list[object]:
         """Of the command that runs it in the folder `run`."""
@@ -218,7 +218,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     """Of metrics.jsonl, whole ones."""
     found = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
     return found
@@ -350,14 +350,14 @@ def count_events(reference: Reference, folder: Path, *, writing: bool = False, w
         tally = place / "tally"
 
         def act(_: str) -> None:
-            with open(tally, "a") as out:
+            with open(tally, "a", encoding="utf-8") as out:
                 out.write(".")
 
         prepare = at_event(None, act, writing=writing, within=within)
         succeeded(run_command(*reference.arguments(), folder=place, prepare=prepare), "lost", "counting events")
-        file.write_text(str(len(tally.read_text())))
+        file.write_text(str(len(tally.read_text(encoding="utf-8"))), encoding="utf-8")
         shutil.rmtree(place)
-    return int(file.read_text())
+    return int(file.read_text(encoding="utf-8"))
 
 
 def kill_now(signum: int) -> Callable[[str], None]:

@@ -165,7 +165,7 @@ TENSORS: Sequence[Damage] = (
 
 def _edited(file: Path, moves: Random) -> None:
     """One value or key of it is another; it stays JSON."""
-    tree = json.loads(file.read_text())
+    tree = json.loads(file.read_text(encoding="utf-8"))
     parents = [tree, *(node for node in _nodes(tree) if isinstance(node, dict | list) and node)]
     parent = moves.choice([node for node in parents if node] or [tree])
     if isinstance(parent, dict):
@@ -178,7 +178,7 @@ def _edited(file: Path, moves: Random) -> None:
     elif isinstance(parent, list):
         number = moves.randrange(len(parent))
         parent[number] = _other(parent[number], moves)
-    file.write_text(json.dumps(tree))
+    file.write_text(json.dumps(tree), encoding="utf-8")
 
 
 def _nodes(tree: Any) -> list[Any]:
@@ -194,7 +194,9 @@ def _other(value: Any, moves: Random) -> Any:
 
 
 def _no_mapping(file: Path, moves: Random) -> None:
-    file.write_text(moves.choice(["[]", "null", "7", '"x"', "{}", "[" * 100_000, '{"a": 1e999}', "NaN"]))
+    file.write_text(
+        moves.choice(["[]", "null", "7", '"x"', "{}", "[" * 100_000, '{"a": 1e999}', "NaN"]), encoding="utf-8"
+    )
 
 
 JSON: Sequence[Damage] = (_edited, _edited, _edited, _edited, _no_mapping)
@@ -209,7 +211,7 @@ def _backups(run: Path, _: Random) -> None:
 
 def _notes(run: Path, _: Random) -> None:
     (run / "checkpoints" / "zz_notes").mkdir()
-    (run / "checkpoints" / "zz_notes.txt").write_text("mine")
+    (run / "checkpoints" / "zz_notes.txt").write_text("mine", encoding="utf-8")
 
 
 def _empty_newest(run: Path, _: Random) -> None:
@@ -218,7 +220,7 @@ def _empty_newest(run: Path, _: Random) -> None:
 
 
 def _file_of_its_name(run: Path, _: Random) -> None:
-    (run / "checkpoints" / "01_detail_00000009").write_text("mine")
+    (run / "checkpoints" / "01_detail_00000009").write_text("mine", encoding="utf-8")
 
 
 def _dangling(run: Path, _: Random) -> None:
@@ -257,9 +259,9 @@ def _stopped(reference: Reference, folder: Path) -> Path:
     for path in (run / "checkpoints").iterdir():
         if path.name > STOPPED:
             shutil.rmtree(path)
-    text = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     after = max(n for n, line in enumerate(lines(run)) if (line["stage"], line["step"]) == ("detail", 4)) + 1
-    (run / "metrics.jsonl").write_text("".join(text[:after]))
+    (run / "metrics.jsonl").write_text("".join(text[:after]), encoding="utf-8")
     return run
 
 

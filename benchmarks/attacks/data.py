@@ -221,7 +221,7 @@ def _published(folder: Path, samples: Sequence[dict[str, Tensor]]) -> None:
                 torch.save(sample[name], folder / place / f"{i}.pt")
                 entry[key] = f"{i}.pt"
         entries.append(entry)
-    (folder / "videos2caption.json").write_text(json.dumps(entries))
+    (folder / "videos2caption.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
 def write_own(folder: Path, samples: Sequence[dict[str, Tensor]], negative: dict[str, Tensor] | None = None) -> None:
@@ -237,7 +237,7 @@ def write_own(folder: Path, samples: Sequence[dict[str, Tensor]], negative: dict
         save_file({name: value.contiguous() for name, value in negative.items()}, folder / "negative.safetensors")
     name = None if negative is None else "negative.safetensors"
     index = {"format": "moedistill-latents", "version": 1, "samples": entries, "negative": name}
-    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 # -- what is done to the files ----------------------------------------------------------------------------------------
@@ -309,11 +309,11 @@ def _claims(folder: Path, file: Path) -> None:
 def _index(change: Callable[[Any], Any]) -> Spoil:
     def spoil(folder: Path, file: Path) -> None:
         index = next(folder.glob("*.json"))
-        changed = change(json.loads(index.read_text()))
+        changed = change(json.loads(index.read_text(encoding="utf-8")))
         if isinstance(changed, bytes):
             index.write_bytes(changed)
         else:
-            index.write_text(json.dumps(changed))
+            index.write_text(json.dumps(changed), encoding="utf-8")
 
     return spoil
 
@@ -413,7 +413,7 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
     what, expected, change = attacks[number % len(attacks)]
     backbone, write = KINDS[(number + number // len(attacks)) % len(KINDS)]
     title = f"{what} ({backbone}, {_layout(write)} layout)"
-    (folder / "recipe.yaml").write_text(json.dumps(recipe(backbone)))
+    (folder / "recipe.yaml").write_text(json.dumps(recipe(backbone)), encoding="utf-8")
 
     def make() -> None:
         samples = [sample(backbone, i) for i in range(SAMPLES)]
@@ -462,7 +462,7 @@ def _whole_set(number: int, moves: Random, folder: Path) -> Result:
 
     if number >= len(SETS):
         tree["data"]["text_dropout"] = 0.5
-    (folder / "recipe.yaml").write_text(json.dumps(tree))
+    (folder / "recipe.yaml").write_text(json.dumps(tree), encoding="utf-8")
     made = run_command(folder=folder, main=make)
     if made.code != 0:
         raise RuntimeError(made.output)

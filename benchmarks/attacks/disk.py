@@ -93,14 +93,14 @@ def _small_file_system(reference: Reference, moves: Random, folder: Path) -> Res
             _nothing_lost(place, what)
             _mount(place, 100 * used, REMOUNT)
             finish(reference, place, log)
-            verdict.write_text("refused" if outcome.refused else "right")
+            verdict.write_text("refused" if outcome.refused else "right", encoding="utf-8")
         except Fault as fault:
-            verdict.write_text(f"{fault.verdict}\n{fault}")
+            verdict.write_text(f"{fault.verdict}\n{fault}", encoding="utf-8")
 
     outcome = run_command(folder=folder, main=attack, seconds=180)
     if not verdict.exists():
         raise RuntimeError(outcome.output)
-    word, _, reason = verdict.read_text().partition("\n")
+    word, _, reason = verdict.read_text(encoding="utf-8").partition("\n")
     return Result(word, reason, counts=("file systems that were too small",))
 
 
@@ -119,9 +119,9 @@ def _mount(place: Path, size: int, flags: int = 0) -> None:
     if not flags:
         user, group = os.getuid(), os.getgid()
         if user and not libc.unshare(NEW_USER):
-            Path("/proc/self/setgroups").write_text("deny")
-            Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-            Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+            Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+            Path("/proc/self/uid_map").write_text(f"0 {user} 1", encoding="utf-8")
+            Path("/proc/self/gid_map").write_text(f"0 {group} 1", encoding="utf-8")
         _checked(libc.unshare(NEW_MOUNTS))
         _checked(libc.mount(b"none", b"/", None, PRIVATE, None))
     _checked(libc.mount(b"tmpfs", bytes(place), b"tmpfs", flags, f"size={size}".encode()))

@@ -127,13 +127,13 @@ def _used_output(reference: Reference, moves: Random, folder: Path) -> Result:
     name = moves.choice(sorted(FOREIGN))
     mine = folder / "run" / name.strip()
     mine.parent.mkdir(parents=True)
-    mine.write_text(FOREIGN[name])
+    mine.write_text(FOREIGN[name], encoding="utf-8")
     if moves.random() < 0.3:
         (folder / "run" / "checkpoints").mkdir(exist_ok=True)
     before = set((folder / "run").rglob("*"))
     outcome = sound(run_command(*reference.arguments(), folder=folder), f"a folder with {mine.name}")
     what = f"`run --output` into a folder with {mine.relative_to(folder)}"
-    if not mine.exists() or mine.read_text() != FOREIGN[name]:
+    if not mine.exists() or mine.read_text(encoding="utf-8") != FOREIGN[name]:
         raise Fault("lost", f"{what}: the user's file is not what it was")
     if new := sorted(set((folder / "run").rglob("*")) - before):
         raise Fault("wrong", f"{what}: writes {new[0].name} in there")
@@ -229,7 +229,7 @@ NAMES = (
 
 def _odd_names(reference: Reference, moves: Random, folder: Path) -> Result:
     """One of them as the output, or the source, of a command: done, or refused in a line or two."""
-    (folder / "file").write_text("mine")
+    (folder / "file").write_text("mine", encoding="utf-8")
     (folder / "link").symlink_to("link")
     (folder / "nowhere").symlink_to("no/such/folder")
     os.mkfifo(folder / "fifo")
@@ -249,7 +249,7 @@ def _odd_names(reference: Reference, moves: Random, folder: Path) -> Result:
         raise Fault("traceback", f"`{outcome.command[:100]}`: a line of more than 1500 letters")
     if outcome.refused:
         follow(outcome, folder, f"the name {name[:40]!r}")
-    if (folder / "file").read_text() != "mine":
+    if (folder / "file").read_text(encoding="utf-8") != "mine":
         raise Fault("lost", f"`{outcome.command}` has written over a file")
     for made in set(folder.parent.iterdir()) - before:
         shutil.rmtree(made) if made.is_dir() else made.unlink()
@@ -270,7 +270,7 @@ def _used_samples(reference: Reference, moves: Random, folder: Path) -> Result:
     """`sample --output` twice into one folder, or into one with the user's files: nothing vanishes."""
     command = ["sample", reference.run, "--output", "out", "--prompt"]
     (folder / "out").mkdir()
-    (folder / "out" / "notes.txt").write_text("mine")
+    (folder / "out" / "notes.txt").write_text("mine", encoding="utf-8")
     if moves.random() < 0.5:
         (folder / "out" / "notes.txt").unlink()
         (folder / "out").rmdir()

@@ -206,7 +206,7 @@ def _data_at_fault(moves: Random, folder: Path) -> Result:
     bad = moves.choice([data.FEW, data.MANY - 1])
     recipe = data.recipe("wan", 1, data.MANY)
     recipe["training"] |= {"checkpoint_every": moves.choice([1, None]), "keep_checkpoints": 2}
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     nan = float("nan")
 
     def make(bad: int | None) -> None:

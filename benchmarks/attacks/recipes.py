@@ -422,7 +422,7 @@ def _smoke(number: int, moves: Random, folder: Path) -> Result:
         file.write_text(f"# {name}\n{_dump(written)}", encoding="utf-8")
 
     outcome = run_command(*SMOKE, folder=folder, seconds=120, prepare=prepare)
-    return _judged(outcome, file.read_text().splitlines()[0][:200] if file.exists() else "", folder)
+    return _judged(outcome, file.read_text(encoding="utf-8").splitlines()[0][:200] if file.exists() else "", folder)
 
 
 SMOKE = ("run", "recipe.yaml", "--smoke", "--device", "cpu", "--output", "run")

@@ -189,7 +189,7 @@ class Command:
         self._read()
         os.close(self._pipe)
         output, code = self._said.decode(errors="replace"), os.waitstatus_to_exitcode(self._status)
-        with self.log.open("a") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             file.write(f"$ moedistill {' '.join(self.arguments)}\n{output}[exit code {code}]\n")
         return Outcome(" ".join(self.arguments), code, output, hung, took)
 
@@ -213,9 +213,9 @@ def _child(
             os.dup2(nothing.fileno(), 0)
         os.dup2(into, 1)
         os.dup2(into, 2)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False, encoding="utf-8") for number in (1, 2))  # noqa: SIM115
         os.chdir(folder)
-        begins_with = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        begins_with = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (begins_with + MEMORY,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if prepare is not None:

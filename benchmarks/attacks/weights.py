@@ -34,7 +34,7 @@ def _whole(folder: Path) -> Path:
         return place
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    (place / "recipe.yaml").write_text(json.dumps(_recipe()))
+    (place / "recipe.yaml").write_text(json.dumps(_recipe()), encoding="utf-8")
 
     def make() -> None:
         import torch
@@ -68,9 +68,9 @@ Spoil = Callable[[Path], object]
 
 def _index(change: Callable[[dict[str, Any]], Any]) -> Spoil:
     def spoil(folder: Path) -> None:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         changed = change(index)
-        (folder / INDEX).write_text(json.dumps(index if changed is None else changed))
+        (folder / INDEX).write_text(json.dumps(index if changed is None else changed), encoding="utf-8")
 
     return spoil
 
@@ -152,7 +152,7 @@ SHARDS: Sequence[tuple[str, str, Spoil]] = (
     ("shards that have changed places", EITHER, _swapped),
     ("one file beside the shards", EITHER, _one_file),
     ("no index", REFUSE, lambda folder: (folder / INDEX).unlink()),
-    ("an index of null", REFUSE, lambda folder: (folder / INDEX).write_text("null")),
+    ("an index of null", REFUSE, lambda folder: (folder / INDEX).write_text("null", encoding="utf-8")),
     ("an index that is a list", REFUSE, _index(lambda index: [index])),
     ("an index that is no JSON", REFUSE, lambda folder: (folder / INDEX).write_bytes(b"\xff{")),
     ("an index without a map", REFUSE, _index(lambda index: {"metadata": {}})),
@@ -191,7 +191,7 @@ def _config(number: int, moves: Random, model: Path) -> str:
         return f"{place}/config.json of {content[:20]!r}"
     key = keys[number // 2 % len(keys)]
     value = moves.choice(VALUES)
-    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
     return f"{place}/config.json with {key} {value!r}"
 
 

@@ -101,15 +101,15 @@ def _memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     try:
-        fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        fields = (line.split() for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         of_system = {name: 1024 * int(value) for name, value, *_ in fields}
         memory, swap = of_system["MemTotal:"], of_system["SwapTotal:"]
     except (OSError, ValueError, KeyError):  # of no Linux: swap may grow
         return None
     with suppress(OSError, ValueError):  # of the container; "max" is none
-        swap = min(swap, int(Path("/sys/fs/cgroup/memory.swap.max").read_text()))
+        swap = min(swap, int(Path("/sys/fs/cgroup/memory.swap.max").read_text(encoding="utf-8")))
     with suppress(OSError, ValueError):
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     return memory + swap
 
 
