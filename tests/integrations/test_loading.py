@@ -86,6 +86,10 @@ MISFITS = {
     "compiled": (renamed("_orig_mod."), r"all names begin with '_orig_mod\.'; save the weights of the bare network"),
     "a LoRA": (with_lora, r"a LoRA is wrapped around the weights; merge it"),
     "other names": (native, r"the names are not diffusers'; .*WanTransformer3DModel\.from_single_file\(FILE\)\.save_"),
+    "whole numbers": (
+        lambda tensors: {**tensors, "proj_out.bias": torch.zeros(64, dtype=torch.int32)},
+        r"proj_out\.bias is stored in whole numbers; get the weights again",
+    ),
     "another shape": (
         lambda tensors: {**tensors, "proj_out.weight": torch.zeros(3, 3)},
         r"proj_out\.weight expected shape .*\[64, 32\]\), but got .*\[3, 3\]\)\.$",
@@ -161,6 +165,15 @@ def test_a_config_of_another_depth_is_refused(folder):
     file = folder / "transformer" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": 1}))
     with pytest.raises(ValueError, match=r"blocks\.1 is more than config\.json says, so the depth is another"):
+        backbone_of(folder).build()
+
+
+@pytest.mark.parametrize("value", [[0.0], {}, "x"])
+def test_an_argument_of_another_kind_is_refused(folder, value):
+    """It was found in the first forward, as a traceback."""
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eps": value}))
+    with pytest.raises(ValueError, match=r"config\.json: eps is .*, where WanTransformer3DModel has 1e-06"):
         backbone_of(folder).build()
 
 

@@ -605,5 +605,7 @@ def test_stored_samples_that_are_no_digits_are_refused(tmp_path):
         trained_on(torch.tensor([3, 3, 3]))
     with pytest.raises(UserError, match=r"sample 0 has latents \[5, 8, 4, 4\]; the model's have 12 channels"):
         trained_on(torch.tensor(3), (5, 8, 4, 4))
+    with pytest.raises(UserError, match=r"sample 0 has digit of torch.float32; the model takes whole numbers"):
+        trained_on(torch.tensor(3.0))
     with pytest.raises(UserError, match=r"digit \[47\] must be from 0 to 10, which stands for none"):
         trained_on(torch.tensor(47))

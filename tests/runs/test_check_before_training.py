@@ -453,3 +453,17 @@ def test_frames_of_padding_are_no_other_size(tmp_path):
         write_latents(folder, [Sample(torch.randn(16, frames, 4, 6) / 0.7, cond)] * 2)
         report = check_set(folder, load_recipe({**recipe_on(folder, "wan"), "backbone": config, **NATIVE}))
         assert [warning.split(" have")[0] for warning in report.warnings] == ["2 videos"] * warned
+
+
+def test_a_sample_that_cannot_be_learned_from_says_how_to_go_on(tmp_path):
+    """Of twelve, the run has looked at eight: it meets the other one when it is drawn."""
+    folder = wan_set(tmp_path / "set", *[torch.ones(4, 24)] * 12)
+    save_file({"latents": torch.full((16, *GRID), float("nan")), "prompt_embeds": torch.ones(4, 24)},
+              folder / "00000011.safetensors")  # fmt: skip
+    stages = [distil(steps=12)]
+    with pytest.raises(UserError) as error:
+        run({**recipe_on(folder, "wan"), "stages": stages}, output=tmp_path / "run", device="cpu")
+    said = str(error.value)
+    assert "sample 11: " in said
+    assert "has latents that are NaN or infinite" in said
+    assert said.split("; ")[-1].startswith("begin it anew with: moedistill run ")

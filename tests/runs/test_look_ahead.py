@@ -384,3 +384,22 @@ def test_a_rank_above_the_width_is_refused_of_real_weights(tmp_path):
         output=tmp_path / "real",
         device="cpu",
     )
+
+
+# -- what stages make of the data -------------------------------------------------------------------------------------
+
+
+def test_frames_that_a_later_stage_cannot_use_are_found_first(tmp_path):
+    """The digits network takes eight latent frames and no other number."""
+    stages = [distil(steps=1), distil("detail", steps=1, latent_frames=3)]
+    with pytest.raises(UserError, match=r"^stage detail: latents \[1, 12, 3, 4, 4\]: the digits network takes"):
+        run(tiny_recipe(stages), output=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_metric_that_has_nothing_to_measure_is_found_first(tmp_path):
+    changes = {"data": {"kind": "latents", "path": None}}  # whose conditioning is none
+    stages = [distil(steps=1), evaluate(metrics=[{"kind": "digit_accuracy"}])]
+    with pytest.raises(UserError, match=r"^stage evaluate: no sample asked for anything: accuracy needs conditioning"):
+        run(tiny_recipe(stages, changes), output=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -196,11 +196,12 @@ def test_weights_that_are_not_finite_stop_at_step_0(tmp_path):
     changes = {"backbone.pretrained": str(tmp_path / "weights.safetensors"), "training.monitor": MONITOR}
     message, rows = stopped(tiny_recipe([distil()], changes), tmp_path / "run")
     assert message.startswith("stage semantic, step 0: monitor = nan, monitor/sigma_")
-    assert message.endswith(
-        ", before any training, though the samples are finite: the model's weights, or backbone.dtype float32, must be "
-        "at fault"
-    )
+    name = next(iter(weights))
+    assert f". The model's own weights are at fault: {name} is not finite; get them again; nothing is saved" in message
     assert [(row["step"], row["monitor"]) for row in rows] == [(0, None)]
+    changes["training.monitor"] = None
+    message, _ = stopped(tiny_recipe([distil()], changes), tmp_path / "unwatched")
+    assert "The model's own weights are at fault" in message  # not the learning rate
 
 
 def test_a_monitors_own_samples_are_looked_at(tmp_path, monkeypatch):

@@ -15,8 +15,9 @@ from moedistill.errors import Interrupted
 from moedistill.recipe.yaml_tree import dump_yaml
 from moedistill.runs import loop, tables
 from moedistill.runs.loop import run
+from moedistill.runtime import integrity
 from moedistill.runtime.checkpoint import find_checkpoint
-from moedistill.runtime.signals import SIGNALS
+from moedistill.runtime.signals import SIGNALS, Interruption
 from moedistill.stages import evaluate as evaluation
 from moedistill.stages import export, sample
 
@@ -172,3 +173,22 @@ def test_what_nohup_ignores_stays_ignored(tmp_path, call, kill_in, finished):
 def test_no_library_takes_it_for_a_failure_of_its_own():
     """Such as one that tries another way, or goes without, on any Exception."""
     assert not issubclass(Interrupted, Exception)
+
+
+def test_a_signal_that_a_compiled_reader_swallows_is_no_damage(tmp_path, monkeypatch):
+    """safetensors makes an error of its own of what a signal raises within it: the file was called damaged."""
+
+    def swallows(path):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [])  # a call at which Python handles it
+        except BaseException as error:
+            raise TypeError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from error
+
+    monkeypatch.setattr(integrity, "load_file", swallows)
+    (tmp_path / "x.safetensors").write_bytes(b"x")
+    with pytest.raises(Interrupted, match="now"), Interruption(lambda: "now"):
+        integrity.read_tensors(tmp_path / "x.safetensors")
+    monkeypatch.setattr(integrity, "load_file", lambda path: {}["x"])
+    with pytest.raises(integrity.Damaged), Interruption():
+        integrity.read_tensors(tmp_path / "x.safetensors")
