@@ -24,6 +24,8 @@ GridSize = Annotated[int, Gt(0), Le(100_000)]
 """Points of a trajectory, frames or pixels along an edge: far more than any model has, and still cheap."""
 PositiveFloat = Annotated[float, Gt(0.0), Le(FLOAT32_MAX)]
 NonNegativeFloat = Annotated[float, Ge(0.0), Le(FLOAT32_MAX)]
+LearningRate = Annotated[float, Gt(0.0), Le(1e6)]
+"""Beyond any use; near the largest float32 an optimiser's own corrections overflow."""
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 """A number in [0, 1]: a probability, or a sigma."""
 Decay = Annotated[float, Ge(0.0), Lt(1.0)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from moedistill.components.fields import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from moedistill.components.fields import Decay, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,7 @@ class OptimizerConfig:
         schedule, warmup: shape of the learning rate over the stage's optimiser steps.
     """
 
-    lr: PositiveFloat = 1e-4
+    lr: LearningRate = 1e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 1e-3
     eps: PositiveFloat = 1e-8

@@ -1,5 +1,6 @@
 """Where torch computes, and with how many CPU threads."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,14 @@ from moedistill.errors import UserError
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Runs the block with `count` threads within an operation, and restores what was; None leaves it to torch."""
+    """Runs the block with `count` threads within an operation, and restores what was; None leaves it to torch.
+
+    Raises:
+        UserError: they are far more than this machine has processors: some systems cannot even start them.
+    """
+    processors = os.cpu_count() or 1
+    if count is not None and count > (most := max(64, 4 * processors)):
+        raise UserError(f"training.num_threads {count}: this machine has {processors} processors; give {most} or less")
     previous = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

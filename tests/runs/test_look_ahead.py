@@ -347,7 +347,7 @@ def test_only_what_will_be_removed_gives_room(tmp_path, monkeypatch):
     ("setting", "rule"),
     [
         ("stages.detail.optimizer.betas=[0.9, 1.0]", "must be less than 1, not 1"),
-        ("stages.detail.optimizer.lr=1e39", "must be at most 3.40282e+38, not 1e+39"),
+        ("stages.detail.optimizer.lr=1e39", "must be at most 1e+06, not 1e+39"),
         ("training.num_threads=1000000", "must be at most 1024, not 1000000"),
         ("training.num_workers=1000000", "must be at most 1024, not 1000000"),
         ("training.batch_size=1000000000", "must be at most 1e+06, not 1000000000"),
@@ -364,6 +364,12 @@ def test_values_beyond_any_sense_are_refused_by_validate(setting, rule):
     with pytest.raises(RecipeError) as caught:
         load_recipe("dcm_digits", [setting])
     assert rule in " ".join(problem.message for problem in caught.value.problems)
+
+
+def test_more_threads_than_a_machine_can_start_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 20)
+    with pytest.raises(UserError, match="num_threads 81: this machine has 20 processors; give 80 or less"):
+        run(tiny_recipe([distil()], {"training.num_threads": 81}), output=tmp_path / "run", device="cpu")
 
 
 def test_a_rank_above_the_width_is_refused_of_real_weights(tmp_path):
