@@ -28,6 +28,8 @@ FORMAT = 2
 
 SUMS = "sums.json"
 TREES = ("state", "experts", "ema", "training")
+STATE_NAMES = ("stage", "stage_name", "step")
+"""What of a state its checkpoint is called by."""
 _NAME = re.compile(r"([0-9]{2,})_([A-Za-z0-9_-]+)_([0-9]{8,})")
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -260,7 +262,7 @@ class Checkpoints:
                 self._delete(path)
             elif parse_name(name):
                 final = self.folder / name
-                if os.path.lexists(path / SUMS) and _is_complete(path) and not os.path.lexists(final):
+                if _is_complete(path) and _is_of(path, name) and not os.path.lexists(final):
                     path.rename(final)
                     sync(self.folder)
                 else:
@@ -295,6 +297,15 @@ class Checkpoints:
         with disk_errors(aside):
             path.rename(aside)
         self._say(f"{what}: it is {aside.name} now, and stays until you remove it")
+
+
+def _is_of(folder: Path, name: str) -> bool:
+    """Whether what was written to a folder, sums and all, is the checkpoint of this name."""
+    try:
+        state = read_json(folder / "state.json")
+        return os.path.lexists(folder / SUMS) and name == checkpoint_name(*(state[key] for key in STATE_NAMES))
+    except (Damaged, KeyError, TypeError, ValueError):
+        return False
 
 
 def _progress(path: Path) -> tuple[int, int]:

@@ -312,14 +312,16 @@ def test_the_newest_whole_one_is_found_by_sums_without_loading(tmp_path, monkeyp
 def test_a_checkpoint_written_whole_gets_its_name(tmp_path):
     """A kill between setting the old one aside and renaming the new one in its place."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    new = checkpoints.save("00_a_00000002", trees(2))
-    for name, spoil in (("00_a_00000002", None), ("00_a_00000003", "experts.safetensors"), ("00_a_00000004", SUMS)):
+    saved = {**trees(2), "state": {"step": 2, "stage": 0, "stage_name": "a"}}
+    new = checkpoints.save("00_a_00000002", saved)
+    spoilt = (("00_a_00000003", "experts.safetensors"), ("00_a_00000004", SUMS), ("00_a_00000005", None))  # another's
+    for name, spoil in (("00_a_00000002", None), *spoilt):
         shutil.copytree(new, tmp_path / "checkpoints" / f".tmp-{name}")
         if spoil:
             (tmp_path / "checkpoints" / f".tmp-{name}" / spoil).unlink()
     new.rename(new.with_name("00_a_00000002.set-aside-1"))
     checkpoints.remove_leftovers()
-    assert is_whole(new, 2)
+    assert equal({name: load_tree(new, name) for name in saved}, saved)
     assert sorted(os.listdir(checkpoints.folder)) == ["00_a_00000002", "00_a_00000002.set-aside-1"]
 
 
