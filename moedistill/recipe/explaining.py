@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from moedistill.components.fields import Component
+from moedistill.components.fields import FLOAT32_MAX, MOST, Component
 from moedistill.recipe.building import aliases, field_types, to_plain
 
 WIDTH = 80
@@ -108,6 +108,7 @@ def in_words(hint: Any) -> str:
 
 def _bounds(marks: list[Any]) -> list[str]:
     limits = {name: getattr(mark, name) for mark in marks for name in _BOUNDS if getattr(mark, name, None) is not None}
+    limits = {name: limit for name, limit in limits.items() if limit not in (MOST, FLOAT32_MAX)}  # which say nothing
     if limits.keys() == {"ge", "le"}:
         return [f"from {limits['ge']:g} to {limits['le']:g}"]
     bounds = [f"{_BOUNDS[name]} {limit:g}" for name, limit in limits.items()]

@@ -7,7 +7,7 @@ from typing import Any
 
 from moedistill.errors import Problem
 from moedistill.recipe.yaml_tree import dump_yaml, read_file
-from moedistill.runtime.checkpoint import is_own_name
+from moedistill.runtime.checkpoint import SUMS, TREES, is_own_name
 from moedistill.runtime.integrity import Damaged, read_json
 from moedistill.stages.run import COST, MINIATURE, RESULT
 
@@ -28,11 +28,17 @@ def left_recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def holds_only_checkpoints(folder: Path) -> bool:
-    """Whether it is a folder in which nothing lies but what runs put there."""
+    """Whether it is a folder in which nothing lies but what runs put there; another program may use such names too."""
     try:
-        return all(is_own_name(name) for name in os.listdir(folder))
+        return all(is_own_name(name) and _is_begun(folder / name) for name in os.listdir(folder))
     except OSError:
         return False
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether nothing in a folder is foreign to a checkpoint."""
+    files = {f"{tree}.{suffix}" for tree in TREES for suffix in ("json", "safetensors")}
+    return set(os.listdir(folder)) <= {SUMS, *files}
 
 
 def is_miniature(folder: Path) -> bool:

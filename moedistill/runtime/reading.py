@@ -42,11 +42,13 @@ def check_file(path: str | Path, at_most: int | None = None) -> None:
 
 def read_bytes(path: str | Path, at_most: int = LARGEST_TEXT) -> bytes:
     """All of a regular file; OSError where it is none, or has more than `at_most` bytes."""
+    data = bytearray()
     with os.fdopen(open_file(path, at_most), "rb") as file:
-        data = file.read(at_most + 1)  # it may have grown, or be one of /proc's, whose size is 0
-    if len(data) > at_most:
-        raise _too_large(path, at_most)
-    return data
+        while block := file.read(MIB):  # not by its size: it may have grown, or be one of /proc's, whose size is 0
+            data += block
+            if len(data) > at_most:
+                raise _too_large(path, at_most)
+    return bytes(data)
 
 
 def read_text(path: str | Path, at_most: int = LARGEST_TEXT) -> str:

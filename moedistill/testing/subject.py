@@ -1,5 +1,6 @@
 """A backbone under examination."""
 
+import math
 from functools import cached_property
 from typing import Literal
 
@@ -87,7 +88,7 @@ class Subject:
         if not self.real or self.video is not None or layout is None:
             return self.teacher.backbone.latent_shape(self.video)
         t, h, w = (count * step for count, step in zip((2, 3, 4), layout.multiple, strict=True))
-        return layout.channels, t, h, w
+        return min(self.teacher.backbone.latent_shape(), (layout.channels, t, h, w), key=math.prod)
 
     @cached_property
     def inputs(self) -> tuple[Tensor, Tensor, Conditioning]:

@@ -130,5 +130,5 @@ def test_commands_say_it_in_one_line(tmp_path):
     with pytest.raises(UserError, match="is of class Other, not AutoencoderKLWan"):
         run(recipe, output=tmp_path / "run2", device="cpu")
     write(network, {**json.loads(network.read_text()), "patch_size": 2})
-    with pytest.raises(UserError, match=r"transformer/config\.json:\s+patch_size must be a list of 3 whole"):
+    with pytest.raises(UserError, match=r"patch_size must be a list of 3 whole"):
         load_recipe(recipe)

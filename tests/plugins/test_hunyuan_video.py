@@ -97,7 +97,7 @@ def test_text_that_cannot_be_read_is_refused():
         ValueError, match=r"prompt_attention_mask of sample 1 is all false, and attention to no token is NaN"
     ):
         backbone.prepare(x, {**cond, "prompt_attention_mask": empty})
-    with pytest.raises(ValueError, match=r"prompt_attention_mask of sample 0 is all false"):
+    with pytest.raises(ValueError, match=r"prompt_attention_mask of the stored negative prompt is all false"):
         backbone.set_null({name: value[1] for name, value in cond.items()} | {"prompt_attention_mask": empty[1]})
 
 

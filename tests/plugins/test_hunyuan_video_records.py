@@ -395,7 +395,7 @@ def test_batches_with_the_boundary_in_front(pretrained):
 @needs_record
 def test_an_all_false_mask_is_refused(pretrained):
     golden = Golden(RECORD / "semantic_hy" / "b1_zero_uncond_mask.npz")
-    with pytest.raises(ValueError, match="prompt_attention_mask of sample 0 is all false"):
+    with pytest.raises(ValueError, match="prompt_attention_mask of the stored negative prompt is all false"):
         Step(golden, pretrained(golden), "semantic")
 
 

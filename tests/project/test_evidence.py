@@ -102,7 +102,8 @@ def test_the_study_makes_its_tables_and_goes_on(tmp_path, in_process, monkeypatc
     assert "| rank_4, semantic alone |" not in shown
     # Killed while one run was under way, and called again: that one is done, and what is new.
     killed = tmp_path / "final/evidence_digits/2.0e-05/seed1"
-    (killed / "result.json").unlink()
+    for name in ("result.json", "cost.json"):
+        (killed / name).unlink()
     for checkpoint in (killed / "checkpoints").iterdir():
         checkpoint.rename(tmp_path / checkpoint.name)
     evidence.run_ablations(study, [0, 1])

@@ -60,7 +60,7 @@ def test_a_step(fail, reason, tmp_path, monkeypatch):
 
 def test_only_what_applies_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(ConsistencyStage, "step", too_much)
-    stage = distil("detail", steps=2, latent_frames=1, ema_decay=0.9)
+    stage = distil("detail", steps=2, ema_decay=0.9)
     changes = {
         "training.batch_size": 2,
         "training.gradient_accumulation_steps": 2,
@@ -68,7 +68,8 @@ def test_only_what_applies_is_named(tmp_path, monkeypatch):
         "backbone.dtype": "bfloat16",
     }
     assert said(tiny_recipe([stage], changes), tmp_path).endswith(
-        "; try stages.detail.ema_decay: null, or use a device with more; nothing is saved yet; "
+        "; try stages.detail.latent_frames below 8, stages.detail.ema_decay: null, or use a device with more; "
+        "nothing is saved yet; "
         f"begin it anew with: moedistill run {tmp_path}/recipe.yaml --output {tmp_path} --device cpu"
     )
 
@@ -111,7 +112,8 @@ def test_a_worker_that_is_killed(tmp_path, monkeypatch):
 def test_a_worker_without_shared_memory(tmp_path, monkeypatch):
     reason = "is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory."
     assert said(lost(reason, monkeypatch), tmp_path).endswith(
-        "; try training.num_workers below 2, or allow more shared memory (/dev/shm); no checkpoint is there yet"
+        "; try training.num_workers below 2, or allow more shared memory (/dev/shm); nothing is saved yet; "
+        f"begin it anew with: moedistill run {tmp_path}/recipe.yaml --output {tmp_path} --device cpu"
     )
 
 
