@@ -207,7 +207,7 @@ def guided_by_half(self, pipeline, cond):
 
 def encode_without_padding(self, pipeline, prompts):
     found = WanBackbone.encode_with(self, pipeline, prompts)
-    return {name: value[:, : max(map(len, prompts))] for name, value in found.items()}
+    return {name: value[:, : max(map(len, prompts)) // 3] for name, value in found.items()}
 
 
 def encode_as_a_mask(self, pipeline, prompts):
