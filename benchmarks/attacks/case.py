@@ -207,11 +207,21 @@ def reference_of(case: Path) -> Reference:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint by its name, if it has a state."""
+    """The newest checkpoint by its name, if it has a state; one that was written whole is about to get its name."""
     found = [
         path for path in run.glob("checkpoints/*") if NAME.fullmatch(path.name) and (path / "state.json").is_file()
     ]
-    return max(found, key=lambda path: path.name, default=None)
+    written = [path.with_name(_written(path)) for path in run.glob("checkpoints/.tmp-*") if _written(path)]
+    return max([*found, *written], key=lambda path: path.name, default=None)
+
+
+def _written(folder: Path) -> str:
+    """The name of the checkpoint that is whole in a temporary folder: its sums come last. Nothing if it is not."""
+    name = folder.name.removeprefix(".tmp-")
+    if not (NAME.fullmatch(name) and (folder / "sums.json").is_file()):
+        return ""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return name if name == f"{state['stage']:02d}_{state['stage_name']}_{state['step']:08d}" else ""
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

@@ -155,6 +155,9 @@ def _begin(
     if missing := list(recipe.missing()):
         raise UserError("\n".join(missing))
     checked = check_before(recipe, processes)
+    for named in (output, resume_from):
+        if named is not None:
+            _give_names(Path(named))
     where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
     numbered = output is None and (where.checkpoint is None or where.branch)
     folder = stack.enter_context(claimed(where.folder, numbered=numbered))
@@ -163,6 +166,14 @@ def _begin(
     # Once more, now that nobody else writes there.
     where = plan(recipe, output=folder, resume=resume, resume_from=resume_from, command=command, seen=where)
     return where, checked.warnings if checked is not None else []
+
+
+def _give_names(folder: Path) -> None:
+    """A checkpoint that was written whole, but not renamed when the run was killed, is one to go on from."""
+    with suppress(OSError, UserError):  # what is no run's, or is under way, is the plan's affair
+        if next((folder / "checkpoints").glob(".tmp-*"), None) is not None:
+            with claimed(folder):
+                Checkpoints(folder / "checkpoints", keep=1).give_names()
 
 
 class _Runner:

@@ -252,8 +252,19 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"cannot read {self.folder}: {error.strerror}") from error
 
+    def give_names(self) -> None:
+        """What was written whole, when a crash came before its name, gets it."""
+        for path in sorted(self.folder.glob(f"{_TEMPORARY}*")):
+            name = path.name.removeprefix(_TEMPORARY)
+            if path.is_symlink() or not parse_name(name) or os.path.lexists(self.folder / name):
+                continue
+            if _is_complete(path) and _is_of(path, name):
+                path.rename(self.folder / name)
+                sync(self.folder)
+
     def remove_leftovers(self) -> None:
         """Removes what a crash left half written or half deleted; what was written whole gets its name."""
+        self.give_names()
         for path in sorted(self.folder.glob(f"{_TEMPORARY}*")):
             name = path.name.removeprefix(_TEMPORARY)
             if not path.is_dir() or path.is_symlink():
@@ -261,12 +272,7 @@ class Checkpoints:
             if parse_name(name.removesuffix("-old")) and name.endswith("-old"):
                 self._delete(path)
             elif parse_name(name):
-                final = self.folder / name
-                if _is_complete(path) and _is_of(path, name) and not os.path.lexists(final):
-                    path.rename(final)
-                    sync(self.folder)
-                else:
-                    shutil.rmtree(path)
+                shutil.rmtree(path)
 
     def _remove(self, path: Path) -> None:
         # Out of sight first: a checkpoint that is being deleted must not look like one.

@@ -165,6 +165,18 @@ def test_a_run_goes_on_from_what_was_written_whole(done, capsys):
     assert "stage evaluate: done before" in said
 
 
+@pytest.mark.parametrize("key", ["output", "resume_from"])
+def test_the_only_checkpoint_may_be_one_that_was_written_whole(done, key, capsys):
+    """`--resume` found none, and without it the folder held a run: each sent to the other."""
+    newest = find_checkpoint(done)
+    for other in (done / "checkpoints").iterdir():
+        if other != newest:
+            shutil.rmtree(other)
+    newest.rename(newest.with_name(f".tmp-{newest.name}"))
+    run(done / "recipe.yaml", device="cpu", **{key: done, "resume": key == "output"})
+    assert f"resuming from {newest}" in capsys.readouterr().out
+
+
 TOO_LONG = "x" * 300
 
 

@@ -268,7 +268,7 @@ def test_the_memory_of_a_machine(monkeypatch):
     assert 2**28 < there < 2**50
     files = {"meminfo": "MemTotal: 1000 kB\nMemFree: 7 kB\nHugePages_Total: 0\nSwapTotal: 500 kB\n"}
 
-    def read_text(path):
+    def read_text(path, encoding):
         if path.name not in files:
             raise FileNotFoundError
         return files[path.name]
