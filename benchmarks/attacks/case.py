@@ -218,9 +218,12 @@ def newest(run: Path) -> Path | None:
 def _written(folder: Path) -> str:
     """The name of the checkpoint that is whole in a temporary folder: its sums come last. Nothing if it is not."""
     name = folder.name.removeprefix(".tmp-")
-    if not (NAME.fullmatch(name) and (folder / "sums.json").is_file()):
+    if not NAME.fullmatch(name):
         return ""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    try:
+        state, _ = (json.loads((folder / file).read_text(encoding="utf-8")) for file in ("state.json", "sums.json"))
+    except (FileNotFoundError, ValueError):
+        return ""
     return name if name == f"{state['stage']:02d}_{state['stage_name']}_{state['step']:08d}" else ""
 
 
