@@ -69,7 +69,10 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
             command.signal(signum)
             moment = f"{signum.name} after {delay:.3f} s"
         outcome = command.end()
-        if outcome.code == -signum != -signal.SIGKILL and not outcome.output:
+        over = outcome.output.rstrip().rpartition("\n")[2].startswith("done: ")
+        if outcome.code == -signum and over:  # it came when all was done, and Python was on its way out
+            pass
+        elif outcome.code == -signum != -signal.SIGKILL and not outcome.output:
             counts.append("signals before a word was said")  # as any program that is just being loaded
         else:
             sound(outcome, moment, signum)
@@ -77,7 +80,7 @@ def _attack(number: int, moves: Random, folder: Path) -> Result:
             raise Fault("lost", f"{moment}: resumed from another checkpoint than {name.name}")
         if outcome.code == 2:
             raise Fault("lost", f"{moment}: does not go on after {kills} kills: {outcome.refusal()[:300]}")
-        if outcome.code == 0:  # done before it came
+        if outcome.code == 0 or over:  # done before it came
             check_end(reference, run)
             shutil.rmtree(run)
             hint = None
