@@ -209,14 +209,13 @@ class _Masks:
         self._layout = layout
         self._names = set(store.masks if layout is None else layout.of_role("mask"))
 
-    def look(self, file: str, cond: Mapping[str, Tensor], found: _Found, *, counted: bool = True) -> None:
+    def look(self, file: str, cond: Mapping[str, Tensor], found: _Found) -> None:
         """Reads the masks among these tensors, which are small, and notes what is wrong with them."""
         for name, mask in cond.items():
             guessed = self._layout is None and mask.dtype == torch.bool  # no tensor of these is anything else
             if mask.ndim != 1 or not (name in self._names or guessed):
                 continue
-            if counted:
-                self.lengths.setdefault(name, []).append(int(mask.count_nonzero()))
+            self.lengths.setdefault(name, []).append(int(mask.count_nonzero()))
             empty = self._layout is not None and self._layout.conditioning[name].may_be_empty
             if fault := mask_fault(mask[None], may_be_empty=empty):
                 if mask.any():
