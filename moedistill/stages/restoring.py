@@ -18,10 +18,10 @@ def misfit_of_state(state: Any, trained: Mapping[str, Any], scaler: Any) -> str 
         "critics": {name: each.bare.state_dict() for name, each in trained.items() if each.bare is not None},
         "scaler": scaler.state_dict() if scaler is not None else ...,
     }
-    faults = [misfit(state, form)]
-    if faults == [None]:
-        faults = [_misfit(state["trained"][name], each, f"trained.{name}") for name, each in trained.items()]
-    return next(filter(None, faults), None)
+    if fault := misfit(state, form):
+        return fault
+    parts = (_misfit(state["trained"][name], each, f"trained.{name}") for name, each in trained.items())
+    return next(filter(None, parts), None)
 
 
 def _misfit(saved: Mapping[str, Any], trainable: Any, where: str) -> str | None:
