@@ -211,7 +211,8 @@ def newest(run: Path) -> Path | None:
     found = [
         path for path in run.glob("checkpoints/*") if NAME.fullmatch(path.name) and (path / "state.json").is_file()
     ]
-    written = [path.with_name(_written(path)) for path in run.glob("checkpoints/.tmp-*") if _written(path)]
+    # Asked once: a run that goes on gives it its name at any moment.
+    written = [path.with_name(name) for path in run.glob("checkpoints/.tmp-*") if (name := _written(path))]
     return max([*found, *written], key=lambda path: path.name, default=None)
 
 
