@@ -21,6 +21,7 @@ NAMES = 8
 OF_TEXT = ("text", "mask", "pooled")
 """Roles of what a prompt is encoded to."""
 DTYPE_OF = {"mask": torch.bool}
+"""By role, where it is not the default's."""
 
 Shape = tuple[int, ...]
 Unpack = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -260,10 +261,8 @@ def _facts(
     yield "latent frames", counted(Counter(sample.latents[1] for sample in seen))
     names = list(dict.fromkeys(name for sample in seen for name in sample.conditioning))
     for name in names[:NAMES]:
-        yield (
-            shorten(name, 30),
-            counted(Counter(str(list(s.conditioning[name].shape)) for s in seen if name in s.conditioning)),
-        )
+        shapes = Counter(str(list(sample.conditioning[name].shape)) for sample in seen if name in sample.conditioning)
+        yield shorten(name, 30), counted(shapes)
     if len(names) > NAMES:
         yield "other tensors", f"{len(names) - NAMES} more names"
     for name, numbers in lengths.items():

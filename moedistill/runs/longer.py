@@ -27,8 +27,10 @@ def made_longer(
     """
     number = state["stage"]
     for k, (before, config) in enumerate(zip(made["stages"][: number + 1], recipe.stages, strict=False)):
-        steps = before.get("steps", 0)
-        if not isinstance(config, TrainingStageConfig) or before["name"] != config.name or config.steps <= steps:
+        steps = before.get("steps")
+        if not isinstance(config, TrainingStageConfig) or before["name"] != config.name or not isinstance(steps, int):
+            continue  # another recipe, as others will say
+        if config.steps <= steps:
             continue
         if k < number:
             end = checkpoint.with_name(f"{k:02d}_{config.name}_{steps:08d}")

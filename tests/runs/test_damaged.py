@@ -371,6 +371,18 @@ def survives(ask):
     return True
 
 
+@pytest.mark.parametrize("steps", [None, "2", [2]])
+def test_steps_that_are_no_number_are_another_recipe(folder, steps):
+    checkpoint = folder / "checkpoints" / NAMES[2]
+    (checkpoint / SUMS).unlink()
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["format"]
+    state["recipe"]["stages"][0]["steps"] = steps
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"the recipe is not the one .* stages\.0\.steps\b.* differ"):
+        plan(load_recipe(recipe()), resume_from=checkpoint)
+
+
 def test_random_edits_of_a_state_are_no_tracebacks(folder):
     checkpoint, read = folder / "checkpoints" / NAMES[2], load_recipe(recipe())
     (checkpoint / SUMS).unlink()
