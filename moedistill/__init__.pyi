@@ -44,8 +44,14 @@ from .flow.trajectory import TrajectoryConfig as TrajectoryConfig
 from .integrations.diffusers.apply import apply as apply
 from .integrations.diffusers.backbone import DiffusersBackbone as DiffusersBackbone
 from .integrations.diffusers.backbone import DiffusersBackboneConfig as DiffusersBackboneConfig
+from .integrations.diffusers.converting import PublishedWeights as PublishedWeights
+from .integrations.diffusers.converting import WeightPiece as WeightPiece
+from .integrations.diffusers.converting import convert_network as convert_network
+from .integrations.diffusers.converting import convert_text_model as convert_text_model
 from .integrations.diffusers.loading import read_json as read_json
 from .integrations.diffusers.loading import read_tensors as read_tensors
+from .integrations.diffusers.models import DiffusersModels as DiffusersModels
+from .integrations.diffusers.models import DiffusersModelsConfig as DiffusersModelsConfig
 from .integrations.diffusers.pipeline import attach as attach
 from .integrations.diffusers.scheduler import FewStepScheduler as FewStepScheduler
 from .integrations.diffusers.tiny_text import tiny_t5 as tiny_t5
@@ -73,6 +79,7 @@ from .metrics.statistics import unrest as unrest
 from .model.backbone import TEACHER as TEACHER
 from .model.backbone import Backbone as Backbone
 from .model.backbone import BackboneConfig as BackboneConfig
+from .model.backbone import Record as Record
 from .model.backbone import VideoSize as VideoSize
 from .model.conditioning import Conditioning as Conditioning
 from .model.ema import EMA as EMA

@@ -488,6 +488,31 @@ def check(path: str, recipe: str | None, overrides: tuple[str, ...], plugin_file
 
 
 @cli.command()
+@click.argument("kind")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+@plugin_option
+def convert(kind: str, source: Path, dest: Path, plugin_files: tuple[str, ...]) -> None:
+    """Make of SOURCE, a model's files as its makers publish them, the new folder DEST for `backbone.pretrained`.
+
+    KIND is the backbone's, such as open_sora. A recipe that names the published folder itself does this at its first
+    use; here you choose the place.
+
+    \b
+    Example:
+      moedistill convert open_sora Open-Sora-v2 models/open_sora
+    """
+    from moedistill.errors import user_errors
+    from moedistill.model.backbone import BackboneConfig
+
+    with user_errors("convert"):
+        cls = _plugins(plugin_files).components.get("backbone", kind)
+        assert issubclass(cls, BackboneConfig)
+        cls.convert(source, dest)
+    click.echo(f"{dest}: give it as backbone.pretrained")
+
+
+@cli.command()
 @click.argument("name")
 @click.option("--pretrained", metavar="PLACE", help="Check these weights, a folder or Hub id; else a random miniature.")
 @click.option(

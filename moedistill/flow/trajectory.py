@@ -171,6 +171,11 @@ class Trajectory:
         upper = bisect_left(self.points.tolist(), as_sigma(sigma))
         return upper - 1, upper
 
+    def steps_at(self, sigma: Tensor) -> Tensor:
+        """Which of the N steps pass `sigma` `[B]`, int64 `[B]`: 0 is the first, from p_N; below p_0 it is the last."""
+        above = torch.searchsorted(self.points.to(sigma.device), sigma)
+        return (self.num_steps - above).clamp(0, self.num_steps - 1)
+
     def nearest(self, sigma: float) -> int:
         """The point that a rounded `sigma` means.
 
@@ -258,6 +263,14 @@ class TrajectoryConfig(Config, ABC):
     def build(self, native_sigmas: Tensor | None = None) -> Trajectory:
         """The trajectory; `native_sigmas` is the backbone's own table, where it has one."""
 
+    def settled(self, shift: float | None) -> "TrajectoryConfig":
+        """The same with what is left to the backbone written out: `shift` is its own for the recipe's videos, if any.
+
+        Raises:
+            ValueError: it is left to a backbone that has none.
+        """
+        return self
+
 
 @dataclass(kw_only=True)
 class FlowMatching(TrajectoryConfig):
@@ -265,18 +278,28 @@ class FlowMatching(TrajectoryConfig):
 
     Args:
         num_steps: number of Euler steps N of the teacher.
-        shift: 1 for an even grid; larger values put more points at high noise.
+        shift: 1 for an even grid; larger values put more points at high noise. `auto`: the model's own for videos of
+            the backbone's size, where it has one; the recipe is resolved to that number.
         num_train_timesteps: size of the model's training grid.
         end: `grid_min`: p_0 is the smallest sigma of the training grid, as in DCM; `zero`: p_0 is 0, so that what is
             trained is what is sampled.
     """
 
     num_steps: GridSize = 50
-    shift: PositiveFloat = 17.0
+    shift: PositiveFloat | Literal["auto"] = 17.0
     num_train_timesteps: GridSize = 1000
     end: End = "grid_min"
 
+    def settled(self, shift: float | None) -> "FlowMatching":
+        if self.shift != "auto":
+            return self
+        if shift is None:
+            raise ValueError("shift: auto: the backbone gives no shift of its own; give a number, such as 17.0")
+        return self.replace(shift=shift)
+
     def build(self, native_sigmas: Tensor | None = None) -> Trajectory:
+        if isinstance(self.shift, str):
+            raise ValueError("shift: auto becomes a number when a recipe is read; use load_recipe, or give a number")
         return Trajectory.flow_matching(
             self.num_steps, self.shift, self.num_train_timesteps, self.end, native_sigmas=native_sigmas
         )

@@ -15,6 +15,8 @@ from moedistill.model.layout import SampleLayout
 from moedistill.model.prompt import Prompt, as_prompts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from moedistill.flow.routers import TimestepRouter
@@ -44,6 +46,28 @@ class VideoSize:
     width: GridSize
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a model's own code gave, for a backbone to give again.
+
+    Args:
+        config: of a backbone with the weights that were used.
+        x, sigma: `[B, C, T, H, W]` as the network takes it, and `[B]`.
+        conditionings: one for each of `velocities`, by the names that the backbone knows.
+        velocities: `[B, C, T, H, W]` for each conditioning.
+        hidden: image tokens after each of the backbone's blocks, with the first conditioning.
+        told: what the model is told, by what is asked for.
+    """
+
+    config: "BackboneConfig"
+    x: "Tensor"
+    sigma: "Tensor"
+    conditionings: "Sequence[Conditioning]"
+    velocities: "Sequence[Tensor]"
+    hidden: "Sequence[Tensor]" = ()
+    told: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(kw_only=True)
 class BackboneConfig(Config, ABC):
     """Recipe keys common to all backbones.
@@ -62,6 +86,20 @@ class BackboneConfig(Config, ABC):
     def build(self, seed: int = 0) -> "Backbone":
         """Builds the backbone and loads its weights; random weights, where there are none to load, come from `seed`."""
 
+    @classmethod
+    def convert(cls, source: "Path", dest: "Path") -> None:
+        """Writes to the new folder `dest` what `pretrained` takes, of the model's files as its makers publish them.
+
+        Raises:
+            ValueError: they are not those; or the model is published as it is taken, and there is nothing to convert.
+            UserError: `dest` is in use, or cannot be written.
+        """
+        raise ValueError(f"{source} has nothing to convert: give it as backbone.pretrained as it is")
+
+    def record(self, folder: "Path") -> "Record | None":
+        """What the model's own code gave with weights of which the config in it is made, in `folder`; for the kit."""
+        return None
+
     def tiny(self) -> "BackboneConfig":
         """The same architecture as a random miniature, for runs on a CPU."""
         return self
@@ -72,6 +110,10 @@ class BackboneConfig(Config, ABC):
 
     def native_sigmas(self) -> "Tensor | None":
         """The model's own sigma table, ascending float32, entry k for native time k; None if it has none."""
+        return None
+
+    def time_shift(self) -> float | None:
+        """The shift of the model's own time grid for videos of the size that the config says; None if it has none."""
         return None
 
     def bases(self) -> Sequence[str]:

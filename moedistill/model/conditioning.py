@@ -35,8 +35,8 @@ def where(mask: Tensor, yes: Conditioning, no: Conditioning) -> dict[str, Tensor
     return {name: torch.where(mask.view(-1, *[1] * (yes[name].ndim - 1)), yes[name], no[name]) for name in yes}
 
 
-def select(cond: Conditioning, rows: slice) -> dict[str, Tensor]:
-    """Some of the batch's rows."""
+def select(cond: Conditioning, rows: slice | Tensor) -> dict[str, Tensor]:
+    """Some of the batch's rows: a range, or where a bool `[B]` is true."""
     return {name: value[rows] for name, value in cond.items()}
 
 

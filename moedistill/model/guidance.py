@@ -1,9 +1,13 @@
 """How the teacher is guided."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from moedistill.components.fields import PositiveFloat
+from moedistill.components.fields import NonNegativeInt, PositiveFloat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)
@@ -17,18 +21,24 @@ class Guidance:
         negative_prompt: what the unconditional half of classifier-free guidance, and dropped text, is told instead. A
             negative that is stored with the training data takes its place.
         student_scale: the embedded scale that the experts are told; null for the teacher's.
+        oscillate_from: from this step on, the first being 0, classifier-free guidance leaves out every odd one, which
+            is then the conditional velocity alone (guidance oscillation of Open-Sora 2.0). Steps are those of the
+            trajectory, in training, sampling and analysis alike. null: every step is guided.
     """
 
     mode: Literal["none", "classifier_free", "embedded"] = "none"
     scale: PositiveFloat | dict[str, PositiveFloat] = 1.0
     negative_prompt: str = ""
     student_scale: PositiveFloat | None = None
+    oscillate_from: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         if self.mode == "none" and self.scale != 1.0:
             raise ValueError(f"scale {self.scale} needs a mode: classifier_free or embedded")
         if self.mode != "embedded" and self.student_scale is not None:
             raise ValueError(f"student_scale {self.student_scale} needs mode: embedded; other experts take no scale")
+        if self.mode != "classifier_free" and self.oscillate_from is not None:
+            raise ValueError(f"oscillate_from {self.oscillate_from} needs mode: classifier_free, two forwards a step")
 
     def scale_of(self, base: str) -> float:
         """The scale of one of the teacher's networks."""
@@ -41,3 +51,8 @@ class Guidance:
     def classifier_free_scale(self, base: str) -> float:
         """The scale by which two forwards are combined; 1 where there is nothing to combine."""
         return self.scale_of(base) if self.mode == "classifier_free" else 1.0
+
+    def guides(self, step: "Tensor") -> "Tensor":
+        """Which of the trajectory's steps, int64 `[B]`, the first being 0, are guided by two forwards; bool `[B]`."""
+        start = math.inf if self.oscillate_from is None else self.oscillate_from
+        return (step < start) | (step % 2 == 0)

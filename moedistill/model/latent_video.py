@@ -7,7 +7,7 @@ subclasses these two.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -151,6 +151,10 @@ class LatentVideoConfig(BackboneConfig, ABC):
             "  To try the recipe without weights, in miniature: --smoke"
         )
 
+    def loadable(self) -> Path:
+        """The folder that weights are loaded from: `locate`, or what a plugin makes of one in its makers' own files."""
+        return self.locate()
+
     def from_file(self) -> str:
         """How a folder is made of a single file of weights, for people."""
         return f"give {self.folder}"
@@ -187,6 +191,9 @@ class LatentVideoBackbone(Backbone):
         self.network = next(iter(networks.values()))
         self._null: dict[str, Tensor] | None = None
         self._encoded: dict[Prompt, dict[str, Tensor]] = {}
+        """By what the model was told."""
+        self._asked: dict[Prompt, Prompt] = {}
+        """Of what it was told: what was asked for."""
 
     # -- what a plugin says -------------------------------------------------------------------------------------------
 
@@ -196,6 +203,10 @@ class LatentVideoBackbone(Backbone):
 
         They are loaded for it, and freed again. Never called of a miniature.
         """
+
+    def told(self, text: str) -> str:
+        """What the model is told of a prompt: by default its text. A negative prompt is told as it is."""
+        return text
 
     # -- the contract -------------------------------------------------------------------------------------------------
 
@@ -250,7 +261,7 @@ class LatentVideoBackbone(Backbone):
             ValueError: it can neither be encoded nor was it stored, or its length is not that of `cond`.
         """
         if self._null is None:
-            self._null = dict(self.encode([self.config.guidance.negative_prompt]))
+            self._null = self.encode_told([Prompt(self.config.guidance.negative_prompt)])
         kept = {name for name, each in self.config.inputs().items() if not each.droppable}
         null = {}
         for name, value in cond.items():
@@ -267,11 +278,17 @@ class LatentVideoBackbone(Backbone):
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Conditioning of prompts, on the CPU. A miniature gives each prompt random numbers of its own."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        told = [replace(prompt, text=self.told(prompt.text)) for prompt in prompts]
+        self._asked |= dict(zip(told, prompts, strict=True))
+        return self.encode_told(told)
+
+    def encode_told(self, told: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Conditioning of what the model is told, word for word: of a negative prompt that is to be stored, too."""
+        new = [prompt for prompt in dict.fromkeys(told) if prompt not in self._encoded]
         if new:
             made = map(self._synthetic, new) if self.config.pretrained is None else self.encode_new(new)
             self._encoded |= dict(zip(new, made, strict=True))
-        return conditioning.stack([self._encoded[prompt] for prompt in prompts])
+        return conditioning.stack([self._encoded[prompt] for prompt in told])
 
     def captions(self, cond: Conditioning) -> list[str]:
         """The prompts, where they were encoded here."""
@@ -318,7 +335,8 @@ class LatentVideoBackbone(Backbone):
         return unpacked
 
     def _caption(self, name: str, text: Tensor, number: int) -> str:
-        known = (str(prompt) for prompt, value in self._encoded.items() if torch.equal(value[name], text))
+        encoded = self._encoded.items()
+        known = (str(self._asked.get(told, told)) for told, value in encoded if torch.equal(value[name], text))
         return next(known, f"sample {number}")
 
     def _synthetic(self, prompt: Prompt) -> dict[str, Tensor]:

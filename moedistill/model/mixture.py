@@ -179,17 +179,25 @@ class Mixture(nn.Module):
     def guided(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: Guidance) -> Tensor:
         """Velocity of the active teacher with its guidance: v_c + (scale - 1)·(v_c - v_u).
 
-        The conditional and the unconditional half run as one batch. With `embedded` guidance the network is told the
-        scale by the backbone, and there is nothing to add.
+        The conditional and the unconditional half run as one batch; where guidance oscillates, the latter has those
+        samples alone whose step is guided. With `embedded` guidance the network is told the scale by the backbone, and
+        there is nothing to add.
         """
         shared = self.experts[self.active].shared
         base = next((base for base in self.bases if self._teacher(base).shared is shared), self.bases[0])
         scale = guidance.classifier_free_scale(base)
         if scale == 1.0:
             return self(x, sigma, cond)
-        both = conditioning.concat(cond, self.backbone.null_conditioning(cond))
-        v_cond, v_null = self(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return guide(v_cond, v_null, scale)
+        null = self.backbone.null_conditioning(cond)
+        if guidance.oscillate_from is None:
+            both = conditioning.concat(cond, null)
+            v_cond, v_null = self(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+            return guide(v_cond, v_null, scale)
+        rows = guidance.guides(self.trajectory.steps_at(sigma))
+        both = conditioning.concat(cond, conditioning.select(null, rows))
+        v = self(torch.cat([x, x[rows]]), torch.cat([sigma, sigma[rows]]), both)
+        guided, v_null = v.split([len(x), len(v) - len(x)])
+        return guided.index_put((rows,), guide(guided[rows], v_null, scale))
 
     def teacher_at(self, sigma: float) -> str:
         """The name, as an expert, of the pretrained network that serves `sigma`."""

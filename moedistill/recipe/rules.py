@@ -87,10 +87,12 @@ class Rules:
                 yield ("experts", expert), f"{shorten(expert, 60)!r}: only {rule}, at most 64", ""
 
     def trajectory(self) -> "tuple[Trajectory | None, Violation | None]":
+        """The recipe's, as built. What it leaves to the backbone is written into the recipe, for all other rules."""
         recipe = self.recipe
         if failed(recipe.trajectory) or failed(recipe.backbone):
             return None, None
         try:
+            recipe.trajectory = recipe.trajectory.settled(recipe.backbone.time_shift())
             return recipe.trajectory.build(recipe.backbone.native_sigmas()), None
         except ValueError as error:
             return None, (("trajectory",), str(error), "")

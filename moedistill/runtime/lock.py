@@ -92,6 +92,32 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """One process after the other: waits while another is in such a block of the same `path`, a file beside the work.
+
+    Where a file system has no flock, nobody waits.
+    """
+    descriptor = None
+    while descriptor is None:
+        with disk_errors(path):
+            opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        # One that was removed between our opening and locking it protects nothing.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(opened), path.stat()):
+                descriptor = opened
+        if descriptor is None:
+            os.close(opened)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
 def _take(path: Path) -> int:
     """The lock's file, open and locked."""
     while True:

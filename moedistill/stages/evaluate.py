@@ -203,7 +203,8 @@ def _exact_velocity(run: "Run", x: Tensor, sigma: Tensor, cond: Conditioning) ->
     if scale != 1.0:
         # Velocities at one x differ as the means do.
         null = dataset.posterior_mean(x, sigma, mixture.backbone.null_conditioning(cond))
-        mean = guide(mean, null, scale)
+        guides = run.recipe.backbone.guidance.guides(mixture.trajectory.steps_at(sigma))
+        mean = torch.where(guides.view(-1, 1, 1, 1, 1), guide(mean, null, scale), mean)
     return velocity_of(x, mean, sigma)
 
 

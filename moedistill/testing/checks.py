@@ -7,7 +7,6 @@ and `moedistill check-backbone` as a table.
 Of a random miniature every weight is moved a little first: final layers that start at zero would make checks vacuous.
 """
 
-import inspect
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +21,15 @@ from torch import Tensor, nn
 from moedistill.flow.process import add_noise, jump, to_vp, velocity_from_vp
 from moedistill.flow.routers import TimestepRouter
 from moedistill.flow.trajectory import Trajectory
-from moedistill.integrations.diffusers.backbone import DiffusersBackbone, DiffusersBackboneConfig
+from moedistill.integrations.diffusers.backbone import DiffusersBackbone
+from moedistill.integrations.diffusers.models import DiffusersModels, DiffusersModelsConfig
 from moedistill.integrations.diffusers.pipeline import attach
 from moedistill.model import conditioning
-from moedistill.model.backbone import TEACHER, Backbone, teacher_name
+from moedistill.model.backbone import TEACHER, Backbone, BackboneConfig, teacher_name
 from moedistill.model.conditioning import Conditioning
 from moedistill.model.experts import LoRAConfig
 from moedistill.model.guidance import Guidance
+from moedistill.model.latent_video import LatentVideoBackbone, LatentVideoConfig
 from moedistill.model.mixture import Mixture
 from moedistill.runtime.checkpoint import load_tree, save_tree
 from moedistill.testing.subject import BATCH, Subject, Unchecked, move, prompts_for
@@ -69,20 +70,35 @@ def _listed(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table. `function` returns a figure, or raises; `trained`: a miniature cannot have it."""
+    """One row of the table.
+
+    Args:
+        function: returns a figure, or raises.
+        trained: a miniature cannot have it.
+        declared: a method of the config by which a backbone says what is looked at; one that has none has no such row.
+    """
 
     name: str
     title: str
     function: Callable[[Subject], str]
     trained: bool = False
+    declared: str = ""
+
+    def concerns(self, config: BackboneConfig) -> bool:
+        """Whether a backbone of this config has what is looked at."""
+        name = self.declared
+        return not name or getattr(type(config), name) is not getattr(BackboneConfig, name)
 
 
 CHECKS: list[Check] = []
 
 
-def _check(title: str, *, trained: bool = False) -> Callable[[Callable[[Subject], str]], Callable[[Subject], str]]:
-    def add(function: Callable[[Subject], str]) -> Callable[[Subject], str]:
-        CHECKS.append(Check(function.__name__, title, function, trained))
+Function = Callable[[Subject], str]
+
+
+def _check(title: str, *, trained: bool = False, declared: str = "") -> Callable[[Function], Function]:
+    def add(function: Function) -> Function:
+        CHECKS.append(Check(function.__name__, title, function, trained, declared))
         return function
 
     return add
@@ -240,22 +256,42 @@ def native_steps(subject: Subject) -> str:
     return f"{len(pairs) - 1} steps, {worst:.1e}"
 
 
+@_check("the time shift is that of the model's own sampler", declared="time_shift")
+@torch.no_grad()
+def time_shift(subject: Subject) -> str:
+    backbone, config, (noise, _, cond) = subject.teacher.backbone, subject.config, subject.inputs
+    if isinstance(config, LatentVideoConfig) and subject.video is not None:
+        config = config.replace(video=subject.video)
+    shift = config.time_shift()
+    if shift is None:
+        raise Unchecked("time_shift gives None")
+    pairs = backbone.native_trajectory(noise, cond, NATIVE_STEPS)
+    if pairs is None:
+        raise Unchecked("native_trajectory gives None")
+    wanted = torch.tensor([float(sigma) for sigma, _ in pairs])
+    found = Trajectory.flow_matching(NATIVE_STEPS, shift, end="zero").points.flip(0)
+    return f"{shift:.5g}, {_agree('sigmas', found, wanted, 1e-6):.1e}"
+
+
 @_check("the guided teacher is the model's own sampler, guided")
 @torch.no_grad()
 def guided_steps(subject: Subject) -> str:
     backbone, (noise, _, cond) = _guided(subject, SCALE, subject.teacher.backbone.networks), subject.inputs
-    mixture = Mixture(backbone, {}, guidance=_guidance(subject, SCALE)).to(subject.device)
-    pairs = mixture.backbone.native_trajectory(noise, cond, NATIVE_STEPS, guided=True)
+    guidance = _guidance(subject, SCALE)
+    # So many that a guidance that oscillates has begun to.
+    steps = NATIVE_STEPS if guidance.oscillate_from is None else guidance.oscillate_from + 3
+    pairs = backbone.native_trajectory(noise, cond, steps, guided=True)
     if pairs is None:
         raise Unchecked("native_trajectory gives None, guided")
+    trajectory = Trajectory.from_sigmas(sorted({1.0, *(float(sigma) for sigma, _ in pairs)}))
+    mixture = Mixture(backbone, {}, trajectory=trajectory, guidance=guidance).to(subject.device)
     if len(mixture.bases) > 1:
-        points = sorted({1.0, *(float(sigma) for sigma, _ in pairs)})
-        mixture.teacher_router = subject.config.teacher_router(Trajectory.from_sigmas(points))
+        mixture.teacher_router = subject.config.teacher_router(trajectory)
     worst, effect = 0.0, 0.0
     for (sigma, x), (sigma_next, x_next) in pairwise(pairs):
         level = subject.column(sigma)
         with mixture.using(mixture.teacher_at(sigma)):
-            v = mixture.guided(x.float(), level, cond, mixture.guidance)
+            v = mixture.guided(x.float(), level, cond, guidance)
             plain = mixture(x.float(), level, cond)
         where = f"the guided jump from sigma {sigma:.4g} to {sigma_next:.4g}"
         worst = max(worst, _agree(where, jump(x.float(), v, sigma, sigma_next), x_next.float(), 1e-5))
@@ -270,7 +306,7 @@ def _guided(subject: Subject, scale: float, networks: Mapping[str, nn.Module]) -
     """
     try:
         config = subject.config.replace(guidance=_guidance(subject, scale))
-        if isinstance(config, DiffusersBackboneConfig):
+        if isinstance(config, DiffusersModelsConfig):
             return config.wrap(networks)
         if not subject.real:
             return Subject(config, device=subject.device).backbone()
@@ -280,23 +316,46 @@ def _guided(subject: Subject, scale: float, networks: Mapping[str, nn.Module]) -
 
 
 def _guidance(subject: Subject, scale: float) -> Guidance:
-    bases = subject.config.bases()
-    return Guidance(mode="classifier_free", scale=scale if len(bases) == 1 else dict.fromkeys(bases, scale))
+    """Of two forwards with this scale, which oscillates as the config's own does by default."""
+    bases, own = subject.config.bases(), subject.config.guidance
+    by_base = scale if len(bases) == 1 else dict.fromkeys(bases, scale)
+    return Guidance(mode="classifier_free", scale=by_base, oscillate_from=own.oscillate_from)
+
+
+@_check("what the model's own code gave is given again", declared="record")
+@torch.no_grad()
+def recorded(subject: Subject) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        record = subject.config.record(Path(folder))
+        if record is None:
+            raise Unchecked("there is no record of it")
+        backbone = record.config.build()
+        for asked, told in record.told.items():
+            assert isinstance(backbone, LatentVideoBackbone), "only a LatentVideoBackbone is told what is not asked for"
+            assert backbone.told(asked) == told, f"asked for {asked!r}, the model is told {backbone.told(asked)!r}"
+        mixture, worst = Mixture(backbone, {}), 0.0
+        for number, (cond, velocity) in enumerate(zip(record.conditionings, record.velocities, strict=True)):
+            v = _run(mixture, TEACHER, record.x, record.sigma, cond)
+            worst = max(worst, _agree(f"velocity with conditioning {number}", v, velocity, 5e-6))
+        taps = mixture.hidden_states(record.x, record.sigma, record.conditionings[0], backbone.blocks)
+        for path, found, wanted in zip(backbone.blocks, taps, record.hidden, strict=bool(record.hidden)):
+            worst = max(worst, _agree(f"states after {path}", found, wanted, 5e-6))
+    return f"{len(record.velocities)} velocities, states of {len(record.hidden)} blocks, {worst:.1e}"
 
 
 @_check("text encoders: what they make of prompts is what the network takes")
 @torch.no_grad()
 def text_encoders(subject: Subject) -> str:
     config, backbone = subject.config, subject.teacher.backbone
-    if not isinstance(config, DiffusersBackboneConfig) or not isinstance(backbone, DiffusersBackbone):
-        raise Unchecked("no pipeline of diffusers'")
+    if not isinstance(config, DiffusersModelsConfig) or not isinstance(backbone, DiffusersModels):
+        raise Unchecked("no text encoders of diffusers' or transformers'")
     x, sigma, cond = subject.inputs
-    prompts = prompts_for(backbone)
+    prompts = [backbone.told(prompt) for prompt in prompts_for(backbone)]
     if subject.real:
         encode: Callable[[list[str]], Conditioning] = backbone.encode
     else:
-        pipeline = _text_pipeline(config)
-        encode = lambda prompts: backbone.encode_with(pipeline, prompts)  # noqa: E731
+        encoders = config.text_model(_tiny_text(config))
+        encode = lambda prompts: backbone.encode_with(encoders, prompts)  # noqa: E731
     found = encode(prompts)
     of_text = ("text", "mask", "pooled")
     wanted = {name: each for name, each in config.inputs().items() if each.required and each.role in of_text}
@@ -321,18 +380,15 @@ def text_encoders(subject: Subject) -> str:
     return ", ".join(f"{name} {list(value.shape[1:])}" for name, value in found.items())
 
 
-def _text_pipeline(config: DiffusersBackboneConfig) -> Any:
-    """A pipeline around tiny text encoders alone."""
+def _tiny_text(config: DiffusersModelsConfig) -> Mapping[str, Any]:
+    """The config's tiny text encoders."""
     encoders = config.tiny_text_encoders()
     if not encoders:
         raise Unchecked("the config names no tiny_text_encoders")
     assert set(encoders) == set(config.text_components), (
         f"tiny_text_encoders gives {', '.join(encoders)}, text_components are {', '.join(config.text_components)}"
     )
-    cls: Any = config.pipeline_class()
-    parameters = inspect.signature(cls).parameters.values()
-    needed = {p.name: None for p in parameters if p.default is p.empty}
-    return cls(**{**needed, **config.text_pipeline_options(), **encoders})
+    return encoders
 
 
 @_check("videos are encoded to what is stored, and decoded again")

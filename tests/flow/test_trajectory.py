@@ -207,3 +207,20 @@ def test_configs_build_what_they_say():
     assert points.timestep(1.0) == 99.0
     with pytest.raises(ValueError, match="no sigma table"):
         Native().build()
+
+
+def test_which_step_passes_a_sigma():
+    """Step 0 begins at 1; a sigma between two points belongs to the step that begins above it."""
+    trajectory = Trajectory.flow_matching(num_steps=4, shift=1.0)
+    sigma = torch.tensor([1.0, 0.9, 0.75, 0.74, 0.5, 0.25, 0.1, 0.001, 0.0])
+    assert trajectory.steps_at(sigma).tolist() == [0, 0, 1, 1, 2, 3, 3, 3, 3]
+
+
+def test_a_shift_that_is_left_to_the_backbone():
+    left = FlowMatching(shift="auto")
+    assert left.settled(3.0) == FlowMatching(shift=3.0)
+    assert FlowMatching(shift=5.0).settled(3.0) == FlowMatching(shift=5.0)
+    with pytest.raises(ValueError, match="auto: the backbone gives no shift of its own; give a number"):
+        left.settled(None)
+    with pytest.raises(ValueError, match="auto becomes a number when a recipe is read"):
+        left.build()

@@ -184,6 +184,31 @@ def test_a_network_that_cannot_checkpoint_is_refused(monkeypatch):
 # --- Guidance
 
 
+def test_an_oscillating_guidance_leaves_out_every_odd_step_from_where_it_begins(mixture):
+    """Of a trajectory of 50 steps, whose step i begins at point 50 - i."""
+    x, _, cond = digits_inputs(batch=6)
+    steps = [0, 9, 10, 11, 12, 49]
+    sigma = mixture.trajectory.points[[50 - step for step in steps]]
+    guidance = Guidance(mode="classifier_free", scale=4.0, oscillate_from=10)
+    calls = []
+    network = mixture.experts[TEACHER].shared.network
+    handle = network.register_forward_hook(lambda _module, args, _output: calls.append(len(args[0])))
+    before = mixture.forwards
+    with torch.no_grad():
+        found = mixture.guided(x, sigma, cond, guidance)
+        assert calls == [10]  # one forward, of four samples with and of two without
+        assert mixture.forwards - before == 10
+        v = mixture(x, sigma, cond)
+        always = mixture.guided(x, sigma, cond, Guidance(mode="classifier_free", scale=4.0))
+        none = mixture.guided(x[[3, 5]], sigma[[3, 5]], {name: value[[3, 5]] for name, value in cond.items()}, guidance)
+    handle.remove()
+    for row, step in enumerate(steps):
+        wanted, other = (v, always) if step in (11, 49) else (always, v)
+        torch.testing.assert_close(found[row], wanted[row], rtol=1e-5, atol=1e-5)
+        assert (found[row] - other[row]).abs().max() > 1e-3
+    torch.testing.assert_close(none, v[[3, 5]], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("expert", [TEACHER, "lora"])
 def test_guided_is_one_batched_forward_equal_to_two(mixture, expert):
     x, sigma, cond = digits_inputs()

@@ -41,6 +41,7 @@ from moedistill.metrics.relative import FlipsConfig
 from moedistill.model.backbone import VideoSize
 from moedistill.model.guidance import Guidance
 from moedistill.model.mixture import Mixture
+from moedistill.model.prompt import Prompt
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
@@ -57,6 +58,7 @@ from moedistill_digits.network import Block
 from moedistill_hunyuan_video.backbone import HunyuanVideoConfig
 from moedistill_hunyuan_video_15.backbone import HunyuanVideo15Config
 from moedistill_ltx.backbone import LTXConfig
+from moedistill_open_sora.backbone import OpenSoraConfig
 from moedistill_wan.backbone import WanConfig
 
 GRID = Trajectory.flow_matching(8, 5.0)
@@ -949,6 +951,34 @@ def test_models_of_one_network(tmp_path, cls, frames, wanted):
         config.replace(guidance=Guidance(mode="embedded", scale=3.0))
 
 
+@observes(
+    *(
+        f"backbone.open_sora.{name}"
+        for name in ("pretrained", "revision", "variant", "dtype", "video", "guidance", "motion_score")
+    )
+)
+def test_open_sora(tmp_path):
+    config = OpenSoraConfig(pretrained=None, video=OpenSoraConfig.tiny_video)
+    network = config.build().network
+    network.save_pretrained(tmp_path / "transformer", variant="fp16")
+    found = config.replace(pretrained=str(tmp_path), variant="fp16", dtype="bfloat16").build(seed=1).network
+    assert torch.equal(found.proj_out.weight, network.proj_out.weight.bfloat16())
+    with pytest.raises(ValueError, match="hf download nobody/model --revision v2\n"):
+        config.replace(pretrained="nobody/model", revision="v2").build()
+    taller = dataclasses.replace(config.video, height=64)
+    assert config.replace(video=taller).build().latent_shape() == (16, 5, 8, 6)
+    for score, told in ((9, "rain. 24 FPS. 9 motion score."), (None, "rain. 24 FPS.")):
+        assert config.replace(motion_score=score).build().told("rain") == told
+    nulls = []
+    for prompt in ("blurry", "static"):
+        backbone = config.replace(guidance=Guidance(negative_prompt=prompt)).build()
+        nulls.append(backbone.null_conditioning(backbone.encode(["a dog"]))["prompt_embeds"])
+        assert torch.equal(nulls[-1], backbone.encode_told([Prompt(prompt)])["prompt_embeds"])
+    assert not torch.equal(*nulls)
+    with pytest.raises(ValueError, match="has no input for the scale"):
+        config.replace(guidance=Guidance(mode="embedded", scale=3.0))
+
+
 # -- HunyuanVideo -----------------------------------------------------------------------------------------------------
 
 
@@ -992,6 +1022,14 @@ def test_revision_of_hunyuan_video(tmp_path, monkeypatch):
     assert not torch.equal(weights[None], weights["v2"])
     with pytest.raises(ValueError, match="hf download someone/model --revision v3\n"):
         config.replace(revision="v3").build()
+
+
+@observes("Guidance.oscillate_from")
+def test_which_steps_are_guided():
+    steps = torch.arange(8)
+    for start, left_out in ((None, []), (0, [1, 3, 5, 7]), (4, [5, 7])):
+        guidance = Guidance(mode="classifier_free", scale=2.0, oscillate_from=start)
+        assert steps[~guidance.guides(steps)].tolist() == left_out
 
 
 @observes("Guidance.student_scale", "Guidance.negative_prompt")
@@ -1110,7 +1148,10 @@ def test_size_of_videos():
         assert backbone.decode(noise).shape == (1, 3, video.num_frames, video.height, video.width)
 
 
-@observes(*(f"backbone.{kind}.fps" for kind in ("wan", "hunyuan_video", "hunyuan_video_15", "cogvideox", "ltx")))
+FAMILIES = ("wan", "hunyuan_video", "hunyuan_video_15", "cogvideox", "ltx", "open_sora")
+
+
+@observes(*(f"backbone.{kind}.fps" for kind in FAMILIES))
 @pytest.mark.parametrize(
     ("config", "own"),
     [
@@ -1120,6 +1161,7 @@ def test_size_of_videos():
         (CogVideoXConfig(pretrained=None, model="1.5-5b"), 16),
         (CogVideoXConfig(pretrained=None), 8),
         (LTXConfig(pretrained=None), 25),
+        (OpenSoraConfig(pretrained=None), 24),
     ],
 )
 def test_frame_rate(config, own, tmp_path):

@@ -710,3 +710,21 @@ def test_sample_steps_refused(sample):
 
 def test_public_name():
     assert moedistill.load_recipe is load_recipe
+
+
+# -- what is left to the backbone, and guidance that oscillates -------------------------------------------------------
+
+
+def test_a_shift_left_to_a_backbone_without_one_is_refused_with_the_way_out(tmp_path, plugins):
+    found = problems(plugins, write(tmp_path, GOOD), ["trajectory.shift=auto"])
+    assert list(found) == ["trajectory"]
+    assert "shift: auto: the backbone gives no shift of its own; give a number, such as 17.0" in found["trajectory"]
+
+
+def test_guidance_that_oscillates_needs_two_forwards_and_our_own_sampler():
+    found = problems(None, "dcm_digits", ["backbone.guidance={mode: none, oscillate_from: 10}"])
+    assert "oscillate_from 10 needs mode: classifier_free" in found["backbone.guidance"]
+    guidance = "backbone.guidance={mode: classifier_free, scale: 5.0, oscillate_from: 10}"
+    found = problems(None, "dcm_wan_1_3b", [guidance])
+    assert "the model's own pipeline guides all its steps alike" in found["backbone.guidance.oscillate_from"]
+    assert load_recipe("dcm_digits", [guidance]).backbone.guidance.oscillate_from == 10

@@ -21,6 +21,8 @@ RUN = [
     "dcm_hunyuan",
     "dcm_hunyuan_1gpu",
     "dcm_ltx",
+    "dcm_open_sora",
+    "dcm_open_sora_1gpu",
     "dcm_wan22_a14b",
     "dcm_wan_1_3b",
     "baselines/cogvideox_5b_progressive",

@@ -13,7 +13,7 @@ import pytest
 
 from moedistill.errors import UserError
 from moedistill.runtime import lock
-from moedistill.runtime.lock import claimed, locked
+from moedistill.runtime.lock import claimed, in_turn, locked
 
 fork = multiprocessing.get_context("fork")
 
@@ -195,3 +195,30 @@ def test_a_place_that_cannot_be_is_one_line(tmp_path):
         assert str(error.value).startswith("cannot write to ")
         assert str(error.value).endswith("; choose another --output")
         assert "\n" not in str(error.value)
+
+
+def work(path, order):
+    with in_turn(path / ".turn"):
+        order.put("in")
+        time.sleep(0.1)
+        order.put("out")
+
+
+def test_processes_take_turns_and_leave_nothing(tmp_path):
+    order = fork.Queue()
+    processes = [fork.Process(target=work, args=(tmp_path, order)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    seen = [order.get(timeout=30) for _ in range(8)]
+    for process in processes:
+        process.join()
+    assert seen == ["in", "out"] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_turn_ends_where_the_work_fails(tmp_path):
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError), in_turn(tmp_path / ".turn"):
+            (tmp_path / "none").read_text()
+    with pytest.raises(UserError, match="cannot write"), in_turn(tmp_path / "no folder" / ".turn"):
+        pass

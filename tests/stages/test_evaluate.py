@@ -5,15 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import as_if_trained, digits_backbone, distil, evaluate, tiny_recipe
+from helpers import as_if_trained, digits_backbone, digits_inputs, distil, evaluate, set_up, tiny_recipe
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from moedistill.analysis.teacher import teacher_velocity
 from moedistill.components.plugins import load_plugins
 from moedistill.errors import RecipeError, UserError
 from moedistill.flow.sampling import sample
 from moedistill.metrics.base import MetricInputs
+from moedistill.model import conditioning
 from moedistill.model.ema import EMA
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
@@ -137,6 +139,23 @@ def test_the_teacher_is_guided_and_the_student_is_not(tmp_path):
             return (semantic if sigma[0] > trajectory.sigma(4) else low)(x, sigma, cond)
 
         assert torch.allclose(latents[name], bare_samples(latents, [8, 4], velocity, trajectory), atol=1e-5)
+
+
+def test_the_teacher_leaves_out_the_steps_that_its_guidance_does(tmp_path):
+    """Sampled in all of the trajectory's 8 steps, and from the middle on; trained on, and exactly, it is the same."""
+    oscillating = {"mode": "classifier_free", "scale": 3.0, "oscillate_from": 2}
+    guided = Trained(tmp_path, {"backbone.guidance": oscillating})
+    latents = guided.evaluate(candidates=[{**TEACHER, "steps": 8}], reference="teacher").latents
+    backbone, trajectory = digits_backbone(), guided.mixture.trajectory
+
+    def teacher(x, sigma, cond):
+        v = backbone.velocity(backbone.network, x, sigma, cond)
+        null = backbone.velocity(backbone.network, x, sigma, backbone.null_conditioning(cond))
+        step = 8 - trajectory.points.tolist().index(sigma[0].item())
+        return v if step in (3, 5, 7) else null + 3 * (v - null)
+
+    wanted = bare_samples(latents, range(8, 0, -1), teacher, trajectory)
+    assert torch.allclose(latents["teacher"], wanted, atol=1e-5)
 
 
 def merged(mixture, expert):
@@ -455,8 +474,9 @@ def test_stored_samples_have_to_hold_the_reference(trained):
 # -- the exact velocity -----------------------------------------------------------------------------------------------
 
 
-def test_the_exact_velocity_is_guided_as_the_teacher(tmp_path):
-    guided = Trained(tmp_path, {"backbone.guidance": GUIDED})
+@pytest.mark.parametrize("oscillating", [False, True])
+def test_the_exact_velocity_is_guided_as_the_teacher(tmp_path, oscillating):
+    guided = Trained(tmp_path, {"backbone.guidance": {**GUIDED, "oscillate_from": 0 if oscillating else None}})
     exact = {"name": "exact", "model": "exact"}
     latents = guided.evaluate(candidates=[exact], reference="exact").latents
     cond = conditioning_of(latents)
@@ -466,8 +486,24 @@ def test_the_exact_velocity_is_guided_as_the_teacher(tmp_path):
         v, v_null = (
             (x - guided.dataset.posterior_mean(x, sigma, c)) / sigma.view(-1, 1, 1, 1, 1) for c in (cond, null)
         )
-        return v_null + 2.0 * (v - v_null)
+        step = 8 - guided.mixture.trajectory.points.tolist().index(sigma[0].item())
+        return v if oscillating and step % 2 else v_null + 2.0 * (v - v_null)
 
     noise = Draws(0, "evaluate", 0, range(4)).normal("noise", latents["exact"].shape[1:])
     sigmas = guided.recipe.sample.resolve(guided.mixture.trajectory).tolist()
     torch.testing.assert_close(latents["exact"], sample(velocity, noise, sigmas), rtol=1e-3, atol=1e-3)
+
+
+def test_training_and_analysis_see_the_same_teacher_whose_guidance_oscillates():
+    oscillating = {"mode": "classifier_free", "scale": 3.0, "oscillate_from": 2}
+    training, _ = set_up(tiny_recipe([distil()], {"backbone.guidance": oscillating}))
+    x, _, cond = digits_inputs(batch=8)
+    sigma = training.trajectory.points[torch.arange(8, 0, -1)]  # where steps 0 to 7 begin
+    found = training.teacher(x, sigma, cond)
+    rows = [conditioning.select(cond, slice(k, k + 1)) for k in range(8)]
+    analysed = [teacher_velocity(training.run, x[k : k + 1], sigma[k : k + 1], cond=row) for k, row in enumerate(rows)]
+    torch.testing.assert_close(torch.cat(analysed).detach(), found, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        plain = training.mixture(x, sigma, cond)
+    unguided = [(found[k] - plain[k]).abs().max() < 1e-5 for k in range(8)]
+    assert unguided == [False, False, False, True, False, True, False, True]

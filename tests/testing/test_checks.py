@@ -11,7 +11,7 @@ import pytest
 import torch
 from gaussian_plugin import GaussianBackboneConfig
 
-from moedistill import cli
+from moedistill import Record, cli
 from moedistill.flow.process import from_vp, to_vp, velocity_from_vp
 from moedistill.flow.routers import TimestepRouter
 from moedistill.model.backbone import VideoSize
@@ -24,6 +24,8 @@ from moedistill_digits.backbone import DigitsBackbone, DigitsBackboneConfig
 from moedistill_wan.backbone import WanBackbone, WanConfig
 
 NAMES = [check.name for check in CHECKS]
+OF_ALL = [check.name for check in CHECKS if not check.declared]
+"""Without those of what only some backbones have."""
 GAUSSIAN = Path(__file__).parents[1] / "gaussian_plugin.py"
 FUNCTIONS = {check.name: check.function for check in CHECKS}
 
@@ -73,7 +75,7 @@ def rows(config, passed):
 
 def test_a_right_backbone_passes(toy):
     found = check_backbone(changed(toy))
-    assert [row.check.name for row in found] == [name for name in NAMES if name != "noise_recognised"]
+    assert [row.check.name for row in found] == [name for name in OF_ALL if name != "noise_recognised"]
     assert {row.check.name for row in found if row.passed is None} == OF_A_PIPELINE | {"encode_videos"}
     assert all(row.passed is not False for row in found)
     assert all(row.figure and "\n" not in row.figure for row in found)
@@ -160,7 +162,7 @@ def test_a_wrong_layout_fails(toy):
 def mochi():
     """The tutorial's backbone."""
     text = (Path(__file__).parents[2] / "docs" / "tutorials" / "new_backbone.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"^```python\n(# \S+/backbone\.py\n.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    code, _ = re.findall(r"^```python\n(# \S+/backbone\.py\n.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     module = types.ModuleType("moedistill_tutorial")
     sys.modules["moedistill_tutorial"] = module  # where annotations are looked up
     exec(compile(code, "new_backbone.md", "exec"), module.__dict__)
@@ -435,7 +437,45 @@ def test_each_check_fails_for_what_it_is_about(toy, wrong):
 
 def test_every_check_has_a_wrong_backbone():
     covered = {check for check, _, _ in [*WRONG.values(), *WRONG_PIPELINES.values()]} | {"noise_recognised"}
-    assert covered == set(NAMES)
+    assert covered == set(OF_ALL)
+
+
+@pytest.mark.parametrize(
+    ("shift", "off", "failing"), [(3.0, 0.0, set()), (2.0, 0.0, {"time_shift"}), (3.0, 1e-3, {"recorded"})]
+)
+def test_what_only_some_backbones_have_is_checked_where_they_say_so(toy, shift, off, failing):
+    def native_trajectory(self, noise, cond, num_steps, *, guided=False):
+        even = torch.linspace(1, 0, num_steps + 1)
+        x, passed = noise, [(1.0, noise)]
+        for sigma, following in pairwise((3 * even / (1 + 2 * even)).tolist()):
+            x = x + (following - sigma) * self.velocity(self.network, x, torch.full((len(x),), sigma), cond)
+            passed.append((following, x))
+        return None if guided else passed
+
+    class Config(type(changed(toy, native_trajectory=native_trajectory))):
+        def time_shift(self):
+            return shift
+
+        def record(self, folder):
+            backbone = self.tiny().build()
+            x, sigma = torch.randn(2, *backbone.latent_shape()), torch.tensor([0.9, 0.2])
+            cond = backbone.encode(["one", "another"])
+            with torch.no_grad():
+                v = backbone.velocity(backbone.network, x, sigma, cond)
+            return Record(self.tiny(), x, sigma, [cond], [v + off])
+
+    assert rows(Config(), False) == failing
+    assert {"time_shift", "recorded"} - failing <= rows(Config(), True)
+
+
+class WithoutEither(BackboneContract):
+    config = DigitsBackboneConfig()
+
+
+def test_as_tests_only_what_concerns_a_backbone_is_collected():
+    assert WithoutEither.test_recorded is None
+    assert WithoutEither.test_velocity is not None
+    assert BackboneContract.test_recorded is not None
 
 
 def test_trained_weights_recognise_noise():
@@ -571,9 +611,9 @@ def test_the_command_prints_a_table(call):
     assert lines[0] == "digits, a random miniature:"
     marks = {True: "–", False: "✔"}
     assert [line.split()[0] for line in lines[1:-1]] == [
-        marks[name in OF_A_PIPELINE] for name in NAMES if name != "noise_recognised"
+        marks[name in OF_A_PIPELINE] for name in OF_ALL if name != "noise_recognised"
     ]
-    assert f"{len(NAMES) - 1 - len(OF_A_PIPELINE)} ✔, 0 ✘, {len(OF_A_PIPELINE)} not checked" in lines[-1]
+    assert f"{len(OF_ALL) - 1 - len(OF_A_PIPELINE)} ✔, 0 ✘, {len(OF_A_PIPELINE)} not checked" in lines[-1]
     code, out, _ = call("gaussian", "-p", str(GAUSSIAN))
     assert code == 0
     marked = [line for line in out.splitlines() if line.startswith("  –")]

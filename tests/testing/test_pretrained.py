@@ -124,4 +124,4 @@ def test_the_command_passes_on_a_model_that_knows_noise(place, tmp_path, capsys)
         cli.main(["check-backbone", "wan", "--pretrained", str(tmp_path)])
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    assert f"{len(CHECKS)} ✔, 0 ✘, 0 not checked" in said
+    assert f"{len([check for check in CHECKS if not check.declared])} ✔, 0 ✘, 0 not checked" in said

@@ -40,7 +40,12 @@ def with_defaults(cls: Any, file: Path) -> dict[str, Any]:
     found = read_json(file)
     if (own := found.get("_class_name", cls.__name__)) != cls.__name__:
         raise ValueError(f"{file} is of class {shorten(str(own), 60)}, not {cls.__name__}; it is another model's")
-    return {**{name: given.default for name, given in inspect.signature(cls).parameters.items()}, **found}
+    return {**defaults(cls), **found}
+
+
+def defaults(cls: Any) -> dict[str, Any]:
+    """The arguments of a class and their defaults."""
+    return {name: given.default for name, given in inspect.signature(cls).parameters.items()}
 
 
 def read_tensors(folder: Path, names: Sequence[str]) -> list[Tensor]:
@@ -63,15 +68,26 @@ def transformers_of(pipeline_class: Any) -> list[str]:
 
 
 def from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
-    """What a class of diffusers or transformers loads from a folder: never pickles, never from the network.
+    """What a class of diffusers or transformers loads from a folder: never from the network.
+
+    Safetensors alone, unless the arguments say otherwise; of what is pickled both libraries read tensors, and no code.
 
     Raises:
         ValueError: it cannot; begins with `what`.
     """
+    return _load(cls, folder, what, {"use_safetensors": True, "local_files_only": True, **arguments})
+
+
+def load_tokenizer(cls: Any, folder: Path, what: str) -> Any:
+    """A tokenizer of transformers, from a folder; ValueError, which begins with `what`, where it cannot be loaded."""
+    return _load(cls, folder, what, {})  # it would keep any arguments, and save them
+
+
+def _load(cls: Any, folder: Path, what: str, arguments: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings(), bars_as_switched():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # older releases know no other
         try:
-            return cls.from_pretrained(folder, **arguments, use_safetensors=True, local_files_only=True)
+            return cls.from_pretrained(folder, **arguments)
         except Exception as error:  # a damaged file or config could raise anything
             Interruption.check()
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -186,11 +202,18 @@ def load_text_encoders(
         library, class_name = entry
         cls: Any = getattr(transformers, str(class_name), None) if library == "transformers" else None
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            loaded[name] = load_model(
-                cls, folder / name, f"{what} ({name})", ignored=ignored.get(name, ()), unread=UNREAD,
-                torch_dtype=dtype, variant=variant_in(folder / name, variant),
-            )  # fmt: skip
+            loaded[name] = load_text_model(
+                cls, folder / name, f"{what} ({name})", ignored=ignored.get(name, ()), variant=variant, dtype=dtype
+            )
     return loaded
+
+
+def load_text_model(
+    cls: Any, folder: Path, what: str, *, ignored: Iterable[str], variant: str | None, dtype: torch.dtype
+) -> Any:
+    """A text encoder of transformers; see `load_model`."""
+    variant = variant_in(folder, variant)
+    return load_model(cls, folder, what, ignored=ignored, unread=UNREAD, torch_dtype=dtype, variant=variant)
 
 
 def _islands(network: nn.Module) -> list[str]:

@@ -1,0 +1,407 @@
+"""Backbones made of models of diffusers and transformers: the network, its VAE, its text encoders. Without a pipeline.
+
+A plugin for a model that has no pipeline of diffusers' subclasses these two, and is sampled by our own sampler; with
+one it subclasses `DiffusersBackboneConfig` and `DiffusersBackbone`, which are these and the pipeline. No forward is
+copied or patched: the network is the library's class, and what is restated of it is `unembed` alone.
+
+diffusers itself is imported when a model is built, not before: a recipe is checked without it.
+"""
+
+import gc
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moedistill.errors import shorten
+from moedistill.integrations.diffusers.bars import errors_alone
+from moedistill.integrations.diffusers.converting import CONVERTED, converted_once, whole_folder
+from moedistill.integrations.diffusers.loading import (
+    cast,
+    check_kinds,
+    defaults,
+    keep_float32_islands,
+    load_model,
+    load_text_model,
+    load_tokenizer,
+    read_json,
+    variant_in,
+    with_defaults,
+)
+from moedistill.integrations.diffusers.values import check_arguments, numbers
+from moedistill.model.backbone import VideoSize
+from moedistill.model.conditioning import Conditioning
+from moedistill.model.latent_video import LatentVideoBackbone, LatentVideoConfig
+from moedistill.model.prompt import Prompt
+from moedistill.runtime.randomness import torch_seed
+
+
+@dataclass(kw_only=True)
+class DiffusersModelsConfig(LatentVideoConfig, ABC):
+    """Recipe keys of every model that is made of diffusers' classes; those of `LatentVideoConfig`."""
+
+    backbone_class: ClassVar[type["DiffusersModels"]]
+    text_components: ClassVar[Sequence[str]] = ("text_encoder", "tokenizer")
+    """What encodes prompts, by the names of its folders."""
+    vae_dtype: ClassVar[torch.dtype | None] = None
+    """Of the VAE; None for that of the network."""
+    ignored_weights: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """By the name of a component: regular expressions of the tensors that its files may lack, or have beside its own.
+    Anything else that is missing or left over stops the loading.
+    """
+    optional_arguments: ClassVar[Sequence[str]] = ()
+    """Arguments of the network that `inputs` and `patch_size` read, and that may be null in its config."""
+    _architecture: ClassVar[Mapping[str, Any] | None] = None
+    """Set in the config that a backbone holds: that of its own network."""
+
+    # -- what a plugin says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def network_class(self) -> type:
+        """Diffusers' class of the network."""
+
+    @abstractmethod
+    def tiny_network(self) -> dict[str, Any]:
+        """Arguments of the network's class for the miniature."""
+
+    @abstractmethod
+    def tiny_vae(self) -> nn.Module:
+        """A miniature of the VAE's class with the same compression."""
+
+    @abstractmethod
+    def real_network(self) -> dict[str, Any]:
+        """Those arguments of the published network that `inputs` and `patch_size` read."""
+
+    def tiny_text_encoders(self) -> dict[str, Any]:
+        """Miniatures of `text_components` by name, for the kit to try `encode_with`; with none it is not tried."""
+        return {}
+
+    @classmethod
+    def text_classes(cls) -> Mapping[str, Any]:
+        """Classes of transformers for `text_components`, where no file says them (a pipeline's model_index.json)."""
+        return {}
+
+    def check_folder(self, folder: Path) -> None:
+        """ValueError where a model's folder does not agree with the recipe."""
+
+    @classmethod
+    def as_published(cls, folder: Path) -> bool:
+        """Whether a folder has the model in its makers' own files, of which `make_folder` makes what can be loaded."""
+        return False
+
+    @classmethod
+    def make_folder(cls, source: Path, folder: Path) -> None:
+        """Writes the model's parts to `folder`, which is empty, each to a folder of its own, of its makers' `source`.
+
+        Raises:
+            ValueError: they are not those that the makers publish.
+        """
+        raise NotImplementedError
+
+    # -- what follows from it -----------------------------------------------------------------------------------------
+
+    def build(self, seed: int = 0) -> "DiffusersModels":
+        networks = {
+            base: self._random(torch_seed(seed, "backbone", base)) if self.pretrained is None else self._load(base)
+            for base in self.bases()
+        }
+        return self.wrap(networks)
+
+    def wrap(self, networks: Mapping[str, nn.Module]) -> "DiffusersModels":
+        """The backbone around networks that are already there."""
+        config, first = self.replace(), next(iter(networks.values()))
+        vars(config)["_architecture"] = first.config
+        backbone = self.backbone_class(config, networks)
+        backbone.islands = [undo for network in networks.values() for undo in keep_float32_islands(network)]
+        return backbone
+
+    @classmethod
+    def convert(cls, source: Path, dest: Path) -> None:
+        if not cls.as_published(source):
+            return super().convert(source, dest)
+        with whole_folder(dest) as folder:
+            cls.make_folder(source, folder)
+
+    def find(self) -> Path | None:
+        """See `LatentVideoConfig.find`; of a folder in the makers' own files what was made of it, if it was."""
+        found = super().find()
+        made = found / CONVERTED if found is not None and self.as_published(found) else None
+        return made if made is not None and made.is_dir() else found
+
+    def loadable(self) -> Path:
+        """See `LatentVideoConfig.loadable`: what `convert` makes of a folder in the makers' own files, once."""
+        folder = self.locate()
+        return converted_once(folder, self.kind, self.convert) if self.as_published(folder) else folder
+
+    def channels(self) -> int:
+        channels: int = self.architecture()["out_channels"]
+        return channels
+
+    def architecture(self) -> Mapping[str, Any]:
+        """Arguments of the network's class: the miniature's, those of the folder, or the published ones.
+
+        Raises:
+            ValueError: the folder's are not of the kind of `tiny_network` and `real_network`.
+        """
+        if self._architecture is not None:
+            return self._architecture
+        if self.pretrained is None:
+            return self.tiny_network()
+        found, published = self.find(), self.real_network()
+        file = found / self.bases()[0] / "config.json" if found else None
+        if file is None or not file.is_file():
+            return published
+        own = read_json(file)
+        check_arguments(own, {**self.tiny_network(), **published}, self.optional_arguments, file)
+        return {**published, **own}
+
+    @cached_property
+    def vae_config(self) -> Mapping[str, Any]:
+        """The VAE's config: how its latents are scaled."""
+        if self.pretrained is None:
+            vae: Any = self.tiny_vae()
+            return dict(vae.config)
+        folder = self.locate()
+        file = folder / "vae" / "config.json"
+        if self.as_published(folder):
+            return defaults(type(self.tiny_vae()))
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the latents' scaling is read from it; get the whole model's folder")
+        return with_defaults(type(self.tiny_vae()), file)
+
+    def vae_numbers(self, name: str) -> Tensor:
+        """What `vae_config` has under `name`, float32: a number for each channel of the latents `[C]`, or one for all.
+
+        Raises:
+            ValueError: they are not that, or not finite.
+        """
+        return numbers(self.vae_config[name], name, self.channels(), self._vae_file)
+
+    def vae_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `[C]` of the VAE's own latents; by default 0, and what its `scaling_factor`
+        makes 1.
+        """
+        std = (1 / self.vae_numbers("scaling_factor")).expand(self.channels())
+        return torch.zeros_like(std), std
+
+    def latent_moments(self) -> tuple[Tensor, Tensor]:
+        """See `LatentVideoConfig.latent_moments`: those of `vae_moments`; ValueError where latents cannot have them."""
+        mean, std = self.vae_moments()
+        for name, moment, least in (("mean", mean, -math.inf), ("standard deviation", std, 0.0)):
+            if moment.shape != (self.channels(),) or not (moment.isfinite() & (moment > least)).all():
+                raise ValueError(
+                    f"{self._vae_file}: the {name} of its latents must be {self.channels()} finite numbers"
+                    f"{' above 0' * (least == 0)}, not {shorten(str(moment.tolist()), 60)}; get the model's own VAE"
+                )
+        return mean, std
+
+    @property
+    def _vae_file(self) -> str:
+        return "the miniature's VAE" if self.pretrained is None else str(self.locate() / "vae" / "config.json")
+
+    def from_file(self) -> str:
+        cls = self.network_class()
+        if not hasattr(cls, "from_single_file"):
+            return super().from_file()
+        return (
+            "where it has the original code's names, make the network's folder of it, beside the model's others: "
+            f"{cls.__name__}.from_single_file(FILE).save_pretrained('FOLDER/{self.bases()[0]}')"
+        )
+
+    def text_model(self, components: Mapping[str, Any]) -> Any:
+        """What `encode_with` is given: `text_components`, as attributes by these names."""
+        return SimpleNamespace(**components)
+
+    def _random(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network: nn.Module = self.network_class()(**self.tiny_network())
+        return cast(network, getattr(torch, self.dtype)).eval()
+
+    def _load(self, base: str) -> nn.Module:
+        folder = self.loadable()
+        wanted, file = self.network_class().__name__, folder / base / "config.json"
+        if not file.is_file():
+            raise ValueError(f"pretrained {self.pretrained}: there is no {file}; give the folder of the whole model")
+        if (found := read_json(file).get("_class_name", wanted)) != wanted:
+            raise ValueError(f"pretrained {self.pretrained}: {base} is a {found}, not a {wanted}; it is another model")
+        self.check_folder(folder)
+        check_kinds(self.network_class(), read_json(file), file)
+        what = f"pretrained {self.pretrained}: cannot load its {base}"
+        network: nn.Module = load_model(
+            self.network_class(), folder / base, what, ignored=self.ignored_weights.get(base, ()),
+            torch_dtype=getattr(torch, self.dtype), variant=self.variant,
+        )  # fmt: skip
+        # They lie wherever they do in the mapped file. A CPU multiplies with other last bits at other addresses, and a
+        # fresh expert's own weights must give what these give.
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone()
+        return network.eval()
+
+
+class DiffusersModels(LatentVideoBackbone):
+    """A transformer of diffusers, its VAE and its text encoders. By default a flow model."""
+
+    def __init__(self, config: DiffusersModelsConfig, networks: Mapping[str, nn.Module]) -> None:
+        super().__init__(config, networks)
+        self.islands: list[Callable[[], None]] = []
+
+    # -- what a plugin says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """The network's own prediction `[B, C, T, H, W]` of its own sample `x` at native time `[B]` float32.
+
+        Called with `x` and floating conditioning in the network's dtype, and under autocast where that is not float32:
+        the time stays float32 until the network's own layers meet it.
+        """
+
+    @abstractmethod
+    def encode_with(self, encoders: Any, prompts: list[str]) -> dict[str, Tensor]:
+        """Conditioning of prompts by what `text_model` makes."""
+
+    text_limits: Mapping[str, str | int] = {}
+    """By the name of the pipeline's tokenizers: how many tokens of a prompt `encode_with` reads, or the one of the
+    config's `inputs` that is as long. Of a longer prompt the rest is cut off, which a warning says.
+    """
+
+    def text_for(self, tokenizer: str, text: str) -> str:
+        """What of a prompt the pipeline gives to one of its tokenizers: all of it by default."""
+        return text
+
+    def to_native(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's own sample and native time `[B]` float32."""
+        return x, 1000.0 * sigma
+
+    def from_native(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """Velocity of the network's prediction of its own sample `x`."""
+        return prediction
+
+    def decoder_arguments(self) -> dict[str, Any]:
+        """Further arguments of the VAE's `decode`, for one video."""
+        return {}
+
+    # -- the contract -------------------------------------------------------------------------------------------------
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        x_native, timestep = self.to_native(x, sigma)
+        return self.from_native(self._predict(network, x_native, timestep, cond).float(), x_native.float(), sigma)
+
+    def native_prediction(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return self._predict(network, *self.to_native(x, sigma), cond)
+
+    def _predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        dtype: Any = network.dtype
+        return self.predict(network, x.to(dtype), timestep, self.floats_to(cond, dtype))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """One by one, by the VAE, which is loaded for it and freed again."""
+        vae: Any = self.load_vae().to(self.device)
+        dtype = next(vae.parameters()).dtype
+        own = [self.denormalise(one[None].float()).to(dtype) for one in latents]
+        videos = [vae.decode(one, **self.decoder_arguments(), return_dict=False)[0] for one in own]
+        return (torch.cat(videos).float() / 2 + 0.5).clamp(0, 1)
+
+    def look_ahead(self, *, pipeline: bool) -> None:
+        """By loading the VAE."""
+        self.load_vae()
+
+    @torch.no_grad()
+    def encode_videos(self, videos: Tensor) -> Tensor:
+        """One by one, by the VAE, which is loaded for it and freed again: the mode of its posterior."""
+        if videos.ndim != 5 or videos.shape[1] != 3:
+            raise ValueError(f"videos {list(videos.shape)} must be [B, 3, T, H, W]")
+        t, h, w = videos.shape[2:]
+        self.config.latent_shape(VideoSize(num_frames=t, height=h, width=w))  # raises
+        vae: Any = self.load_vae().to(self.device)
+        dtype = next(vae.parameters()).dtype
+        own = [(2 * one[None] - 1).to(self.device, dtype) for one in videos]
+        return torch.cat([vae.encode(one).latent_dist.mode() for one in own]).float()
+
+    @torch.no_grad()
+    def encode_new(self, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
+        """Of their texts, by the text encoders alone, on the network's device.
+
+        A model that takes images encodes them in a method of its own.
+        """
+        folder = self.config.loadable()
+        missing = [name for name in self.config.text_components if not (folder / name).is_dir()]
+        if missing:
+            raise ValueError(
+                f"a prompt must be encoded, but {folder} has no {' and no '.join(missing)}; give the whole model's "
+                "folder, or data with stored embeddings (for the negative prompt too)"
+            )
+        encoders = self._load_text(folder, f"pretrained {self.config.pretrained}: cannot load its text encoders")
+        self._warn_of_cuts(encoders, [prompt.text for prompt in prompts])
+        encoded = []
+        with errors_alone():  # of each prompt that is cut it logs what is left out
+            for prompt in prompts:
+                made = self.encode_with(encoders, [prompt.text])
+                encoded.append({name: value[0].cpu() for name, value in made.items()})
+        del encoders
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return encoded
+
+    def _load_text(self, folder: Path, what: str) -> Any:
+        """What `text_model` makes of the saved components, on the network's device."""
+        config, loaded = self.config, {}
+        for name, cls in config.text_classes().items():
+            where, saying = folder / name, f"{what} ({name})"
+            if issubclass(cls, nn.Module):
+                ignored = config.ignored_weights.get(name, ())
+                model = load_text_model(cls, where, saying, ignored=ignored, variant=config.variant, dtype=self.dtype)
+                loaded[name] = model.to(self.device)
+            else:
+                loaded[name] = load_tokenizer(cls, where, saying)
+        return config.text_model(loaded)
+
+    # -- the other components -----------------------------------------------------------------------------------------
+
+    def load_vae(self) -> nn.Module:
+        """The VAE, frozen, on the CPU; loaded anew at each call.
+
+        Raises:
+            ValueError: the model's folder has none.
+        """
+        dtype = self.config.vae_dtype or self.dtype
+        if self.config.pretrained is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                # Not by the class's own `to`, which warns about dtypes even where it changes none.
+                vae: Any = nn.Module.to(self.config.tiny_vae(), dtype)
+        else:
+            folder, what = self.config.loadable() / "vae", f"pretrained {self.config.pretrained}: cannot load its VAE"
+            cls = type(self.config.tiny_vae())
+            if (file := folder / "config.json").is_file():
+                with_defaults(cls, file)  # raises
+            vae = load_model(
+                cls, folder, what, ignored=self.config.ignored_weights.get("vae", ()),
+                torch_dtype=dtype, variant=variant_in(folder, self.config.variant),
+            )  # fmt: skip
+        vae.enable_tiling()
+        module: nn.Module = vae.eval().requires_grad_(False)
+        return module
+
+    def _warn_of_cuts(self, encoders: Any, prompts: Sequence[str]) -> None:
+        for name, length in self.text_limits.items():
+            limit = self.config.inputs()[length].shape[0] if isinstance(length, str) else length
+            tokenizer = getattr(encoders, name)
+            read = [self.text_for(name, prompt) for prompt in prompts]
+            cut = [text for text in read if len(tokenizer(text, verbose=False).input_ids) > limit]
+            if cut:
+                warnings.warn(
+                    f"{len(cut)} of {len(read)} prompts {'is' if len(cut) == 1 else 'are'} cut after {limit} tokens, "
+                    f"all that the model's {name} reads; the first: {shorten(cut[0], 60)}",
+                    stacklevel=2,
+                )

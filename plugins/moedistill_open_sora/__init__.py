@@ -1,0 +1,1 @@
+"""Open-Sora 2.0 for moedistill."""
