@@ -10,7 +10,7 @@ estimate x0_i = x_i - p_i·v_i,
 so no two nearly equal samples are subtracted, and of a path only the inner products of the D_k need to be kept.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from moedistill.flow.sampling import sample
 from moedistill.model import conditioning
 from moedistill.model.conditioning import Conditioning
-from moedistill.model.sample_in_batches import sample_in_batches
+from moedistill.model.sample_in_batches import followings, sample_in_batches
 from moedistill.stages.evaluate import EvaluateConfig, EvaluateStage
 from moedistill.stages.run import Run
 
@@ -148,29 +148,48 @@ def _recorded(run: Run, noise: Tensor, cond: Conditioning, levels: Tensor) -> tu
     """Samples along descending `levels`: the end, and the samples and velocities where its steps started."""
     samples: list[Tensor] = []
     velocities: list[Tensor] = []
+    until = pairs_of_steps(run)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         samples.append(x)
-        velocities.append(teacher_velocity(run, x, sigma, cond=cond))
+        velocities.append(teacher_velocity(run, x, sigma, cond=cond, until=until))
         return velocities[-1]
 
     return sample(velocity, noise, levels), samples, velocities
 
 
-def teacher_velocity(run: Run, x: Tensor, sigma: Tensor, *, cond: Conditioning) -> Tensor:
-    """The guided velocity of the teacher's network that serves `sigma`, the same for all samples."""
-    mixture = run.mixture
-    with mixture.using(mixture.teacher_at(sigma[0].item())):
-        return mixture.guided(x, sigma, cond, run.recipe.backbone.guidance)
+def pairs_of_steps(run: Run) -> dict[float, float] | None:
+    """Of each point's sigma that of the point two below, where guidance oscillates; else None.
+
+    Over both steps guidance is what it is on average. From one to the next its velocities jump to and fro by what
+    guidance adds, which is no decision of the teacher's.
+    """
+    if run.recipe.backbone.guidance.oscillate_from is None:
+        return None
+    points = run.mixture.trajectory.points.tolist()
+    return {sigma: points[max(0, point - 2)] for point, sigma in enumerate(points)}
+
+
+def teacher_velocity(
+    run: Run, x: Tensor, sigma: Tensor, *, cond: Conditioning, until: Mapping[float, float] | None = None
+) -> Tensor:
+    """The guided velocity of the teacher's network that serves `sigma`, the same for all samples.
+
+    `until` says where the jump from a sigma ends, if it is not one of the trajectory's steps.
+    """
+    mixture, level = run.mixture, sigma[0].item()
+    with mixture.using(mixture.teacher_at(level)):
+        guidance = run.recipe.backbone.guidance
+        return mixture.guided(x, sigma, cond, guidance, until=None if until is None else until[level])
 
 
 def end_error(
     run: Run, path: TeacherPath, noise: Tensor, cond: Conditioning, batch_size: int, points: list[int]
 ) -> float:
     """Rms distance at sigma 0 between the teacher sampled at `points` only, and with all its steps."""
-    sigmas = [run.mixture.trajectory.sigma(point) for point in points]
-    velocity = partial(teacher_velocity, run)
-    ends = sample_in_batches(velocity, noise, cond, [*sigmas, 0.0], batch_size=batch_size)
+    sigmas = [*(run.mixture.trajectory.sigma(point) for point in points), 0.0]
+    velocity = partial(teacher_velocity, run, until=followings(sigmas))
+    ends = sample_in_batches(velocity, noise, cond, sigmas, batch_size=batch_size)
     return (ends.cpu() - path.ends).double().square().mean().sqrt().item()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moedistill.analysis.teacher import teacher_velocity
+from moedistill.analysis.teacher import pairs_of_steps, teacher_velocity
 from moedistill.data.loading import collate
 from moedistill.flow.process import add_noise, jump
 from moedistill.model import conditioning
@@ -113,8 +113,10 @@ def measure_undecided(
     draws = Draws(run.recipe.seed, "undecided", 0, range(len(ends)), device)
     noise = draws.normal("noise", ends.shape[1:])
 
+    until = pairs_of_steps(run)
+
     def by_teacher(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        return jump(x, teacher_velocity(run, x, sigma, cond=cond), sigma, 0.0)
+        return jump(x, teacher_velocity(run, x, sigma, cond=cond, until=until), sigma, 0.0)
 
     shares, power = undecided_shares(ends.to(device), noise, cond, by_teacher, sigmas, batch_size)
     found = Undecided(points, list(band_masks(*ends.shape[-2:])), power.tolist(), shares.tolist())

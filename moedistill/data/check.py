@@ -335,7 +335,9 @@ def check_batches(
             different.append(f"{sample.file}: {_listed(mine)}; {Path(other.file).name}: {_listed(theirs)}")
     if not different:
         return
-    message = "samples have the latent shape, but not the conditioning of others: pad all texts to the same length"
+    names = {frozenset(shapes[sample.index]) for sample in contents.seen if shapes[sample.index]}
+    way = "pad all texts to the same length" if len(names) == 1 else "give all samples the same tensors, zeros for none"
+    message = f"samples have the latent shape, but not the conditioning of others: {way}"
     if batched:
         report.problems.append(Misfit(f"{len(different)} {message}", different))
     else:

@@ -421,7 +421,7 @@ def write_latents(
         samples: latents as the VAE gave them, unscaled; they are taken one by one. Conditioning may be empty where
             there are captions: those are encoded when the set is used.
         captions: one for each sample.
-        negative: the negative prompt's conditioning, without a batch dimension.
+        negative: the negative prompt's conditioning, without a batch dimension: what `Backbone.encode_negative` gives.
 
     Raises:
         ValueError: the folder holds a set already, or a sample is not as it must be.

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal, TypeVar
@@ -263,8 +263,8 @@ class TrajectoryConfig(Config, ABC):
     def build(self, native_sigmas: Tensor | None = None) -> Trajectory:
         """The trajectory; `native_sigmas` is the backbone's own table, where it has one."""
 
-    def settled(self, shift: float | None) -> "TrajectoryConfig":
-        """The same with what is left to the backbone written out: `shift` is its own for the recipe's videos, if any.
+    def settled(self, shift: Callable[[], float | None]) -> "TrajectoryConfig":
+        """The same with what is left to the backbone written out: `shift()` is its own for the recipe's videos, if any.
 
         Raises:
             ValueError: it is left to a backbone that has none.
@@ -290,12 +290,12 @@ class FlowMatching(TrajectoryConfig):
     num_train_timesteps: GridSize = 1000
     end: End = "grid_min"
 
-    def settled(self, shift: float | None) -> "FlowMatching":
+    def settled(self, shift: Callable[[], float | None]) -> "FlowMatching":
         if self.shift != "auto":
             return self
-        if shift is None:
+        if (own := shift()) is None:
             raise ValueError("shift: auto: the backbone gives no shift of its own; give a number, such as 17.0")
-        return self.replace(shift=shift)
+        return self.replace(shift=own)
 
     def build(self, native_sigmas: Tensor | None = None) -> Trajectory:
         if isinstance(self.shift, str):

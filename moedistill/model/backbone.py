@@ -94,7 +94,8 @@ class BackboneConfig(Config, ABC):
             ValueError: they are not those; or the model is published as it is taken, and there is nothing to convert.
             UserError: `dest` is in use, or cannot be written.
         """
-        raise ValueError(f"{source} has nothing to convert: give it as backbone.pretrained as it is")
+        what = "as it is" if source.exists() else "as it is; and there is no such file or folder here"
+        raise ValueError(f"{source}: nothing is to be converted, this model is given as backbone.pretrained {what}")
 
     def record(self, folder: "Path") -> "Record | None":
         """What the model's own code gave with weights of which the config in it is made, in `folder`; for the kit."""
@@ -183,6 +184,10 @@ class Backbone(ABC):
     @abstractmethod
     def null_conditioning(self, cond: "Conditioning") -> "Conditioning":
         """The unconditional counterpart of `cond`: same names, shapes and dtypes."""
+
+    def encode_negative(self, text: str) -> "Conditioning":
+        """Conditioning of a negative prompt, batch first, as `null_conditioning` has it and data may store it."""
+        return self.encode([text])
 
     def encode(self, prompts: "Sequence[str | Prompt]") -> "Conditioning":
         """Conditioning for a list of prompts, or of their texts.

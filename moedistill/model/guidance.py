@@ -23,7 +23,8 @@ class Guidance:
         student_scale: the embedded scale that the experts are told; null for the teacher's.
         oscillate_from: from this step on, the first being 0, classifier-free guidance leaves out every odd one, which
             is then the conditional velocity alone (guidance oscillation of Open-Sora 2.0). Steps are those of the
-            trajectory, in training, sampling and analysis alike. null: every step is guided.
+            trajectory, in training, sampling and analysis alike; a jump over several of them has the mean of their
+            scales. null: every step is guided.
     """
 
     mode: Literal["none", "classifier_free", "embedded"] = "none"
@@ -51,6 +52,12 @@ class Guidance:
     def classifier_free_scale(self, base: str) -> float:
         """The scale by which two forwards are combined; 1 where there is nothing to combine."""
         return self.scale_of(base) if self.mode == "classifier_free" else 1.0
+
+    def share(self, first: int, following: int) -> float:
+        """The share of guided steps among the trajectory's from `first` to before `following`, one at least."""
+        start = math.inf if self.oscillate_from is None else self.oscillate_from
+        steps = range(first, max(following, first + 1))
+        return sum(step < start or step % 2 == 0 for step in steps) / len(steps)
 
     def guides(self, step: "Tensor") -> "Tensor":
         """Which of the trajectory's steps, int64 `[B]`, the first being 0, are guided by two forwards; bool `[B]`."""

@@ -1,7 +1,7 @@
 """Backbones of latent video models: weights in a folder or on the Hub, a VAE with a compression, text that is encoded.
 
-What lies between the lowest contract and a model with a pipeline of diffusers'. A model without such a pipeline
-subclasses these two.
+What lies between the lowest contract and models of diffusers' classes. A model whose parts are its own subclasses
+these two.
 """
 
 import re
@@ -205,7 +205,9 @@ class LatentVideoBackbone(Backbone):
         """
 
     def told(self, text: str) -> str:
-        """What the model is told of a prompt: by default its text. A negative prompt is told as it is."""
+        """What the model is told of a prompt: by default its text. A negative prompt is told as it is
+        (`encode_negative`).
+        """
         return text
 
     # -- the contract -------------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ class LatentVideoBackbone(Backbone):
             ValueError: it can neither be encoded nor was it stored, or its length is not that of `cond`.
         """
         if self._null is None:
-            self._null = self.encode_told([Prompt(self.config.guidance.negative_prompt)])
+            self._null = dict(self.encode_negative(self.config.guidance.negative_prompt))
         kept = {name for name, each in self.config.inputs().items() if not each.droppable}
         null = {}
         for name, value in cond.items():
@@ -280,10 +282,13 @@ class LatentVideoBackbone(Backbone):
         """Conditioning of prompts, on the CPU. A miniature gives each prompt random numbers of its own."""
         told = [replace(prompt, text=self.told(prompt.text)) for prompt in prompts]
         self._asked |= dict(zip(told, prompts, strict=True))
-        return self.encode_told(told)
+        return self._encode(told)
 
-    def encode_told(self, told: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Conditioning of what the model is told, word for word: of a negative prompt that is to be stored, too."""
+    def encode_negative(self, text: str) -> dict[str, Tensor]:
+        """See `Backbone.encode_negative`: told as it is."""
+        return self._encode([Prompt(text)])
+
+    def _encode(self, told: Sequence[Prompt]) -> dict[str, Tensor]:
         new = [prompt for prompt in dict.fromkeys(told) if prompt not in self._encoded]
         if new:
             made = map(self._synthetic, new) if self.config.pretrained is None else self.encode_new(new)

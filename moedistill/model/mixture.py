@@ -20,7 +20,7 @@ from moedistill.model.conditioning import Conditioning
 from moedistill.model.ema import EMA, WhichWeights
 from moedistill.model.experts import Expert, ExpertConfig, FrozenExpert
 from moedistill.model.guidance import Guidance
-from moedistill.model.sample_in_batches import FreshNoise, sample_in_batches
+from moedistill.model.sample_in_batches import FreshNoise, followings, sample_in_batches
 from moedistill.model.shared_network import SharedNetwork
 from moedistill.runtime.integrity import misfit
 from moedistill.runtime.sharding import fill, rest
@@ -176,20 +176,28 @@ class Mixture(nn.Module):
         with self.autocast(x.device):
             return self.backbone.velocity(self.experts[self.active].shared.network, x, sigma, cond).float()
 
-    def guided(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: Guidance) -> Tensor:
+    def guided(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: Guidance, *, until: float | None = None
+    ) -> Tensor:
         """Velocity of the active teacher with its guidance: v_c + (scale - 1)·(v_c - v_u).
 
-        The conditional and the unconditional half run as one batch; where guidance oscillates, the latter has those
-        samples alone whose step is guided. With `embedded` guidance the network is told the scale by the backbone, and
-        there is nothing to add.
+        The conditional and the unconditional half run as one batch. With `embedded` guidance the network is told the
+        scale by the backbone, and there is nothing to add.
+
+        Args:
+            until: where the jump from `sigma`, the same for all samples, ends. Guidance that oscillates is then its
+                mean over the trajectory's steps in between; else each sample's is that of its step, and the
+                unconditional half has the guided ones alone.
         """
         shared = self.experts[self.active].shared
         base = next((base for base in self.bases if self._teacher(base).shared is shared), self.bases[0])
         scale = guidance.classifier_free_scale(base)
+        if until is not None:
+            scale = 1.0 + (scale - 1.0) * self.share_guided(guidance, sigma[0].item(), until)
         if scale == 1.0:
             return self(x, sigma, cond)
         null = self.backbone.null_conditioning(cond)
-        if guidance.oscillate_from is None:
+        if guidance.oscillate_from is None or until is not None:
             both = conditioning.concat(cond, null)
             v_cond, v_null = self(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
             return guide(v_cond, v_null, scale)
@@ -198,6 +206,13 @@ class Mixture(nn.Module):
         v = self(torch.cat([x, x[rows]]), torch.cat([sigma, sigma[rows]]), both)
         guided, v_null = v.split([len(x), len(v) - len(x)])
         return guided.index_put((rows,), guide(guided[rows], v_null, scale))
+
+    def share_guided(self, guidance: Guidance, sigma: float, until: float) -> float:
+        """Which share of the trajectory's steps from `sigma` to `until` is guided."""
+        if guidance.oscillate_from is None:
+            return 1.0
+        first, following = self.trajectory.steps_at(torch.tensor([sigma, until])).tolist()
+        return guidance.share(first, following if until > self.trajectory.sigma(0) else self.trajectory.num_steps)
 
     def teacher_at(self, sigma: float) -> str:
         """The name, as an expert, of the pretrained network that serves `sigma`."""
@@ -314,13 +329,14 @@ class Mixture(nn.Module):
         """
         stand_ins = stand_ins or {}
         router: Router = self.router or TimestepRouter([TEACHER], [])
+        until = followings(sigmas)
 
         def velocity(x: Tensor, sigma: Tensor, expert: str, cond: Conditioning) -> Tensor:
             expert = stand_ins.get(expert, expert)
             expert = self.teacher_at(sigma[0].item()) if expert == TEACHER else expert
             with self.running(expert, weights):
                 if expert in self.teachers and guidance is not None:
-                    return self.guided(x, sigma, cond, guidance)
+                    return self.guided(x, sigma, cond, guidance, until=until[sigma[0].item()])
                 return self(x, sigma, cond)
 
         return sample_in_batches(

@@ -1,6 +1,7 @@
 """Few-step sampling of many samples, each with its conditioning: so many at once."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +13,12 @@ from moedistill.model.conditioning import Conditioning
 
 FreshNoise = Callable[[int, range], Tensor]
 """Standard normal noise for a step (from 0) and samples (places in the whole): `[len(samples), C, T, H, W]`."""
+
+
+def followings(sigmas: Sequence[float] | Tensor) -> dict[float, float]:
+    """Where the step from each of `sigmas` ends, in float32 as `sample` hands them on."""
+    values = torch.as_tensor(sigmas, dtype=torch.float32).tolist()
+    return dict(pairwise(values))
 
 
 def sample_in_batches(

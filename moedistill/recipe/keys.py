@@ -191,6 +191,9 @@ class TrainingConfig:
         keep_checkpoints: how many of the last checkpoints stay.
         log_every: optimiser steps between lines of metrics.
         trackers: names of accelerate's trackers, such as tensorboard.
+        timeout: seconds that the processes of a run wait for each other: if one hangs, the others end within it. One
+            that is lost is noticed at once, and they have so long to end. What the main process does alone, such as
+            saving or the metrics of an evaluation, must not take longer; a week if not given.
         monitor: measure consistency stages on fixed draws as they go, for 1 to 3 % of their time; null for never.
     """
 
@@ -206,6 +209,7 @@ class TrainingConfig:
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
     trackers: list[NonEmptyStr] = field(default_factory=list)
+    timeout: Annotated[float, Ge(1.0), Le(31_536_000.0)] = 604_800.0
     monitor: MonitorConfig | None = field(default_factory=MonitorConfig)
 
 
@@ -273,4 +277,9 @@ class Recipe:
         trajectory = self.trajectory.build(self.backbone.native_sigmas())
         notes = list(self.router.build(trajectory).notes) if self.router else []
         notes += self.sample.notes(trajectory) if self.sample else []
+        start = self.backbone.guidance.oscillate_from
+        if start is not None and start >= trajectory.num_steps:
+            notes.append(
+                f"guidance.oscillate_from {start} never comes: the trajectory has {trajectory.num_steps} steps"
+            )
         return notes + [note for stage in self.stages for note in stage.notes(self)]

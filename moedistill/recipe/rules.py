@@ -25,6 +25,10 @@ _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")
 
 
+class BackboneError(Exception):
+    """Something cannot be told, because of what a backbone's own check says."""
+
+
 class Rules:
     """Rules between the fields of a recipe. Parts that failed are passed over; the rest is checked all the same."""
 
@@ -92,10 +96,20 @@ class Rules:
         if failed(recipe.trajectory) or failed(recipe.backbone):
             return None, None
         try:
-            recipe.trajectory = recipe.trajectory.settled(recipe.backbone.time_shift())
+            recipe.trajectory = recipe.trajectory.settled(self.time_shift)
             return recipe.trajectory.build(recipe.backbone.native_sigmas()), None
+        except BackboneError:
+            return None, None
         except ValueError as error:
             return None, (("trajectory",), str(error), "")
+
+    def time_shift(self) -> float | None:
+        """The backbone's; BackboneError where it says itself what is wrong with it."""
+        try:
+            shift: float | None = self.recipe.backbone.time_shift()
+        except ValueError as error:
+            raise BackboneError if list(self.recipe.backbone.check()) else error from None
+        return shift
 
     def routing(self, trajectory: "Trajectory | None") -> Iterator[Violation]:
         """The router can be used, boundaries are in order, and the experts that it names exist."""
@@ -190,6 +204,9 @@ class Rules:
         for key, message in backbone.check():
             yield ("backbone", *key.split(".")), message, ""
         bases = list(backbone.bases())
+        if backbone.guidance.oscillate_from is not None and backbone.has_pipeline:
+            message = "the model's own pipeline guides all its steps alike; leave it out"
+            yield ("backbone", "guidance", "oscillate_from"), message, ""
         scale = backbone.guidance.scale
         if isinstance(scale, dict) and set(scale) != set(bases):
             message = f"names {', '.join(scale) or 'no network'}; the teacher has {', '.join(bases)}: give each a scale"

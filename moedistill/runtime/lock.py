@@ -93,17 +93,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(path: Path) -> Iterator[None]:
+def in_turn(path: Path) -> Iterator[bool]:
     """One process after the other: waits while another is in such a block of the same `path`, a file beside the work.
 
-    Where a file system has no flock, nobody waits.
+    Gives whether nobody else can be in it: where a file system has no flock, nobody waits.
     """
     descriptor = None
     while descriptor is None:
         with disk_errors(path):
             opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        alone = False
         with suppress(OSError):
             fcntl.flock(opened, fcntl.LOCK_EX)
+            alone = True
         # One that was removed between our opening and locking it protects nothing.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(opened), path.stat()):
@@ -111,7 +113,7 @@ def in_turn(path: Path) -> Iterator[None]:
         if descriptor is None:
             os.close(opened)
     try:
-        yield
+        yield alone
     finally:
         with suppress(OSError):
             path.unlink()

@@ -104,7 +104,7 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
 
 
-def is_there(path: Path, option: str = "--output") -> bool:
+def is_there(path: Path) -> bool:
     """Whether there is anything; UserError where that cannot be seen, or where it is no name that a file can have."""
     try:
         path.stat()
@@ -112,7 +112,7 @@ def is_there(path: Path, option: str = "--output") -> bool:
         return path.is_symlink()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"cannot write to {path}: {why}; choose another {option}") from error
+        raise UserError(f"cannot write to {path}: {why}; choose another --output") from error
     return True
 
 
@@ -139,23 +139,22 @@ def make_numbered(folder: Path, but: Collection[str] = ()) -> Path:
     raise AssertionError("unreachable")
 
 
-def refuse_used(folder: Path, but: Collection[str] = (), *, option: str = "--output") -> None:
+def refuse_used(folder: Path, but: Collection[str] = ()) -> None:
     """UserError where an output folder holds anything but hidden files and logs, as of `> FOLDER/log.txt`.
 
     Args:
         but: other names that do no harm.
-        option: what the folder is called on the command line.
     """
-    if not is_there(folder, option):
+    if not is_there(folder):
         return
     if not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose another {option}, a new or an empty folder")
+        raise UserError(f"{folder} is a file; choose another --output, a new or an empty folder")
     with disk_errors(folder):
         found = sorted(path.name for path in folder.iterdir() if path.name not in but and not _harmless(path))
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         names = f"{', '.join(found[:3])}{more}"
-        raise UserError(f"{folder} is not empty ({names}); choose another {option}, a new or an empty folder")
+        raise UserError(f"{folder} is not empty ({names}); choose another --output, a new or an empty folder")
 
 
 def _harmless(path: Path) -> bool:

@@ -27,7 +27,7 @@ from moedistill.model import conditioning
 from moedistill.model.backbone import TEACHER
 from moedistill.model.conditioning import Conditioning
 from moedistill.model.ema import WhichWeights
-from moedistill.model.sample_in_batches import sample_in_batches
+from moedistill.model.sample_in_batches import followings, sample_in_batches
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import notes_on, sampling_sigmas, trained_before, trajectory_of, untrained_notes
 from moedistill.runtime.checkpoint import save_tensors
@@ -191,20 +191,23 @@ def _misfits(recipe: "Recipe", number: int, candidate: Candidate) -> Iterable[Fi
         yield f"candidates.{number}.{'sample' if candidate.steps is None else 'steps'}", str(error)
 
 
-def _exact_velocity(run: "Run", x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-    """(x - E[x0 | x]) / sigma, with the teacher's classifier-free guidance: v_c + (scale - 1)·(v_c - v_u)."""
+def _exact_velocity(run: "Run", until: Mapping[float, float], x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    """(x - E[x0 | x]) / sigma, with the teacher's classifier-free guidance: v_c + (scale - 1)·(v_c - v_u).
+
+    `until` says where the jump from a sigma ends.
+    """
     dataset, mixture = run.dataset, run.mixture
     assert dataset is not None
     # All samples are at one sigma: the sampler's.
     router = mixture.teacher_router
     base = mixture.bases[0] if router is None else router.expert_at(float(sigma[0]))
-    scale = run.recipe.backbone.guidance.classifier_free_scale(base)
+    guidance, level = run.recipe.backbone.guidance, float(sigma[0])
+    scale = 1 + (guidance.classifier_free_scale(base) - 1) * mixture.share_guided(guidance, level, until[level])
     mean = dataset.posterior_mean(x, sigma, cond)
     if scale != 1.0:
         # Velocities at one x differ as the means do.
         null = dataset.posterior_mean(x, sigma, mixture.backbone.null_conditioning(cond))
-        guides = run.recipe.backbone.guidance.guides(mixture.trajectory.steps_at(sigma))
-        mean = torch.where(guides.view(-1, 1, 1, 1, 1), guide(mean, null, scale), mean)
+        mean = guide(mean, null, scale)
     return velocity_of(x, mean, sigma)
 
 
@@ -310,7 +313,8 @@ class EvaluateStage(Stage):
 
         drawn: Any = {"eta": eta, "fresh_noise": fresh_noise, "batch_size": self.config.batch_size}
         if candidate.model == "exact":
-            return sample_in_batches(partial(_exact_velocity, run), noise, cond, sigmas, **drawn)
+            velocity = partial(_exact_velocity, run, followings(sigmas))
+            return sample_in_batches(velocity, noise, cond, sigmas, **drawn)
         return mixture.generate(
             noise, cond, sigmas,
             stand_ins=stand_ins, guidance=recipe.backbone.guidance, weights=self.config.weights, **drawn,

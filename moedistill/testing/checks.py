@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moedistill.flow.process import add_noise, jump, to_vp, velocity_from_vp
 from moedistill.flow.routers import TimestepRouter
 from moedistill.flow.trajectory import Trajectory
-from moedistill.integrations.diffusers.backbone import DiffusersBackbone
+from moedistill.integrations.diffusers.backbone import DiffusersBackbone, DiffusersBackboneConfig
 from moedistill.integrations.diffusers.models import DiffusersModels, DiffusersModelsConfig
 from moedistill.integrations.diffusers.pipeline import attach
 from moedistill.model import conditioning
@@ -350,6 +350,9 @@ def text_encoders(subject: Subject) -> str:
     if not isinstance(config, DiffusersModelsConfig) or not isinstance(backbone, DiffusersModels):
         raise Unchecked("no text encoders of diffusers' or transformers'")
     x, sigma, cond = subject.inputs
+    if not isinstance(config, DiffusersBackboneConfig):
+        named, components = ", ".join(config.text_classes()) or "none", ", ".join(config.text_components)
+        assert named == components, f"text_classes names {named}, text_components are {components}"
     prompts = [backbone.told(prompt) for prompt in prompts_for(backbone)]
     if subject.real:
         encode: Callable[[list[str]], Conditioning] = backbone.encode

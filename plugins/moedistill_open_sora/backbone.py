@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import click
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from moedistill import (
     WeightPiece,
     convert_network,
     convert_text_model,
+    read_json,
     tiny_t5,
     tiny_tokenizer,
 )
@@ -48,6 +50,9 @@ class OpenSoraBackbone(DiffusersModels):
     """Conditioning: `prompt_embeds` `[B, 512, 4096]` and `pooled_prompt_embeds` `[B, 768]`; to begin or end with given
     frames `image_latents` `[B, 17, T, H, W]`: a mask, 1 where a latent frame is given, and their latents as the network
     takes them, 0 elsewhere. Without them no frame is given.
+
+    The teacher is guided by its text alone; with given frames the published sampling has a scale for them too, 3, for
+    which a third forward is needed. Here it is 1.
     """
 
     fps = 24.0
@@ -134,9 +139,13 @@ class OpenSoraBackbone(DiffusersModels):
     def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
         latents, cond = super().prepare(latents, cond)
         if "image_latents" in cond:
-            mask = cond["image_latents"][:, :1]
+            mask, given = cond["image_latents"].split([1, CHANNELS], 1)
             if not ((mask == 0) | (mask == 1)).all():
                 raise ValueError("image_latents has other numbers than 0 and 1 in its first channel, which is the mask")
+            if ((mask == 0) & (given != 0)).any():
+                raise ValueError(
+                    "image_latents has latents where its first channel, the mask, says that none are given"
+                )
         return latents, cond
 
     @torch.no_grad()
@@ -178,10 +187,11 @@ class OpenSoraConfig(DiffusersModelsConfig):
     backbone_class = OpenSoraBackbone
     download = (
         f"hpcai-tech/Open-Sora-v2: {published.NETWORK} (11.9 billion parameters), {published.VAE} (0.2 billion), and "
-        f"the text encoders {published.T5} (4.8 billion without its decoder) and {published.CLIP} (0.1 billion); at 2 "
-        "bytes per parameter 34 GB. The folder is taken as it is, and converted at its first use, which takes as much "
-        "again"
+        f"the text encoders {published.T5} (4.8 billion without its decoder) and {published.CLIP} (0.1 billion); what "
+        "lies beside them is not needed. The folder is taken as it is, and converted at its first use, which takes as "
+        "much room again"
     )
+    published_file = published.NETWORK
     folder = f"the published one (with {published.NETWORK}), or what `moedistill convert open_sora` makes of it"
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     tiny_text: ClassVar[tuple[int, int, int]] = (10, 24, 16)
@@ -282,15 +292,21 @@ class OpenSoraConfig(DiffusersModelsConfig):
         tokens = (height // 2) * (width // 2)
         return (1.0 + 2.0 * (tokens - 256) / 3840) * frames**0.5
 
+    def check_folder(self, folder: Path) -> None:
+        """Another model of the same class, such as FLUX, is refused."""
+        file = folder / "transformer" / "config.json"
+        own, wanted = read_json(file), self.real_network()
+        for name in ("in_channels", "out_channels", "patch_size"):
+            if own.get(name) != wanted[name]:
+                raise ValueError(f"{file}: {name} is {own.get(name)}, of Open-Sora {wanted[name]}; it is another model")
+        if own.get("guidance_embeds"):
+            raise ValueError(f"{file}: guidance_embeds is true, of Open-Sora false; it is another model")
+
     # -- the published files ------------------------------------------------------------------------------------------
 
     @classmethod
-    def as_published(cls, folder: Path) -> bool:
-        return (folder / published.NETWORK).is_file()
-
-    @classmethod
     def make_folder(cls, source: Path, folder: Path) -> None:
-        """See `DiffusersModelsConfig.make_folder`. A VAE or text encoders that are not there are left out."""
+        """See `DiffusersModelsConfig.make_folder`. A VAE or text encoders that are not there are left out, and said."""
         from diffusers import AutoencoderKLHunyuanVideo, FluxTransformer2DModel
 
         weights = PublishedWeights(source / published.NETWORK)
@@ -308,6 +324,9 @@ class OpenSoraConfig(DiffusersModelsConfig):
                 convert_text_model(
                     classes[model], classes[tokenizer], source / place, folder / model, folder / tokenizer
                 )
+        parts = (published.VAE, published.T5, published.CLIP)
+        if missing := [str(part) for part in parts if not (source / part).exists()]:
+            click.echo(f"left out, as {source} has none: {', '.join(missing)}", err=True)
 
     def architecture(self) -> Mapping[str, Any]:
         """See `DiffusersModelsConfig.architecture`; of a published file by the shapes of its tensors."""
@@ -326,7 +345,9 @@ class OpenSoraConfig(DiffusersModelsConfig):
         self.convert(source, model)
         text = {name: tensors[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
         return Record(
-            config=self.replace(pretrained=str(model), dtype="float32", fps=None, motion_score=4),
+            config=self.replace(
+                pretrained=str(model), revision=None, variant=None, dtype="float32", fps=None, motion_score=4
+            ),
             x=tensors["latents"],
             sigma=tensors["sigma"],
             conditionings=[{**text, "image_latents": tensors["image_latents"]}, text],

@@ -18,4 +18,5 @@ class ExactTime(CombinedTimestepTextProjEmbeddings):
 
 def take_exact_time(network: nn.Module) -> None:
     """Lets a Flux network take its time so."""
+    assert isinstance(network.time_text_embed, CombinedTimestepTextProjEmbeddings), "guidance is embedded"
     network.time_text_embed.__class__ = ExactTime

@@ -63,23 +63,34 @@ NORMS_IN_DOUBLE = {
 }
 NORMS_IN_SINGLE = {"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"}
 KINDS = ("weight", "bias")
+WIDTH, DEPTH = 3072, (19, 38)
+"""Of the published network: double and single blocks."""
 
 
 def network_config(weights: PublishedWeights) -> dict[str, Any]:
-    """Arguments of diffusers' class for the network in a published file, by the shapes of its tensors."""
-    width, own = weights.shape("img_in.weight")
-    head = weights.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
+    """Arguments of diffusers' class for the network in a published file, by the shapes of its tensors.
+
+    Raises:
+        ValueError: they are not those of such a network, or blocks of the published one are missing.
+    """
+    width, own = weights.shape("img_in.weight", 2)
+    [head] = weights.shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)
+    depth = tuple(_count(weights.names, kind) for kind in ("double_blocks", "single_blocks"))
+    if width == WIDTH and depth != DEPTH:
+        raise ValueError(
+            f"{weights.file} has {depth[0]} double and {depth[1]} single blocks, not {DEPTH[0]} and {DEPTH[1]}"
+        )
     space = 7 * head // 32 * 2  # 16, 56 and 56 of 128, of which the file says nothing
     return {
         "patch_size": 1,
-        "in_channels": own + weights.shape("cond_in.weight")[1],
-        "out_channels": weights.shape("final_layer.linear.weight")[0],
-        "num_layers": _count(weights.names, "double_blocks"),
-        "num_single_layers": _count(weights.names, "single_blocks"),
+        "in_channels": own + weights.shape("cond_in.weight", 2)[1],
+        "out_channels": weights.shape("final_layer.linear.weight", 2)[0],
+        "num_layers": depth[0],
+        "num_single_layers": depth[1],
         "attention_head_dim": head,
         "num_attention_heads": width // head,
-        "joint_attention_dim": weights.shape("txt_in.weight")[1],
-        "pooled_projection_dim": weights.shape("vector_in.in_layer.weight")[1],
+        "joint_attention_dim": weights.shape("txt_in.weight", 2)[1],
+        "pooled_projection_dim": weights.shape("vector_in.in_layer.weight", 2)[1],
         "guidance_embeds": False,
         "axes_dims_rope": (head - 2 * space, space, space),
     }
@@ -89,9 +100,9 @@ def vae_config(weights: PublishedWeights) -> dict[str, Any]:
     """Arguments of diffusers' class for the VAE in a published file, by the shapes of its tensors."""
     blocks = range(_count(weights.names, "encoder.down_blocks"))
     return {
-        "latent_channels": weights.shape("post_quant_conv.weight")[0],
+        "latent_channels": weights.shape("post_quant_conv.weight", 5)[0],
         "block_out_channels": [
-            weights.shape(f"encoder.down_blocks.{k}.resnets.0.conv1.conv.weight")[0] for k in blocks
+            weights.shape(f"encoder.down_blocks.{k}.resnets.0.conv1.conv.weight", 5)[0] for k in blocks
         ],
         "layers_per_block": _count(weights.names, "encoder.down_blocks.0.resnets"),
     }

@@ -218,9 +218,9 @@ def test_which_step_passes_a_sigma():
 
 def test_a_shift_that_is_left_to_the_backbone():
     left = FlowMatching(shift="auto")
-    assert left.settled(3.0) == FlowMatching(shift=3.0)
-    assert FlowMatching(shift=5.0).settled(3.0) == FlowMatching(shift=5.0)
+    assert left.settled(lambda: 3.0) == FlowMatching(shift=3.0)
+    assert FlowMatching(shift=5.0).settled(lambda: 1 / 0) == FlowMatching(shift=5.0)
     with pytest.raises(ValueError, match="auto: the backbone gives no shift of its own; give a number"):
-        left.settled(None)
+        left.settled(lambda: None)
     with pytest.raises(ValueError, match="auto becomes a number when a recipe is read"):
         left.build()

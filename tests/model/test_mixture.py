@@ -184,6 +184,28 @@ def test_a_network_that_cannot_checkpoint_is_refused(monkeypatch):
 # --- Guidance
 
 
+def test_a_jump_over_several_steps_has_the_mean_of_their_guidance(mixture):
+    x, _, cond = digits_inputs(batch=2)
+    points, guidance = mixture.trajectory.points, Guidance(mode="classifier_free", scale=4.0, oscillate_from=10)
+
+    def guided(start, end, guidance=guidance):
+        sigma, until = points[start].item(), 0.0 if end is None else points[end].item()
+        with torch.no_grad():
+            return mixture.guided(x, torch.full((2,), sigma), cond, guidance, until=until)
+
+    for start, end, scale in (
+        (50, 40, 4.0),
+        (40, 39, 4.0),
+        (39, 38, 1.0),
+        (40, 38, 2.5),
+        (44, 36, 3.25),
+        (40, None, 2.5),
+    ):
+        constant = Guidance(mode="classifier_free", scale=scale)
+        torch.testing.assert_close(guided(start, end), guided(start, end, constant), rtol=1e-5, atol=1e-5)
+    assert mixture.share_guided(Guidance(mode="classifier_free", scale=4.0), 0.5, 0.1) == 1.0
+
+
 def test_an_oscillating_guidance_leaves_out_every_odd_step_from_where_it_begins(mixture):
     """Of a trajectory of 50 steps, whose step i begins at point 50 - i."""
     x, _, cond = digits_inputs(batch=6)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import weakref
@@ -21,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from moedistill import BackboneContract, Guidance, Mixture, Record, cli
 from moedistill.data.base import Sample
 from moedistill.data.latents import write_latents
-from moedistill.errors import UserError
+from moedistill.errors import RecipeError, UserError
 from moedistill.integrations.diffusers import converting
 from moedistill.integrations.diffusers.converting import PublishedWeights, check_pieces
 from moedistill.model.backbone import VideoSize
@@ -207,29 +208,28 @@ def test_a_network_in_parts_is_the_same(monkeypatch, files, converted, tmp_path)
 
 
 def test_no_more_than_a_part_and_a_piece_is_held(monkeypatch, tmp_path):
-    """Counted: bytes of tensors that are alive after each one that is made."""
+    """Counted: bytes of tensors that are alive when each is read, and when each is about to be written."""
     monkeypatch.setattr(converting, "SHARD", 60_000)
     file = tmp_path / published.NETWORK
     save_file(network_tensors(), file)
     alive, most = {}, []
 
-    class Watched(converting._Made):
-        def __getitem__(self, name):
-            tensor = super().__getitem__(name)
-            for each in (tensor, *self._last[1].values()):
-                alive[id(each)] = each.nbytes
-                weakref.finalize(each, alive.pop, id(each), None)
-            most.append(sum(alive.values()))
-            return tensor.clone()
+    def counted(tensor):
+        alive[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, alive.pop, id(tensor), None)
+        most.append(sum(alive.values()))
+        return tensor
 
-    monkeypatch.setattr(converting, "_Made", Watched)
+    read, clone = PublishedWeights.__getitem__, torch.Tensor.clone
+    monkeypatch.setattr(PublishedWeights, "__getitem__", lambda self, name: counted(read(self, name)))
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self, **options: counted(clone(self, **options)))
     weights = PublishedWeights(file)
     pieces = published.network_pieces(weights.names, 16)
-    converting.convert_network(
-        weights, pieces, FluxTransformer2DModel, published.network_config(weights), tmp_path / "transformer"
-    )
+    config = published.network_config(weights)
+    converting.convert_network(weights, pieces, FluxTransformer2DModel, config, tmp_path / "transformer")
     whole = sum(tensor.nbytes for tensor in network_tensors().values())
-    assert max(most) < 60_000 < whole / 8
+    largest = max(tensor.nbytes for tensor in network_tensors().values())
+    assert 50_000 < max(most) < 60_000 + 2 * largest < whole / 4
 
 
 def test_the_vae_is_taken_name_for_name(files, converted):
@@ -268,6 +268,11 @@ def test_text_encoders_in_pickled_files_of_whole_models_are_taken(files, tmp_pat
         (lambda own: own | {"guidance_in.in_layer.weight": torch.zeros(2)}, "guidance_in.in_layer.weight is left over"),
         (lambda own: without(own, "txt_in.bias"), "txt_in.bias is missing"),
         (lambda own: without(own, "cond_in.weight"), "has no cond_in.weight"),
+        (lambda own: own | {"img_in.weight": torch.zeros(3)}, "has img_in.weight [3]"),
+        (
+            lambda own: own | {"txt_in.bias": torch.zeros(32).to(torch.float8_e4m3fn)},
+            "in other numbers (txt_in.bias F8",
+        ),
         (lambda own: own | {"txt_in.bias": torch.zeros(3)}, "context_embedder.bias has another shape"),
         (lambda own: own | {"single_blocks.1.v_mlp.weight": torch.zeros(3, 32)}, "has another shape"),
         (lambda own: {name.replace("blocks.1", "blocks.3"): t for name, t in own.items()}, "blocks.3"),
@@ -310,14 +315,22 @@ def test_the_command_converts_and_refuses(files, tmp_path, capsys):
     code, said = convert("open_sora", files, model)
     assert (code, said.startswith(f"{model}: give it as backbone.pretrained")) == (0, True)
     assert sorted(path.name for path in model.iterdir()) == sorted(
-        ["transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+        ["made_of.json", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
     )
     assert convert("open_sora", files, model)[0] == 2  # it is there
-    code, said = convert("open_sora", tmp_path, tmp_path / "other")
-    assert code == 2
-    assert "nothing to convert" in said
+    for source, reason in (
+        (tmp_path, "has no Open_Sora_v2.safetensors; give the folder as it is published"),
+        (tmp_path / "none", "is no folder; give the folder as it is published"),
+        (files / published.NETWORK, "is no folder; give the folder as it is published"),
+    ):
+        code, said = convert("open_sora", source, tmp_path / "other")
+        assert (code, reason in said) == (2, True), said
     code, said = convert("wan", files, tmp_path / "other")
-    assert (code, "give it as backbone.pretrained as it is" in said) == (2, True)
+    assert (code, "nothing is to be converted, this model is given as backbone.pretrained" in said) == (2, True)
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/.keep").touch()
+    code, said = convert("open_sora", files, tmp_path / "hidden")
+    assert (code, "is there already; choose another DEST" in said) == (2, True)
     code, said = convert("open_soar", files, tmp_path / "other")
     assert (code, "open_sora" in said) == (2, True)
 
@@ -326,11 +339,48 @@ def test_a_published_folder_is_converted_at_its_first_use_and_says_so(files, tmp
     folder = shutil.copytree(files, tmp_path / "Open-Sora-v2")
     config = OpenSoraConfig(pretrained=str(folder))
     config.build()
-    assert "converting it, once" in capfd.readouterr().err
+    assert "converting it (once)" in capfd.readouterr().err
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
     again = config.build()
     assert "converting" not in capfd.readouterr().err
     assert again.config.loadable() == folder / "diffusers"
+    # Other weights under the same name are converted anew.
+    tensors = network_tensors()
+    tensors["final_layer.linear.bias"] += 1
+    save_file(tensors, folder / published.NETWORK)
+    changed = config.build()
+    assert "converting it (its files have changed)" in capfd.readouterr().err
+    assert torch.equal(changed.network.proj_out.bias, again.network.proj_out.bias + 1)
+
+
+def test_what_comes_later_is_converted_too(files, tmp_path, capfd):
+    folder = tmp_path / "Open-Sora-v2"
+    folder.mkdir()
+    shutil.copy(files / published.NETWORK, folder)
+    config = OpenSoraConfig(pretrained=str(folder))
+    config.build()
+    assert "has none: hunyuan_vae.safetensors, google/t5-v1_1-xxl, openai/clip" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="has no text_encoder"):
+        config.build().encode([PROMPT])
+    shutil.copytree(files, folder, dirs_exist_ok=True)
+    assert config.build().encode([PROMPT])["prompt_embeds"].shape == (1, 512, 24)
+    assert config.build().load_vae().config.latent_channels == 16
+
+
+def test_processes_that_convert_at_once_leave_one_whole_folder(files, tmp_path):
+    folder = shutil.copytree(files, tmp_path / "Open-Sora-v2")
+    fork = multiprocessing.get_context("fork")
+    config = OpenSoraConfig(pretrained=str(folder))
+    processes = [fork.Process(target=config.loadable) for _ in range(3)]
+    processes += [fork.Process(target=OpenSoraConfig.convert, args=(files, tmp_path / "model")) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert sorted(process.exitcode for process in processes) == [0, 0, 0, 0, 1]  # two for one place: one is refused
+    for made in (folder / "diffusers", tmp_path / "model"):
+        assert OpenSoraConfig(pretrained=str(made)).build().encode([PROMPT])
+        assert not [path for path in made.parent.iterdir() if path.name.startswith(".")]
 
 
 def test_where_the_published_folder_cannot_be_written_the_way_out_is_named(files, tmp_path, monkeypatch):
@@ -466,8 +516,27 @@ def test_a_mask_of_other_numbers_is_refused():
     backbone.prepare(latents, {**cond, "image_latents": image})
     with pytest.raises(ValueError, match=r"other numbers than 0 and 1 in its first channel"):
         backbone.prepare(latents, {**cond, "image_latents": image + 0.5})
+    with pytest.raises(ValueError, match=r"image_latents has latents where its first channel, the mask, says"):
+        backbone.prepare(latents, {**cond, "image_latents": image + torch.arange(17).view(17, 1, 1, 1).clamp(max=1)})
     with pytest.raises(ValueError, match=r"image_latents \[16, .* the model takes \[17, any, any, any\]"):
         backbone.prepare(latents, {**cond, "image_latents": image[:, 1:]})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"in_channels": 64}, "in_channels is 64, of Open-Sora 132"),
+        ({"out_channels": None}, "out_channels is None, of Open-Sora 64"),
+        ({"guidance_embeds": True}, "guidance_embeds is true"),
+    ],
+)
+def test_another_model_of_the_same_class_is_refused(converted, tmp_path, change, said):
+    """FLUX is one."""
+    folder = shutil.copytree(converted, tmp_path / "model")
+    file = folder / "transformer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"{said}.*it is another model"):
+        OpenSoraConfig(pretrained=str(folder)).build()
 
 
 def test_missing_weights_say_what_there_is_to_get():
@@ -483,6 +552,17 @@ def test_the_recipe_is_resolved_to_the_shift_of_its_size():
     bigger = ["backbone.video.height=576", "backbone.video.width=1024"]
     assert load_recipe("dcm_open_sora", bigger).trajectory.shift == pytest.approx(11.8721, abs=1e-4)
     assert load_recipe("dcm_open_sora", ["trajectory.shift=3.0"]).trajectory.shift == 3.0
+
+
+def test_a_wrong_size_is_said_once():
+    for shift in ("auto", "3.0"):
+        with pytest.raises(RecipeError) as error:
+            load_recipe("dcm_open_sora", ["backbone.video.num_frames=128", f"trajectory.shift={shift}"])
+        assert [problem.path for problem in error.value.problems] == ["backbone.video"]
+    with pytest.raises(RecipeError, match=r"133 are more than the model makes;\s+give 129 or less"):
+        load_recipe("dcm_open_sora", ["backbone.video.num_frames=133"])
+    notes = load_recipe("dcm_open_sora", ["backbone.guidance.oscillate_from=90"]).notes()
+    assert any("oscillate_from 90 never comes: the trajectory has 50 steps" in note for note in notes)
 
 
 def save_samples(folder, backbone):
@@ -514,7 +594,7 @@ def test_the_recipe_from_end_to_end_on_published_files(files, tmp_path, capfd):
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["stage"] == "detail"][-1] == 3
     assert (tmp_path / "run/samples/000.mp4").is_file()
-    assert capfd.readouterr().err.count("converting it, once") == 1
+    assert capfd.readouterr().err.count("converting it (once)") == 1
 
     middle = tmp_path / "run/checkpoints/01_detail_00000002"
     again = run(recipe, output=tmp_path / "again", resume_from=middle, device="cpu")

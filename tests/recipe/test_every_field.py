@@ -41,10 +41,9 @@ from moedistill.metrics.relative import FlipsConfig
 from moedistill.model.backbone import VideoSize
 from moedistill.model.guidance import Guidance
 from moedistill.model.mixture import Mixture
-from moedistill.model.prompt import Prompt
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import load_recipe
-from moedistill.runs.build import build_mixture
+from moedistill.runs.build import build_mixture, make_accelerator
 from moedistill.runs.loop import run
 from moedistill.runtime.checkpoint import load_tree
 from moedistill.stages.run import Run
@@ -913,6 +912,16 @@ def test_latent_frames(kind, tmp_path):
         assert torch.equal(latents, frames[:, :, :left])
 
 
+@observes("TrainingConfig.timeout")
+def test_how_long_processes_wait_for_each_other(monkeypatch):
+    given = []
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: given.extend(options["kwargs_handlers"]))
+    for settings, seconds in (([], 7 * 24 * 3600), (["training.timeout=90"], 90)):
+        given.clear()
+        make_accelerator(load_recipe("dcm_digits", settings), "cpu")
+        assert [each.timeout.total_seconds() for each in given if hasattr(each, "timeout")] == [seconds]
+
+
 # -- LTX-Video and HunyuanVideo 1.5 -----------------------------------------------------------------------------------
 
 
@@ -973,7 +982,7 @@ def test_open_sora(tmp_path):
     for prompt in ("blurry", "static"):
         backbone = config.replace(guidance=Guidance(negative_prompt=prompt)).build()
         nulls.append(backbone.null_conditioning(backbone.encode(["a dog"]))["prompt_embeds"])
-        assert torch.equal(nulls[-1], backbone.encode_told([Prompt(prompt)])["prompt_embeds"])
+        assert torch.equal(nulls[-1], backbone.encode_negative(prompt)["prompt_embeds"])
     assert not torch.equal(*nulls)
     with pytest.raises(ValueError, match="has no input for the scale"):
         config.replace(guidance=Guidance(mode="embedded", scale=3.0))

@@ -21,6 +21,7 @@ from moedistill.testing.new_backbone.write import write_plugin
 from moedistill.testing.running import BackboneContract, check_backbone, read_config
 from moedistill.testing.subject import Subject, Unchecked
 from moedistill_digits.backbone import DigitsBackbone, DigitsBackboneConfig
+from moedistill_open_sora.backbone import OpenSoraConfig
 from moedistill_wan.backbone import WanBackbone, WanConfig
 
 NAMES = [check.name for check in CHECKS]
@@ -470,6 +471,21 @@ def test_what_only_some_backbones_have_is_checked_where_they_say_so(toy, shift, 
 
 class WithoutEither(BackboneContract):
     config = DigitsBackboneConfig()
+
+
+class WithBoth(WithoutEither):
+    config = OpenSoraConfig(pretrained=None)
+
+
+class LateConfig(BackboneContract):
+    @property
+    def config(self):
+        return DigitsBackboneConfig()
+
+
+def test_what_concerns_a_class_does_not_hang_on_that_above_it():
+    assert WithBoth.test_recorded is BackboneContract.test_recorded
+    assert LateConfig.test_recorded is BackboneContract.test_recorded
 
 
 def test_as_tests_only_what_concerns_a_backbone_is_collected():

@@ -7,7 +7,7 @@ A plugin subclasses `DiffusersBackboneConfig` (its recipe keys, and which classe
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -60,11 +60,6 @@ class DiffusersBackboneConfig(DiffusersModelsConfig, ABC):
         return FlowMatchEulerDiscreteScheduler(shift=5.0)
 
     # -- what follows from it -----------------------------------------------------------------------------------------
-
-    def check(self) -> Iterable[tuple[str, str]]:
-        yield from super().check()
-        if self.guidance.oscillate_from is not None:
-            yield "guidance.oscillate_from", "the model's own pipeline guides all its steps alike; leave it out"
 
     def text_model(self, components: Mapping[str, Any]) -> Any:
         """See `DiffusersModelsConfig.text_model`: the pipeline around them alone."""

@@ -2,12 +2,16 @@
 
 What is to be made is known from names and shapes alone; so a file that does not fit is refused before a number is read.
 Then one tensor after the other is read, made and written; in memory is a part of the result, `SHARD` bytes at most.
+(Text encoders are transformers' own files, and loaded whole.)
 """
 
+import glob
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,16 +21,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moedistill.errors import WriteError, shorten
+from moedistill.errors import UserError, WriteError, shorten
 from moedistill.integrations.diffusers.loading import UNREAD, load_model, load_tokenizer
 from moedistill.runtime.lock import in_turn
 from moedistill.runtime.reading import check_file, reason
-from moedistill.runtime.writing import TEMPORARY, disk_errors, refuse_used
+from moedistill.runtime.writing import TEMPORARY, disk_errors, sync
 
 CONVERTED = "diffusers"
 """The folder in a model's published one that is made of it."""
 SHARD = 4 * 2**30
 """Bytes of a file of weights, at most; a tensor that is larger has one of its own."""
+
+MADE_OF = "made_of.json"
+"""A file in a converted folder: size and time of each published file, which is another one if they differ."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Of published weights, by safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +59,19 @@ class WeightPiece:
 
 
 class PublishedWeights:
-    """The tensors of a safetensors file, read one at a time."""
+    """The tensors of a safetensors file, floating-point ones, read one at a time."""
 
     def __init__(self, file: Path) -> None:
-        """ValueError where it cannot be read."""
+        """ValueError where it cannot be read, or holds other numbers."""
         try:
             check_file(file)
             self._tensors = safe_open(file, "pt").__enter__()
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {file}: {shorten(reason(error), 200)}") from error
         self.file, self.names = file, set(self._tensors.keys())
+        dtypes = {name: self._tensors.get_slice(name).get_dtype() for name in sorted(self.names)}
+        if others := [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]:
+            raise ValueError(f"{file} is stored in other numbers ({_some(others)}); get it in bfloat16 or float32")
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -68,18 +80,18 @@ class PublishedWeights:
             raise ValueError(f"cannot read {name} of {self.file}: {shorten(reason(error), 200)}") from error
         return tensor
 
-    def shape(self, name: str) -> list[int]:
-        """Of a tensor; ValueError where there is none of that name."""
-        if name not in self.names:
-            raise ValueError(f"{self.file} has no {name}; it is not the file that it must be, or of another model")
-        shape: list[int] = self._tensors.get_slice(name).get_shape()
+    def shape(self, name: str, ndim: int) -> list[int]:
+        """Of a tensor of so many dimensions, none of them empty; ValueError where there is none of that name."""
+        shape: list[int] = self._tensors.get_slice(name).get_shape() if name in self.names else []
+        if len(shape) != ndim or not all(shape):
+            what = f"{name} {shape}" if name in self.names else f"no {name}"
+            raise ValueError(f"{self.file} has {what}; it is not the file that it must be, or of another model")
         return shape
 
     def on_meta(self, name: str) -> Tensor:
         """A tensor without its numbers."""
-        shape = self.shape(name)
-        few = self._tensors.get_slice(name)[:0] if shape else self[name]  # for its dtype
-        return torch.empty(shape, dtype=few.dtype, device="meta")
+        dtype = DTYPES[self._tensors.get_slice(name).get_dtype()]
+        return torch.empty(self._tensors.get_slice(name).get_shape(), dtype=dtype, device="meta")
 
 
 def convert_network(
@@ -108,18 +120,22 @@ def check_pieces(
     made: dict[str, Tensor] = {}
     used: list[str] = []
     missing: list[str] = []
+    twice: list[str] = []
     for piece in pieces:
         missing += [name for name in piece.sources if name not in tensors]
         used += piece.sources
         if all(name in tensors for name in piece.sources):
             try:
-                made |= zip(piece.targets, piece.make(*(tensors[name] for name in piece.sources)), strict=True)
-            except (RuntimeError, ValueError) as error:
+                pairs = list(zip(piece.targets, piece.make(*(tensors[name] for name in piece.sources)), strict=True))
+            except Exception as error:  # a function of the plugin's, which did not expect these shapes
                 shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in piece.sources)
                 raise ValueError(f"{what}: {shapes} is not what {type(network).__name__} is made of") from error
+            twice += [name for name, _ in pairs if name in made]
+            made |= pairs
     own = network.state_dict()
     faults = {
         "is missing": missing,
+        "would be made twice": twice,
         "is left over": sorted(set(tensors) - set(used)),
         f"would be missing in {type(network).__name__}": [] if missing else sorted(set(own) - set(made)),
         f"is nothing of {type(network).__name__}'s": sorted(set(made) - set(own)),
@@ -166,7 +182,9 @@ def write_shards(folder: Path, layout: Mapping[str, Tensor], tensors: _ByName) -
         dict(layout), filename_pattern=f"{name}{{suffix}}.safetensors", max_shard_size=SHARD
     )
     for file, names in plan.filename_to_tensors.items():
-        save_file({key: tensors[key].clone() for key in names}, folder / file, metadata={"format": "pt"})
+        held = {key: tensors[key].clone(memory_format=torch.contiguous_format) for key in names}
+        save_file(held, folder / file, metadata={"format": "pt"})
+        del held  # before the next ones are made
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -176,41 +194,85 @@ def write_shards(folder: Path, layout: Mapping[str, Tensor], tensors: _ByName) -
 def whole_folder(dest: Path) -> Iterator[Path]:
     """A folder to write to; at the end of the block it is `dest`, all at once. If the block raises, nothing is left.
 
+    One process at a time: others wait, and find it there.
+
     Raises:
-        UserError: `dest` is in use.
+        UserError: `dest` is there, and not empty.
         WriteError: the disk is full, or refuses otherwise.
     """
-    refuse_used(dest, option="DEST")
     dest = dest.absolute()
-    temporary = dest.with_name(f"{TEMPORARY}{dest.name}")
-    try:
+    with disk_errors(dest):
+        dest.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{TEMPORARY}{dest.name}-"
+    with in_turn(dest.with_name(f".{dest.name}.lock")) as alone:
+        if os.path.lexists(dest) and (dest.is_symlink() or not dest.is_dir() or any(dest.iterdir())):
+            raise UserError(f"{dest} is there already; choose another DEST, a new or an empty folder")
+        for left in dest.parent.glob(f"{glob.escape(prefix)}*") if alone else ():  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
         with disk_errors(dest):
+            temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=dest.parent))
+            temporary.chmod(0o777 & ~_umask())
+        try:
+            with disk_errors(dest):
+                yield temporary
+                for path in (*temporary.rglob("*"), temporary):
+                    sync(path)
+                if dest.is_dir():
+                    dest.rmdir()
+                temporary.replace(dest)
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            yield temporary
-            if dest.exists():
-                dest.rmdir()
-            temporary.replace(dest)
-    except BaseException:
-        with suppress(OSError):
-            shutil.rmtree(temporary)
-        raise
+            raise
 
 
 def converted_once(source: Path, kind: str, convert: Callable[[Path, Path], None]) -> Path:
-    """The folder `CONVERTED` in `source`, made at the first use by `convert(source, folder)`; others wait meanwhile."""
+    """The folder `CONVERTED` in `source`, made at the first use by `convert(source, folder)`; others wait meanwhile.
+
+    It is made anew when one of the published files is another one, or was not there.
+    """
     dest = source / CONVERTED
-    if dest.is_dir():
+    if is_made_of(dest, source):
         return dest
     elsewhere = f"moedistill convert {kind} {source} FOLDER, and set backbone.pretrained to that folder"
     try:
         with in_turn(source / ".converting"):
-            if not dest.is_dir():
-                click.echo(f"{source} is as published: converting it, once, to {dest}", err=True)
+            if not is_made_of(dest, source):
+                anew = "its files have changed" if dest.is_dir() else "once"
+                click.echo(f"{source} is as published: converting it ({anew}), to {dest}", err=True)
+                shutil.rmtree(dest, ignore_errors=True)
                 convert(source, dest)
     except WriteError as error:
         raise WriteError(f"{error}. To convert it elsewhere: {elsewhere}") from error
     return dest
+
+
+def note_what_it_is_made_of(folder: Path, source: Path) -> None:
+    """Writes `MADE_OF` to a converted folder."""
+    (folder / MADE_OF).write_text(json.dumps(_files(source), indent=1), encoding="utf-8")
+
+
+def is_made_of(folder: Path, source: Path) -> bool:
+    """Whether a converted folder is there, and of the files that `source` has now."""
+    try:
+        return bool(json.loads((folder / MADE_OF).read_text(encoding="utf-8")) == _files(source))
+    except (OSError, ValueError):
+        return False
+
+
+def _files(source: Path) -> dict[str, list[int]]:
+    """Size and time of every published file, by its path; not of what is hidden, or was made of them."""
+    found = {}
+    for path in sorted(source.rglob("*")):
+        place = path.relative_to(source)
+        if place.parts[0] != CONVERTED and not any(part.startswith(".") for part in place.parts) and path.is_file():
+            found[place.as_posix()] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return found
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def convert_text_model(model_class: Any, tokenizer_class: Any, source: Path, model: Path, tokenizer: Path) -> None:

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 
 from moedistill.errors import shorten
 from moedistill.integrations.diffusers.bars import errors_alone
-from moedistill.integrations.diffusers.converting import CONVERTED, converted_once, whole_folder
+from moedistill.integrations.diffusers.converting import (
+    CONVERTED,
+    converted_once,
+    is_made_of,
+    note_what_it_is_made_of,
+    whole_folder,
+)
 from moedistill.integrations.diffusers.loading import (
     cast,
     check_kinds,
@@ -59,6 +65,9 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
     """
     optional_arguments: ClassVar[Sequence[str]] = ()
     """Arguments of the network that `inputs` and `patch_size` read, and that may be null in its config."""
+    published_file: ClassVar[str] = ""
+    """The file of weights, by which a folder of the makers' own files is known; "" if it is published as it is loaded.
+    """
     _architecture: ClassVar[Mapping[str, Any] | None] = None
     """Set in the config that a backbone holds: that of its own network."""
 
@@ -95,7 +104,7 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
     @classmethod
     def as_published(cls, folder: Path) -> bool:
         """Whether a folder has the model in its makers' own files, of which `make_folder` makes what can be loaded."""
-        return False
+        return bool(cls.published_file) and (folder / cls.published_file).is_file()
 
     @classmethod
     def make_folder(cls, source: Path, folder: Path) -> None:
@@ -125,16 +134,25 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
 
     @classmethod
     def convert(cls, source: Path, dest: Path) -> None:
-        if not cls.as_published(source):
+        if not cls.published_file:
             return super().convert(source, dest)
+        if not cls.as_published(source):
+            what = f"has no {cls.published_file}" if source.is_dir() else "is no folder"
+            raise ValueError(f"{source} {what}; give the folder as it is published, with {cls.published_file}")
         with whole_folder(dest) as folder:
             cls.make_folder(source, folder)
+            note_what_it_is_made_of(folder, source)
+
+    def _converted(self, folder: Path) -> bool:
+        """Whether a folder was made here of the makers' own files, which knows no variants."""
+        return folder.name == CONVERTED and self.as_published(folder.parent)
 
     def find(self) -> Path | None:
         """See `LatentVideoConfig.find`; of a folder in the makers' own files what was made of it, if it was."""
         found = super().find()
-        made = found / CONVERTED if found is not None and self.as_published(found) else None
-        return made if made is not None and made.is_dir() else found
+        if found is not None and self.as_published(found) and is_made_of(found / CONVERTED, found):
+            return found / CONVERTED
+        return found
 
     def loadable(self) -> Path:
         """See `LatentVideoConfig.loadable`: what `convert` makes of a folder in the makers' own files, once."""
@@ -238,7 +256,7 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
         what = f"pretrained {self.pretrained}: cannot load its {base}"
         network: nn.Module = load_model(
             self.network_class(), folder / base, what, ignored=self.ignored_weights.get(base, ()),
-            torch_dtype=getattr(torch, self.dtype), variant=self.variant,
+            torch_dtype=getattr(torch, self.dtype), variant=None if self._converted(folder) else self.variant,
         )  # fmt: skip
         # They lie wherever they do in the mapped file. A CPU multiplies with other last bits at other addresses, and a
         # fresh expert's own weights must give what these give.
