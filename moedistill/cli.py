@@ -6,14 +6,16 @@ import io
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from moedistill import __version__
-from moedistill.errors import Interrupted, Problem, RecipeError, UserError, shorten, suggest
+from moedistill.errors import Interrupted, Problem, RecipeError, SaidElsewhere, UserError, shorten, suggest
 from moedistill.runtime.quiet import quiet_libraries
 from moedistill.runtime.signals import Interruption
 
@@ -59,6 +61,9 @@ def cli() -> None:
 @click.option("--resume-from", metavar="PATH", help="Go on from this run or checkpoint; with --output, elsewhere.")
 @click.option("--output", metavar="DIR", help="The run's folder, new or empty; runs/NAME/TIME if not given.")
 @click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
+@click.option(
+    "--num-processes", type=click.IntRange(min=1), metavar="N", help="Processes on this machine, one on each GPU."
+)
 @device_option
 @plugin_option
 def run(
@@ -69,9 +74,10 @@ def run(
     resume_from: str | None,
     output: str | None,
     seed: int | None,
+    num_processes: int | None,
     device: str | None,
     plugin_files: tuple[str, ...],
-) -> None:
+) -> int:
     """Run all stages of RECIPE, a file or the name of a shipped recipe.
 
     \b
@@ -83,17 +89,29 @@ def run(
     """
     if resume and resume_from is not None:
         raise click.UsageError("give --resume or --resume-from, not both")
+    if num_processes is not None and "WORLD_SIZE" in os.environ:
+        raise click.UsageError("a launcher has started this process already: leave --num-processes out")
     from moedistill.recipe.loading import load_recipe
 
     plugins, settings = _plugins(plugin_files), tuple(_with_seed(overrides, seed))
     loaded = load_recipe(recipe, settings, plugins)
-    from moedistill.runs.commands import RunCommand
-    from moedistill.runs.loop import run as run_recipe
+    from dataclasses import replace
 
-    run_recipe(
-        loaded, output=output, resume=resume, resume_from=resume_from, smoke=smoke, device=device, plugins=plugins,
-        command=RunCommand(smoke, device, tuple(plugins.files), recipe, settings),
-    )  # fmt: skip
+    from moedistill.runs.commands import RunCommand
+
+    where: dict[str, Any] = {"output": output, "resume": resume, "resume_from": resume_from}
+    command = RunCommand(smoke, device, tuple(plugins.files), recipe, settings, num_processes)
+    if num_processes is not None and num_processes > 1:
+        from moedistill.runs.launch import launch
+
+        arguments = replace(command, processes=None).arguments(**where)
+        return launch(arguments, num_processes, device, loaded.training.timeout, command)
+    from moedistill.runs.loop import run as run_recipe
+    from moedistill.runs.processes import leaving
+
+    with leaving():
+        run_recipe(loaded, **where, smoke=smoke, device=device, plugins=plugins, command=command)
+    return 0
 
 
 @cli.command()
@@ -611,6 +629,15 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(_exit_code(args))
 
 
+SAYING = 1.0
+"""Seconds after which another process has said what is wrong; a launcher ends it when the first one ends."""
+
+
+def _further_process() -> bool:
+    """Whether this is not the first of a run's processes, which all read the same recipe."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 def _exit_code(args: Sequence[str] | None) -> int:
     code: int | None
     try:
@@ -627,7 +654,11 @@ def _exit_code(args: Sequence[str] | None) -> int:
         click.echo(str(error), err=True)
         code = error.exit_code
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        if isinstance(error, SaidElsewhere) or (isinstance(error, RecipeError) and _further_process()):
+            with suppress(Interrupted):
+                time.sleep(SAYING)
+        else:
+            click.echo(f"error: {error}", err=True)
         code = 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):

@@ -18,6 +18,10 @@ class UserError(Exception):
     """The user's mistake; the message gives the value, the rule and the way out. The command exits with code 2."""
 
 
+class SaidElsewhere(UserError):
+    """The user's mistake, which another process of the same run has shown already."""
+
+
 class WriteError(UserError):
     """A result cannot be written: the disk is full, or nobody may write there."""
 

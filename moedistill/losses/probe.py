@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moedistill.flow.process import add_noise, renoise
 
@@ -14,8 +15,8 @@ class Probe:
     """Teacher features of the re-noised prediction and target, computed once and shared by all losses.
 
     Attributes:
-        hidden_prediction, hidden_target: tapped states, one `[B, T'·H'·W', hidden_size]` per tap; only the
-            prediction's carry gradients.
+        hidden_prediction, hidden_target: tapped states in the blocks' dtype, one `[B, T'·H'·W', hidden_size]` per tap;
+            only the prediction's carry gradients.
         hidden_data: the same of the data, where a loss asks for them; else empty.
         prediction, target: the re-noised samples that the states are of, `[B, C, T, H, W]`.
         grid: the (T', H', W') of the tokens.
@@ -33,9 +34,16 @@ class Probe:
 
     @property
     def latent_prediction(self) -> list[Tensor]:
-        """Of the prediction: its states through the teacher's final layers, `[B, C, T, H, W]` per tap."""
+        """Of the prediction: its states through the teacher's final layers, `[B, C, T, H, W]` per tap.
+
+        What these layers keep for the backward pass is computed there once more: of all taps at once it would be
+        several times the states.
+        """
         if "prediction" not in self._latents:
-            self._latents["prediction"] = [self.unembed(hidden, self.prediction) for hidden in self.hidden_prediction]
+            self._latents["prediction"] = [
+                checkpoint(self.unembed, hidden, self.prediction, use_reentrant=False, preserve_rng_state=False)
+                for hidden in self.hidden_prediction
+            ]
         return self._latents["prediction"]
 
     @property

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class OwnPipeline(ABC):
         video: VideoSize | None = None,
         weights: WhichWeights = "trained",
         eta: float = 0.0,
+        places: Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
         """See the function `generate`: the same, by the model's own pipeline."""
 
@@ -40,6 +42,7 @@ def generate(
     video: VideoSize | None = None,
     weights: WhichWeights = "trained",
     eta: float = 0.0,
+    places: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """Videos of prompts by the experts along `sigmas`, one by one: `[C, T, H, W]` in [0, 1], float32, on the CPU.
 
@@ -49,19 +52,21 @@ def generate(
         sigmas: `[n + 1]`, descending to 0.
         video: its size; the backbone's own, if not given.
         weights: the experts' `trained` weights or their `ema`.
+        places: of the prompts in a longer list, of which these are some; 0, 1, … if not given.
 
     Raises:
         ValueError: a prompt or the size does not fit the model, or its pipeline has no `eta`.
     """
     backbone = mixture.backbone
     if isinstance(backbone, OwnPipeline):
-        yield from backbone.generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights, eta=eta)
+        options: Any = {"video": video, "weights": weights, "eta": eta, "places": places}
+        yield from backbone.generate(mixture, prompts, sigmas, seed=seed, **options)
         return
     device = mixture.device
     shape, cond = backbone.latent_shape(video), conditioning.to(backbone.encode(prompts), device)
-    for k in range(len(prompts)):
+    for number, k in enumerate(range(len(prompts)) if places is None else places):
         noise = Draws(seed, "sample", 0, [k], device).normal("noise", shape)
-        one = conditioning.select(cond, slice(k, k + 1))
+        one = conditioning.select(cond, slice(number, number + 1))
 
         def fresh_noise(step: int, _rows: range, k: int = k) -> Tensor:
             return Draws(seed, "sample", step, [k], device).normal("fresh_noise", shape)

@@ -228,11 +228,13 @@ class Mixture(nn.Module):
         return found.name
 
     def hidden_states(self, x: Tensor, sigma: Tensor, cond: Conditioning, blocks: Sequence[str]) -> list[Tensor]:
-        """Image tokens `[B, N, hidden_size]`, float32, after each of `blocks` (dotted paths) of the active expert."""
+        """Image tokens `[B, N, hidden_size]`, as the blocks give them, after each of `blocks` (dotted paths) of the
+        active expert.
+        """
         with capture(self.experts[self.active].shared.network, blocks) as outputs:
             self(x, sigma, cond)
         tokens = math.prod(self.backbone.token_grid(x.shape))
-        return [self.backbone.hidden(output, tokens).float() for output in outputs]
+        return [self.backbone.hidden(output, tokens) for output in outputs]
 
     def unembed(self, hidden: Tensor, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `[B, C, T, H, W]` of hidden states through the active expert's final norm and projection."""
@@ -240,8 +242,13 @@ class Mixture(nn.Module):
             return self.backbone.unembed(self.experts[self.active].shared.network, hidden, x, sigma, cond).float()
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The context in which a network computes."""
-        return torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
+        """The context in which a network computes.
+
+        Weights that it casts are not kept: of a full expert that would be another copy, for the whole forward pass.
+        """
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, self.autocast_dtype, cache_enabled=False)
 
     def initialise(self, *, but: Collection[str] = ()) -> None:
         """Makes every expert but those named equal to its parent, parents first."""

@@ -24,11 +24,6 @@ from moedistill.stages.run import Run
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-TIMEOUT = timedelta(days=7)
-"""Of an exchange between processes. The main one saves, evaluates and samples alone while the others wait in the next
-exchange: 144 GiB take 9 minutes to save, an evaluation of a large model days. By torch's own limit, 10 minutes, they
-would give up. What ends does not leave them waiting: the launcher sees it and ends all."""
-
 
 def build_mixture(
     recipe: Recipe,
@@ -205,7 +200,7 @@ def make_accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
     """One process, or this one's part of what a launcher started."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
     chosen = find_device(device)
     cpu = chosen.type == "cpu"
@@ -219,7 +214,8 @@ def make_accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
         mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype],
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
         kwargs_handlers=[
+            AutocastKwargs(cache_enabled=False),
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=TIMEOUT),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.timeout)),
         ],
     )

@@ -18,6 +18,7 @@ class RunCommand:
         plugins: files.
         recipe: a file or a name, as given; None where it was no text.
         settings: what `--set` was given.
+        processes: how many, if a number was named.
     """
 
     smoke: bool = False
@@ -25,6 +26,7 @@ class RunCommand:
     plugins: tuple[str, ...] = ()
     recipe: str | None = None
     settings: tuple[str, ...] = ()
+    processes: int | None = None
 
     def as_given(
         self,
@@ -34,11 +36,21 @@ class RunCommand:
         resume_from: str | Path | None = None,
     ) -> str:
         """The command with the recipe that was given, and its settings."""
+        return shlex.join(["moedistill", *self.arguments(output=output, resume=resume, resume_from=resume_from)])
+
+    def arguments(
+        self,
+        *,
+        output: str | Path | None = None,
+        resume: bool = False,
+        resume_from: str | Path | None = None,
+    ) -> list[str]:
+        """The same as arguments of `moedistill`."""
         where = ["--resume"] if resume else []
         where += [] if resume_from is None else ["--resume-from", _path(resume_from)]
         where += [] if output is None else ["--output", _path(output)]
         settings = [part for setting in self.settings for part in ("--set", setting)]
-        return self._command(self.recipe or "RECIPE", *settings, *where)
+        return self._arguments(self.recipe or "RECIPE", *settings, *where)
 
     def begin(self, folder: Path) -> str:
         """The command that begins the run in `folder`, of which nothing is saved, anew."""
@@ -60,10 +72,14 @@ class RunCommand:
         return self._command(folder / "recipe.yaml", "--resume-from", _path(source or folder), *output)
 
     def _command(self, recipe: str | Path, *where: str) -> str:
+        return shlex.join(["moedistill", *self._arguments(recipe, *where)])
+
+    def _arguments(self, recipe: str | Path, *where: str) -> list[str]:
         more = ["--smoke"] if self.smoke else []
         more += ["--device", self.device] if self.device is not None else []
+        more += ["--num-processes", str(self.processes)] if self.processes is not None else []
         more += [part for file in self.plugins for part in ("-p", _path(file))]
-        return shlex.join(["moedistill", "run", _path(recipe), *where, *more])
+        return ["run", _path(recipe), *where, *more]
 
 
 def another(folder: Path) -> Path:

@@ -4,12 +4,13 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import click
 import torch
 
 from moedistill.components.plugins import Plugins, load_plugins
@@ -23,9 +24,10 @@ from moedistill.runs.build import build_run, make_accelerator
 from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
+from moedistill.runs.launch import check_launch, launched_here, tell_launcher
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
 from moedistill.runs.not_finite import explain
-from moedistill.runs.processes import on_main
+from moedistill.runs.processes import described, lost, on_main
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
 from moedistill.runtime.checkpoint import (
@@ -121,9 +123,9 @@ def run(
         if smoke:
             recipe = miniature(recipe)
         accelerator = make_accelerator(recipe, device)
-        training = recipe.training
-        with user_errors("this run"):
-            share_of_batch(training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes)
+        check_launch(accelerator.num_processes)
+        if accelerator.is_main_process:
+            click.echo(described(accelerator, recipe.backbone.dtype))
         # By one process: a checkpoint that is compared with its sums may have 100 GB.
         begin = partial(
             _begin, recipe, accelerator.num_processes, stack, command,
@@ -134,7 +136,8 @@ def run(
             runner = _Runner(recipe, where, accelerator, plugins, command)
             for warning in warnings:
                 runner.run.say(f"warning: {warning}")
-            return runner.go()
+            with _lost_processes(runner):
+                return runner.go()
 
 
 def _begin(
@@ -152,6 +155,9 @@ def _begin(
     Raises:
         UserError: something is missing, in a line for each thing; or the data, the checkpoint or the folder won't do.
     """
+    training = recipe.training
+    with user_errors("this run"):
+        share_of_batch(training.batch_size, training.gradient_accumulation_steps, processes)
     if missing := list(recipe.missing()):
         raise UserError("\n".join(missing))
     checked = check_before(recipe, processes)
@@ -176,6 +182,19 @@ def _give_names(folder: Path) -> None:
                 Checkpoints(folder / "checkpoints", keep=1).give_names()
 
 
+@contextmanager
+def _lost_processes(runner: "_Runner") -> Iterator[None]:
+    """Says in a line that another process is gone, and how to go on; where a launcher says it, that it ends too."""
+    try:
+        yield
+    except RuntimeError as error:
+        if runner.accelerator.num_processes == 1 or (why := lost(error)) is None:
+            raise
+        number = runner.accelerator.process_index
+        ends = f"process {number} ends, as another one is gone or does not answer ({why})"
+        raise UserError(ends if launched_here() else f"{ends}; {runner.where_to_go_on()}") from error
+
+
 class _Runner:
     def __init__(
         self, recipe: Recipe, where: Plan, accelerator: "Accelerator", plugins: Plugins, command: RunCommand
@@ -193,7 +212,7 @@ class _Runner:
         self.last_checkpoint: Path | None = None
         self.under_way = ""
         self.training: Training | None = None
-        self.interruption = Interruption(lambda: f"stopped in stage {self.under_way}; {self._where_to_go_on()}")
+        self.interruption = Interruption(lambda: f"stopped in stage {self.under_way}; {self.where_to_go_on()}")
         self.progress = Progress()
         self.trackers = Trackers(accelerator, recipe.training.trackers, str(folder), recipe.name)
         self.observers: list[Any] = [self.trackers]
@@ -207,6 +226,7 @@ class _Runner:
             stack.callback(self.trackers.stop)
             self._restore()
             if self.run.main:
+                tell_launcher(self.folder)
                 with disk_errors(self.folder):
                     self.checkpoints.folder.mkdir(exist_ok=True)  # first: by it a folder is known as a run's
                 write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
@@ -221,7 +241,7 @@ class _Runner:
                 with self.interruption:
                     self._stages()
             except WriteError as error:
-                raise WriteError(f"{error}; {self._where_to_go_on()}") from error
+                raise WriteError(f"{error}; {self.where_to_go_on()}") from error
         self.run.say(f"done{smoke}: {self.folder}")
         return RunResult(self.folder, self.run.metrics, self.run.cost, self.last_checkpoint, self.run.smoke)
 
@@ -351,7 +371,7 @@ class _Runner:
         try:
             yield from batches
         except UserError as error:
-            raise UserError(f"{error}; {self._where_to_go_on()}") from error
+            raise UserError(f"{error}; {self.where_to_go_on()}") from error
 
     def _end_step(self, number: int, training: Training, monitor: Monitor | None) -> None:
         """After an optimiser step: numbers, a checkpoint, a stop, where they are due."""
@@ -372,7 +392,7 @@ class _Runner:
             self._save(number, training)
         if signum:
             raise Interrupted(
-                signum, f"stopped at step {training.step} of {training.config.name}; {self._where_to_go_on()}"
+                signum, f"stopped at step {training.step} of {training.config.name}; {self.where_to_go_on()}"
             )
 
     def _log(self, number: int, training: Training, monitor: Monitor | None, metrics: dict[str, float]) -> None:
@@ -400,7 +420,7 @@ class _Runner:
             )  # fmt: skip
         earlier = [path for path in self.checkpoints.all() if (parse_name(path.name) or (number,))[0] < number]
         with user_errors(str(error)):  # where a sample cannot be read again
-            where = self._where_to_go_on()
+            where = self.where_to_go_on()
             lower = partial(self.command.change, self.folder, source=earlier[-1] if earlier else None)
             message = explain(training, error, samples, self.last_checkpoint, where, lower)
         raise UserError(message) from None
@@ -412,7 +432,7 @@ class _Runner:
             return f"stage {config.name}" + (f", step {self.training.step + 1}" if self.training is not None else "")
 
         def advice(error: BaseException) -> str:
-            return f"{remedies(self.run, config, error)}; {self._where_to_go_on()}"
+            return f"{remedies(self.run, config, error)}; {self.where_to_go_on()}"
 
         return memory_errors(where, advice)
 
@@ -428,7 +448,8 @@ class _Runner:
         flag = torch.tensor(signum, device=self.accelerator.device)
         return int(self.accelerator.gather(flag).max())
 
-    def _where_to_go_on(self) -> str:
+    def where_to_go_on(self) -> str:
+        """What is saved, and the command that goes on from there."""
         if self.last_checkpoint is None:
             anew = self.command.begin(self.folder)
             return f"nothing is saved yet; begin it anew with: {anew}"

@@ -1,9 +1,10 @@
-"""What one of a run's processes does for all of them."""
+"""A run's processes: how many of which kind, what one does for all of them, and that one of them is lost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from moedistill.errors import Interrupted, UserError
+from moedistill.errors import Interrupted, SaidElsewhere, shorten
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -11,11 +12,57 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def described(accelerator: "Accelerator", dtype: str) -> str:
+    """Processes, kind, backend, devices and precision, in a few words: "2 processes (DDP over gloo), cpu, float32"."""
+    import torch
+
+    count, device = accelerator.num_processes, accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if count == 1:
+        return f"1 process, {name}, {dtype}"
+    backend = torch.distributed.get_backend()
+    return f"{count} processes (DDP over {backend}), {name}, {dtype}"
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """For the whole of a process's work: at its end the processes part, all at once where nothing went wrong.
+
+    One that ends while others still talk to it, or with its connections open, is ended by an abort.
+    """
+    from torch import distributed
+
+    try:
+        yield
+        if distributed.is_initialized():
+            distributed.barrier()
+    finally:
+        if distributed.is_initialized() and distributed.get_backend() == "gloo":
+            distributed.destroy_process_group()
+    if distributed.is_initialized():  # of NCCL in good order alone: it waits for what never comes
+        distributed.destroy_process_group()
+
+
+LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "connection refused")
+"""What torch.distributed says, in any case, where another process is gone or does not answer."""
+
+
+def lost(error: BaseException) -> str | None:
+    """What an error says of another process that is gone, or does not answer; None where it says nothing of that."""
+    import torch
+
+    text = " ".join(str(error).split())
+    of_processes = isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
+    if isinstance(error, RuntimeError) and of_processes and any(sign in text.lower() for sign in LOST):
+        return shorten(text.rpartition("] ")[2] if "] " in text else text, 160)
+    return None
+
+
 def on_main(accelerator: "Accelerator", work: Callable[[], T]) -> T:
     """What `work` gives, which the main process alone does, on all processes; they must all come here.
 
     Raises:
-        UserError: on the others, where `work` raised on the main process: nobody waits for what never comes.
+        SaidElsewhere: on the others, where `work` raised on the main process: nobody waits for what never comes.
         Interrupted: likewise, where a signal stopped it.
     """
     from accelerate.utils import broadcast_object_list
@@ -34,5 +81,5 @@ def on_main(accelerator: "Accelerator", work: Callable[[], T]) -> T:
         result, failure = broadcast_object_list([result, failure])
     if failure is not None:
         message, signum = failure
-        raise Interrupted(signum, message) if signum else UserError(message)
+        raise Interrupted(signum, message) if signum else SaidElsewhere(message)
     return result

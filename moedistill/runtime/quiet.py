@@ -23,6 +23,9 @@ LIBRARIES = r"(accelerate|diffusers|huggingface_hub|peft|safetensors|transformer
 FUSED = "Mismatch dtype between input and weight"
 """Of torch: a norm in bfloat16 whose weights a model keeps in float32, as published, is not one kernel."""
 
+STRIDES = "Grad strides do not match bucket view strides"
+"""Of torch's DDP, about speed: convolutions of 1×1 have gradients of several equal layouts."""
+
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
@@ -38,7 +41,8 @@ def quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=LIBRARIES)
             for category in (FutureWarning, DeprecationWarning):
                 warnings.filterwarnings("ignore", category=category, module=r"torch(\.|$)")
-            warnings.filterwarnings("ignore", FUSED, UserWarning, module=r"torch(\.|$)")
+            for text in (FUSED, STRIDES):
+                warnings.filterwarnings("ignore", text, UserWarning, module=r"torch(\.|$)")
             warnings.formatwarning = _in_one_line(form)
         try:
             yield

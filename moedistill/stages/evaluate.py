@@ -35,6 +35,7 @@ from moedistill.runtime.randomness import Draws, generator
 from moedistill.runtime.reading import check_file, reason
 from moedistill.runtime.writing import new_file
 from moedistill.stages.base import Stage
+from moedistill.stages.share import Share
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -243,8 +244,7 @@ class EvaluateStage(Stage):
         return read_prompts(prompts) if isinstance(prompts, str) else prompts
 
     def execute(self, run: "Run") -> None:
-        if not run.main:
-            return
+        """All processes sample, so many batches each; the main one has the rest to do."""
         config, mixture = self.config, run.mixture
         backbone = mixture.backbone
         noise, cond = self.inputs(run)
@@ -252,8 +252,8 @@ class EvaluateStage(Stage):
         latents: dict[str, Tensor] = {}
         for candidate in config.candidates:
             if candidate.name == config.reference and config.reference_samples is not None:
-                stored = stored_samples(config, run.recipe, cond)
-                latents[candidate.name] = stored.to(noise.device)
+                if run.main:
+                    latents[candidate.name] = stored_samples(config, run.recipe, cond).to(noise.device)
                 continue
             run.say(f"  sampling {config.samples} × {candidate.name}")
             if candidate.model == "student":
@@ -263,6 +263,8 @@ class EvaluateStage(Stage):
                 for note in notes:
                     run.say(f"    note: {note}")
             latents[candidate.name] = self._sample(run, candidate, noise, cond)
+        if not run.main:
+            return
         videos = {name: backbone.decode(samples).cpu() for name, samples in latents.items()}
         latents = {name: samples.cpu() for name, samples in latents.items()}
         cond = conditioning.to(cond, "cpu")
@@ -307,18 +309,26 @@ class EvaluateStage(Stage):
             stand_ins = {segment.expert: TEACHER for segment in mixture.router.segments}
         sigmas, eta = candidate.path(recipe)
 
-        def fresh_noise(step: int, rows: range) -> Tensor:
-            draw = Draws(self.config.seed, "evaluate", step, rows, run.accelerator.device)
-            return draw.normal("fresh_noise", noise.shape[1:])
+        def sampled(start: int) -> Tensor:
+            """The batch that begins with this sample."""
+            batch = slice(start, start + self.config.batch_size)
 
-        drawn: Any = {"eta": eta, "fresh_noise": fresh_noise, "batch_size": self.config.batch_size}
-        if candidate.model == "exact":
-            velocity = partial(_exact_velocity, run, followings(sigmas))
-            return sample_in_batches(velocity, noise, cond, sigmas, **drawn)
-        return mixture.generate(
-            noise, cond, sigmas,
-            stand_ins=stand_ins, guidance=recipe.backbone.guidance, weights=self.config.weights, **drawn,
-        )  # fmt: skip
+            def fresh_noise(step: int, rows: range) -> Tensor:
+                own = range(start + rows.start, start + rows.stop)
+                return Draws(self.config.seed, "evaluate", step, own, noise.device).normal(
+                    "fresh_noise", noise.shape[1:]
+                )
+
+            drawn: Any = {"eta": eta, "fresh_noise": fresh_noise, "batch_size": self.config.batch_size}
+            inputs = noise[batch], conditioning.select(cond, batch), sigmas
+            if candidate.model == "exact":
+                return sample_in_batches(partial(_exact_velocity, run, followings(sigmas)), *inputs, **drawn)
+            guidance, weights = recipe.backbone.guidance, self.config.weights
+            return mixture.generate(*inputs, stand_ins=stand_ins, guidance=guidance, weights=weights, **drawn)
+
+        share, starts = Share.of(run.accelerator), range(0, len(noise), self.config.batch_size)
+        made = {number: sampled(starts[number]).cpu() for number in share.items(len(starts))}
+        return torch.cat(list(share.together(made).values())).to(noise.device)
 
     def _write(
         self,

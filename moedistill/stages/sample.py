@@ -21,6 +21,7 @@ from moedistill.recipe.sampling import sampling_sigmas, trained_before, untraine
 from moedistill.runtime.checkpoint import write_text
 from moedistill.runtime.writing import new_file
 from moedistill.stages.base import Stage
+from moedistill.stages.share import Share
 
 SHOWN = 8
 """How many videos the pictures show."""
@@ -85,11 +86,10 @@ class SampleStage(Stage):
         run.mixture.backbone.look_ahead(pipeline=isinstance(run.mixture.backbone, OwnPipeline))
 
     def execute(self, run: "Run") -> None:
-        if not run.main:
-            return
         config, recipe = self.config, run.recipe
         assert recipe.sample is not None
-        folder = run.folder(config.name)
+        folder = run.folder(config.name) if run.main else run.output / config.name
+        run.accelerator.wait_for_everyone()  # until it is there
         asked = [prompt for prompt in self.prompts(run) for _ in range(config.num)]
         sigmas = sampling_sigmas(recipe)
         for note in untrained_notes(recipe, trained_before(recipe, config.name), sigmas):
@@ -97,6 +97,7 @@ class SampleStage(Stage):
         write_samples(
             folder, recipe, run.mixture, asked, sigmas,
             seed=config.seed, weights=config.weights, eta=recipe.sample.eta, made_from=str(run.output),
+            share=Share.of(run.accelerator),
         )  # fmt: skip
         run.metrics[config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
@@ -116,22 +117,33 @@ def write_samples(
     fps: float | None = None,
     made_from: str,
     keep: bool = False,
+    share: Share | None = None,
 ) -> list[Tensor]:
     """Samples each prompt, and writes one mp4 for each, the first few in `samples.png` and `samples.webp`, and
     `samples.json`, which says how they were made. Gives the videos `[C, T, H, W]` in [0, 1] if they are to be kept.
 
     Every file is whole as soon as it is there; nothing else in the folder is touched.
+
+    Args:
+        share: of several processes, what this one does: so many of the videos, and the rest if it is the first.
     """
-    backbone = mixture.backbone
+    backbone, share = mixture.backbone, share or Share()
     fps = fps or backbone.fps
     files = [f"{k:03d}.mp4" for k in range(len(prompts))]
-    videos: list[Tensor] = []
-    generated = generate(mixture, prompts, sigmas, seed=seed, video=video, weights=weights, eta=eta)
-    for file, one in zip(files, generated, strict=True):
-        with new_file(folder / file) as new:
-            write_mp4(new, one, fps=fps)
-        if keep or len(videos) < SHOWN:
-            videos.append(one)
+    own, kept = share.items(len(prompts)), dict[int, Tensor]()
+    generated = generate(
+        mixture, [prompts[k] for k in own], sigmas,
+        seed=seed, video=video, weights=weights, eta=eta, places=own,
+    )  # fmt: skip
+    for k, one in zip(own, generated, strict=True):
+        if k % share.processes == share.process:
+            with new_file(folder / files[k]) as new:
+                write_mp4(new, one, fps=fps)
+        if keep or k < SHOWN:
+            kept[k] = one
+    videos = list(share.together(kept).values())
+    if share.process > 0:
+        return []
     shown = torch.stack(videos[:SHOWN])
     with new_file(folder / "samples.png") as new:
         contact_sheet(new, {"sample": shown}, [prompt or "(no prompt)" for prompt in prompts[:SHOWN]])

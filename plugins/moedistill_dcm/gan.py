@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from moedistill import AdversarialLoss, LossConfig, OptimizerConfig, PositiveInt, ProbeLayout, StepTensors
 from moedistill_dcm.losses import hinge_critic, hinge_generator
@@ -43,12 +43,33 @@ class Discriminator(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(Head(layout.hidden_size, width, groups) for _ in range(layout.num_taps))
 
-    def forward(self, hidden: Sequence[Tensor], grid: tuple[int, int, int]) -> list[Tensor]:
-        """Logits `[B·T', 1, H', W']` per head, of states `[B, T'·H'·W', hidden_size]` per tap and their grid."""
+    def forward(self, hidden: Sequence[Tensor], grid: tuple[int, int, int], constant: bool = False) -> list[Tensor]:
+        """Logits `[B·T', 1, H', W']` of states `[B, T'·H'·W', hidden_size]` per tap, and of others behind them.
+
+        What a head keeps for the backward pass is computed there once more, so that one head's is there at a time.
+
+        Args:
+            grid: of the tokens.
+            constant: take the weights for constants: gradients pass to the states, and leave none behind.
+        """
+        taps = len(self.heads)
         return [
-            head(states.unflatten(1, grid).flatten(0, 1).permute(0, 3, 1, 2)).float()
-            for head, states in zip(self.heads, hidden, strict=True)
+            self._logits(head, states, grid, constant)
+            for first in range(0, len(hidden), taps)
+            for head, states in zip(self.heads, hidden[first : first + taps], strict=True)
         ]
+
+    @staticmethod
+    def _logits(head: nn.Module, states: Tensor, grid: tuple[int, int, int], constant: bool) -> Tensor:
+        weights = {name: weight.detach() for name, weight in head.named_parameters()} if constant else None
+
+        def run(states: Tensor) -> Tensor:
+            features = states.unflatten(1, grid).flatten(0, 1).permute(0, 3, 1, 2)
+            logits: Tensor = head(features) if weights is None else functional_call(head, weights, (features,))
+            return logits.float()
+
+        made: Tensor = checkpoint(run, states, use_reentrant=False, preserve_rng_state=False)
+        return made
 
 
 class GAN(AdversarialLoss):
@@ -62,21 +83,19 @@ class GAN(AdversarialLoss):
         self._data = config.needs_data_probe
 
     def __call__(self, tensors: StepTensors) -> Tensor:
-        assert tensors.probe is not None
-        # The critic's weights as constants: the student's gradients pass through them and leave none behind.
-        weights = {name: weight.detach() for name, weight in self.critic.named_parameters()}
-        logits = functional_call(self.critic, weights, (tensors.probe.hidden_prediction, tensors.probe.grid))
+        probe = tensors.probe
+        assert probe is not None
+        logits = self.critic(probe.hidden_prediction, probe.grid, constant=True)
         return hinge_generator(logits, clip=self._clip)
 
     def critic_loss(self, critic: nn.Module, tensors: StepTensors) -> Tensor:
         probe = tensors.probe
         assert probe is not None
-        # One call on both halves: a wrapped module may be called once per backward.
+        # One call on both: a wrapped module may be called once per backward.
         hidden_target = probe.hidden_data if self._data else probe.hidden_target
-        both = [torch.cat([fake, real]) for fake, real in zip(probe.hidden_prediction, hidden_target, strict=True)]
-        logits = critic(both, probe.grid)
-        fake, real = zip(*(head.chunk(2) for head in logits), strict=True)
-        return hinge_critic(list(fake), list(real))
+        logits = critic([*probe.hidden_prediction, *hidden_target], probe.grid)
+        taps = len(hidden_target)
+        return hinge_critic(logits[:taps], logits[taps:])
 
 
 @dataclass(kw_only=True)

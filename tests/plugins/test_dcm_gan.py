@@ -49,7 +49,9 @@ def test_the_students_term_reaches_the_student_and_never_the_critic(clip):
 def test_the_critics_loss_reaches_every_weight_of_the_critic():
     gan = make_gan()
     gan.critic_loss(gan.critic, probe_of(random_features(GRID), random_features(GRID, seed=1), GRID)).backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in gan.critic.parameters())
+    # What moves all logits of a head alike may be pulled both ways by as much, while all margins are open.
+    reached = {name: parameter.grad.abs().max() > 0 for name, parameter in gan.critic.named_parameters()}
+    assert {name for name, there in reached.items() if not there} <= {"heads.0.conv_out.bias", "heads.1.conv_out.bias"}
 
 
 # --- Formulas

@@ -47,7 +47,9 @@ class Trained:
         """Table, latents and folder of one evaluation."""
         self.runs += 1
         [_, config] = load_recipe(tiny_recipe([distil(ema_decay=0.9), evaluate(**stage)], self.changes)).stages
-        place = SimpleNamespace(is_main_process=main, device=torch.device("cpu"))
+        place = SimpleNamespace(
+            is_main_process=main, device=torch.device("cpu"), process_index=1 - main, num_processes=1
+        )
         run = Run(self.recipe, self.folder / str(self.runs), place, self.mixture, self.dataset)
         config.build().execute(run)
         folder = run.output / "evaluate"

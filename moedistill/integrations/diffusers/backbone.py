@@ -170,6 +170,7 @@ class DiffusersBackbone(DiffusersModels, OwnPipeline):
         video: VideoSize | None = None,
         weights: WhichWeights = "trained",
         eta: float = 0.0,
+        places: Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
         """By the model's own pipeline, which draws sample k's noise from `torch.Generator().manual_seed(seed + k)`.
 
@@ -184,7 +185,7 @@ class DiffusersBackbone(DiffusersModels, OwnPipeline):
         pipeline.set_progress_bar_config(disable=True)
         with attach(pipeline, mixture, sigmas, weights=weights):
             pipeline.scheduler.has_warned = True  # whatever sigmas the pipeline gives, nobody has asked for them
-            for k, prompt in enumerate(prompts):
+            for k, prompt in zip(range(len(prompts)) if places is None else places, prompts, strict=True):
                 cond = self.floats_to(conditioning.to(self.encode([prompt]), self.device), self.dtype)
                 guiding = self.guiding_arguments(pipeline, cond) if teaching else {}
                 frames = pipeline(
