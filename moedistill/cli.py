@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moedistill import __version__
-from moedistill.errors import Interrupted, Problem, RecipeError, SaidElsewhere, UserError, shorten, suggest
+from moedistill.errors import Interrupted, LostProcess, Problem, RecipeError, SaidElsewhere, UserError, shorten, suggest
 from moedistill.runtime.quiet import quiet_libraries
 from moedistill.runtime.signals import Interruption
 
@@ -98,14 +98,15 @@ def run(
     from dataclasses import replace
 
     from moedistill.runs.commands import RunCommand
+    from moedistill.runs.launch import end_with_launcher, launch, launched_here
 
     where: dict[str, Any] = {"output": output, "resume": resume, "resume_from": resume_from}
-    command = RunCommand(smoke, device, tuple(plugins.files), recipe, settings, num_processes)
+    processes = num_processes or launched_here()
+    command = RunCommand(smoke, device, tuple(plugins.files), recipe, settings, processes)
     if num_processes is not None and num_processes > 1:
-        from moedistill.runs.launch import launch
-
         arguments = replace(command, processes=None).arguments(**where)
-        return launch(arguments, num_processes, device, loaded.training.timeout, command)
+        return launch(arguments, num_processes, device, loaded.training.timeout, command.as_given(**where))
+    end_with_launcher()
     from moedistill.runs.loop import run as run_recipe
     from moedistill.runs.processes import leaving
 
@@ -623,10 +624,20 @@ def _speak_utf8() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command and exits: 0 done, 2 the user's mistake, 128 + signal interrupted, 1 anything else."""
+    """Runs the command and exits: 0 done, 2 the user's mistake, 128 + signal interrupted, 1 anything else.
+
+    A process of several exits with 3 where another one is lost.
+    """
     _speak_utf8()
     with Interruption():
-        sys.exit(_exit_code(args))
+        code = _exit_code(args)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            # At once: threads of torch.distributed that run while Python ends, as others still talk to this process,
+            # are ended by an abort. All that has files to close has closed them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
 
 
 SAYING = 1.0
@@ -634,8 +645,8 @@ SAYING = 1.0
 
 
 def _further_process() -> bool:
-    """Whether this is not the first of a run's processes, which all read the same recipe."""
-    return os.environ.get("RANK", "0") != "0"
+    """Whether this is not the first of a run's processes on this machine, which all say the same."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _exit_code(args: Sequence[str] | None) -> int:
@@ -651,15 +662,18 @@ def _exit_code(args: Sequence[str] | None) -> int:
         error.show()
         code = error.exit_code
     except Interrupted as error:
-        click.echo(str(error), err=True)
+        if not _further_process():  # all are stopped at once
+            click.echo(str(error), err=True)
         code = error.exit_code
     except UserError as error:
-        if isinstance(error, SaidElsewhere) or (isinstance(error, RecipeError) and _further_process()):
+        if isinstance(error, LostProcess) and "MOEDISTILL_PLACE" in os.environ:
+            pass  # our launcher knows more
+        elif isinstance(error, SaidElsewhere) or (isinstance(error, RecipeError) and _further_process()):
             with suppress(Interrupted):
                 time.sleep(SAYING)
         else:
             click.echo(f"error: {error}", err=True)
-        code = 2
+        code = getattr(error, "exit_code", 2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise

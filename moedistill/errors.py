@@ -22,6 +22,12 @@ class SaidElsewhere(UserError):
     """The user's mistake, which another process of the same run has shown already."""
 
 
+class LostProcess(UserError):
+    """Another process of the same run is gone, or does not answer; the command exits with 3."""
+
+    exit_code = 3
+
+
 class WriteError(UserError):
     """A result cannot be written: the disk is full, or nobody may write there."""
 

@@ -84,13 +84,13 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_pair(arguments, folder):
+def start_pair(arguments, folder, **environment):
     """The command in two processes, as a launcher starts them."""
     port = str(free_port())
     return [
         Command(
             *arguments, log=folder / f"log-{rank}", RANK=str(rank), LOCAL_RANK=str(rank),
-            WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **environment,
         )
         for rank in range(2)
     ]  # fmt: skip

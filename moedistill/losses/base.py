@@ -64,7 +64,8 @@ class ProbeFeatures(Protocol):
     """What a loss sees of the probe: teacher features of the re-noised prediction and target, per tap.
 
     Attributes:
-        hidden_prediction, hidden_target: block outputs, each `[B, T'·H'·W', hidden_size]`.
+        hidden_prediction, hidden_target: block outputs, each `[B, T'·H'·W', hidden_size]`, in the blocks' own dtype; a
+            loss computes in float32 (`at_least_float32`, `difference_of`).
         hidden_data: the same of the re-noised data, for losses with `needs_data_probe`.
         latent_prediction, latent_target: the same through the teacher's final layers, each `[B, C, T, H, W]`.
         grid: the (T', H', W') of the tokens.

@@ -59,7 +59,9 @@ def generate(
     """
     backbone = mixture.backbone
     if isinstance(backbone, OwnPipeline):
-        options: Any = {"video": video, "weights": weights, "eta": eta, "places": places}
+        options: Any = {"video": video, "weights": weights, "eta": eta}
+        if places is not None and list(places) != list(range(len(prompts))):
+            options["places"] = places
         yield from backbone.generate(mixture, prompts, sigmas, seed=seed, **options)
         return
     device = mixture.device

@@ -192,8 +192,8 @@ class TrainingConfig:
         log_every: optimiser steps between lines of metrics.
         trackers: names of accelerate's trackers, such as tensorboard.
         timeout: seconds that the processes of a run wait for each other: if one hangs, the others end within it. One
-            that is lost is noticed at once, and they have so long to end. What the main process does alone, such as
-            saving or the metrics of an evaluation, must not take longer; a week if not given.
+            that is lost is noticed at once. What the main process does alone, such as saving or the metrics of an
+            evaluation, must not take longer; a week if not given.
         monitor: measure consistency stages on fixed draws as they go, for 1 to 3 % of their time; null for never.
     """
 

@@ -23,7 +23,7 @@ def look_ahead(run: Run, first: int = 0, step: int = 0, trained: Collection[str]
     """Tries what the stages from `step` of number `first` on will need.
 
     Training stages are set up on every process. What stages may load, such as a text encoder, and the disk are looked
-    at by the main process, which alone will use them.
+    at by the main process, for all.
 
     Args:
         trained: experts that are in every checkpoint already.

@@ -1,5 +1,6 @@
 """A run in several processes: accelerate's launcher, and what is said where one of them is lost."""
 
+import ctypes
 import logging
 import math
 import os
@@ -8,25 +9,27 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from moedistill.errors import UserError
-from moedistill.runs.commands import RunCommand
-from moedistill.runtime.checkpoint import find_checkpoint
+from moedistill.errors import LostProcess, UserError
 from moedistill.runtime.devices import find_device
 
-PLACE = "MOEDISTILL_PLACE"
-"""Environment: the file in which the main process tells its launcher where the run lies."""
+STOPPING = 1200.0
+"""Seconds that processes have to end after a signal, at most: to save 144 GiB takes half of that."""
+PLACE, PROCESSES = "MOEDISTILL_PLACE", "MOEDISTILL_PROCESSES"
+"""Environment: the file in which the main process tells its launcher how to go on, and how many they are."""
+LOGS = ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api")
 
 
-def launch(arguments: Sequence[str], processes: int, device: str | None, timeout: float, command: RunCommand) -> int:
+def launch(arguments: Sequence[str], processes: int, device: str | None, timeout: float, again: str) -> int:
     """Runs `moedistill` with `arguments` in so many processes of this machine; gives the exit code.
 
     Args:
         device: that is named in the arguments, if one is.
-        timeout: seconds that a process has to end, once another one is lost or a signal came.
-        command: what a message says of this run.
+        timeout: the recipe's.
+        again: the command.
 
     Raises:
-        UserError: there are not so many devices; or a process was lost: which, how, and how to go on.
+        UserError: there are not so many devices; or a process was lost, or does not answer: which, how, and how to go
+            on.
     """
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -39,38 +42,59 @@ def launch(arguments: Sequence[str], processes: int, device: str | None, timeout
             f"--num-processes {processes}: there are {there} CUDA devices here; give {there}, or --device cpu"
         )
     given = [
-        "--multi_gpu", f"--num_processes={processes}", "--num_machines=1", "--main_process_port=0",
-        "--mixed_precision=no", "--dynamo_backend=no", "-m", "moedistill", *arguments,
+        "--multi_gpu", f"--num_processes={processes}", "--num_machines=1", "--machine_rank=0", "--gpu_ids=all",
+        "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no", "-m", "moedistill", *arguments,
     ]  # fmt: skip
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # here is said what there is to say
+    for name in LOGS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # here is said what there is to say
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "place"
-        os.environ |= {PLACE: str(place), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(timeout))}
+        os.environ |= {PLACE: str(place), PROCESSES: str(processes)}
+        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(min(timeout, STOPPING)))
         try:
             launch_command(launch_command_parser().parse_args(given))
         except ChildFailedError as error:
-            failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-            # The others end because of it; one that was ended from outside is the first.
-            failure = next((each for each in failures if each.exitcode < 0), failures[0])
-            if failure.exitcode > 0:  # it has said why
-                return int(failure.exitcode)
-            ended = f"process {failure.local_rank} of this run (pid {failure.pid}) was ended by"
-            name = signal.Signals(-failure.exitcode).name
-            raise UserError(f"{ended} {name}; {_where_to_go_on(place, command)}") from error
+            failures = list(error.failures.values())
+            # Who has an exit code of its own has said why; the others end because of it, or are ended.
+            of_others = (LostProcess.exit_code, 128 + signal.SIGTERM)
+            if own := [each.exitcode for each in failures if each.exitcode > 0 and each.exitcode not in of_others]:
+                return int(own[0])
+            message = "the processes of this run do not answer each other"
+            if ended := [each for each in failures if each.exitcode < 0]:
+                first, name = ended[0], signal.Signals(-ended[0].exitcode).name
+                message = f"process {first.local_rank} of this run (pid {first.pid}) was ended by {name}"
+            on = place.read_text(encoding="utf-8") if place.is_file() else f"it had not begun; start it with: {again}"
+            raise UserError(f"{message}; {on}") from error
         except SignalException as error:
             return 128 + int(error.sigval)
     return 0
 
 
-def tell_launcher(folder: Path) -> None:
-    """Says to a launcher of ours, if there is one, where the run of this process lies."""
+_told = ""
+
+
+def tell_launcher(how_to_go_on: str) -> None:
+    """Says what is saved, and how to go on, to a launcher of ours, if there is one; of the main process."""
+    global _told
+    _told = how_to_go_on
     if launched_here():
-        Path(os.environ[PLACE]).write_text(str(folder), encoding="utf-8")
+        Path(os.environ[PLACE]).write_text(how_to_go_on, encoding="utf-8")
 
 
-def launched_here() -> bool:
-    """Whether a launcher of ours waits for this process, and says how it ended."""
-    return PLACE in os.environ
+def told_last() -> str:
+    """What `tell_launcher` was told in this process, if anything."""
+    return _told
+
+
+def launched_here() -> int | None:
+    """Of how many processes this is one, if a launcher of ours waits for it and says how it ended."""
+    return int(os.environ[PROCESSES]) if PLACE in os.environ else None
+
+
+def end_with_launcher() -> None:
+    """Asks the system for a SIGTERM when the launcher is killed: nobody would ever end this process. (Linux alone.)"""
+    if launched_here() is not None and hasattr(prctl := ctypes.CDLL(None), "prctl"):
+        prctl.prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def check_launch(processes: int) -> None:
@@ -85,15 +109,3 @@ def check_launch(processes: int) -> None:
             "the launcher was asked for several processes and has started one, as accelerate's --cpu does; start them "
             "by `moedistill run … --num-processes N`, or by `accelerate launch --multi_gpu`, and with --device cpu"
         )
-
-
-def _where_to_go_on(place: Path, command: RunCommand) -> str:
-    try:
-        folder = Path(place.read_text(encoding="utf-8"))
-    except OSError:
-        return "it had not begun yet"
-    try:
-        newest = find_checkpoint(folder)
-    except UserError:
-        return f"nothing is saved yet; begin it anew with: {command.begin(folder)}"
-    return f"saved is {newest}; go on with: {command.go_on(folder)}"

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from moedistill.components.plugins import Plugins, load_plugins
 from moedistill.data.loading import Batch, batch_of_step, load_batches, share_of_batch
-from moedistill.errors import Interrupted, UserError, WriteError, user_errors
+from moedistill.errors import Interrupted, SaidElsewhere, UserError, WriteError, user_errors
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
@@ -27,7 +27,7 @@ from moedistill.runs.commands import RunCommand
 from moedistill.runs.launch import check_launch, launched_here, tell_launcher
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
 from moedistill.runs.not_finite import explain
-from moedistill.runs.processes import described, lost, on_main
+from moedistill.runs.processes import described, on_main
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
 from moedistill.runtime.checkpoint import (
@@ -132,12 +132,16 @@ def run(
             output=output, resume=resume, resume_from=resume_from,
         )  # fmt: skip
         where, warnings = on_main(accelerator, begin)
+        saved = (
+            f"saved is {where.checkpoint}; go on with" if where.checkpoint else "nothing is saved yet; begin anew with"
+        )
+        if accelerator.is_main_process or launched_here() is None:
+            tell_launcher(f"{saved}: {again}")
         with cpu_threads(recipe.training.num_threads):
             runner = _Runner(recipe, where, accelerator, plugins, command)
             for warning in warnings:
                 runner.run.say(f"warning: {warning}")
-            with _lost_processes(runner):
-                return runner.go()
+            return runner.go()
 
 
 def _begin(
@@ -182,19 +186,6 @@ def _give_names(folder: Path) -> None:
                 Checkpoints(folder / "checkpoints", keep=1).give_names()
 
 
-@contextmanager
-def _lost_processes(runner: "_Runner") -> Iterator[None]:
-    """Says in a line that another process is gone, and how to go on; where a launcher says it, that it ends too."""
-    try:
-        yield
-    except RuntimeError as error:
-        if runner.accelerator.num_processes == 1 or (why := lost(error)) is None:
-            raise
-        number = runner.accelerator.process_index
-        ends = f"process {number} ends, as another one is gone or does not answer ({why})"
-        raise UserError(ends if launched_here() else f"{ends}; {runner.where_to_go_on()}") from error
-
-
 class _Runner:
     def __init__(
         self, recipe: Recipe, where: Plan, accelerator: "Accelerator", plugins: Plugins, command: RunCommand
@@ -212,7 +203,7 @@ class _Runner:
         self.last_checkpoint: Path | None = None
         self.under_way = ""
         self.training: Training | None = None
-        self.interruption = Interruption(lambda: f"stopped in stage {self.under_way}; {self.where_to_go_on()}")
+        self.interruption = Interruption(lambda: f"stopped in stage {self.under_way}; {self._where_to_go_on()}")
         self.progress = Progress()
         self.trackers = Trackers(accelerator, recipe.training.trackers, str(folder), recipe.name)
         self.observers: list[Any] = [self.trackers]
@@ -226,12 +217,12 @@ class _Runner:
             stack.callback(self.trackers.stop)
             self._restore()
             if self.run.main:
-                tell_launcher(self.folder)
                 with disk_errors(self.folder):
                     self.checkpoints.folder.mkdir(exist_ok=True)  # first: by it a folder is known as a run's
                 write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
                 self._take_history()
                 self._write_cost()
+            self._tell()
             self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
             for observer in self.observers:
                 self.plugins.manager.register(observer)
@@ -241,7 +232,7 @@ class _Runner:
                 with self.interruption:
                     self._stages()
             except WriteError as error:
-                raise WriteError(f"{error}; {self.where_to_go_on()}") from error
+                raise WriteError(f"{error}; {self._where_to_go_on()}") from error
         self.run.say(f"done{smoke}: {self.folder}")
         return RunResult(self.folder, self.run.metrics, self.run.cost, self.last_checkpoint, self.run.smoke)
 
@@ -371,7 +362,7 @@ class _Runner:
         try:
             yield from batches
         except UserError as error:
-            raise UserError(f"{error}; {self.where_to_go_on()}") from error
+            raise UserError(f"{error}; {self._where_to_go_on()}") from error
 
     def _end_step(self, number: int, training: Training, monitor: Monitor | None) -> None:
         """After an optimiser step: numbers, a checkpoint, a stop, where they are due."""
@@ -392,7 +383,7 @@ class _Runner:
             self._save(number, training)
         if signum:
             raise Interrupted(
-                signum, f"stopped at step {training.step} of {training.config.name}; {self.where_to_go_on()}"
+                signum, f"stopped at step {training.step} of {training.config.name}; {self._where_to_go_on()}"
             )
 
     def _log(self, number: int, training: Training, monitor: Monitor | None, metrics: dict[str, float]) -> None:
@@ -420,10 +411,10 @@ class _Runner:
             )  # fmt: skip
         earlier = [path for path in self.checkpoints.all() if (parse_name(path.name) or (number,))[0] < number]
         with user_errors(str(error)):  # where a sample cannot be read again
-            where = self.where_to_go_on()
+            where = self._where_to_go_on()
             lower = partial(self.command.change, self.folder, source=earlier[-1] if earlier else None)
             message = explain(training, error, samples, self.last_checkpoint, where, lower)
-        raise UserError(message) from None
+        raise (UserError if self.run.main else SaidElsewhere)(message) from None  # all processes come here
 
     def _memory_errors(self, config: StageConfig) -> AbstractContextManager[None]:
         """Says of a stage that it runs out of memory, at which step, what to change and what is saved."""
@@ -432,7 +423,7 @@ class _Runner:
             return f"stage {config.name}" + (f", step {self.training.step + 1}" if self.training is not None else "")
 
         def advice(error: BaseException) -> str:
-            return f"{remedies(self.run, config, error)}; {self.where_to_go_on()}"
+            return f"{remedies(self.run, config, error)}; {self._where_to_go_on()}"
 
         return memory_errors(where, advice)
 
@@ -448,8 +439,7 @@ class _Runner:
         flag = torch.tensor(signum, device=self.accelerator.device)
         return int(self.accelerator.gather(flag).max())
 
-    def where_to_go_on(self) -> str:
-        """What is saved, and the command that goes on from there."""
+    def _where_to_go_on(self) -> str:
         if self.last_checkpoint is None:
             anew = self.command.begin(self.folder)
             return f"nothing is saved yet; begin it anew with: {anew}"
@@ -457,6 +447,11 @@ class _Runner:
         newest = self.checkpoints.there()[-1:] == [self.last_checkpoint]
         on = self.command.go_on(self.folder, None if newest else self.last_checkpoint, branch=branch)
         return f"saved is {self.last_checkpoint}; go on with: {on}"
+
+    def _tell(self) -> None:
+        """Keeps for the launcher, or for this process itself, what is to be said where another one is lost."""
+        if self.run.main or launched_here() is None:
+            tell_launcher(self._where_to_go_on())
 
     def _trained(self, number: int) -> set[str]:
         """The experts that stages before `number` train."""
@@ -496,5 +491,6 @@ class _Runner:
                 raise
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = self.checkpoints.folder / name
+        self._tell()
         if self.run.main:
             self.plugins.hook.on_checkpoint(training=training, path=self.last_checkpoint)

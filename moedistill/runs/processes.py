@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from moedistill.errors import Interrupted, SaidElsewhere, shorten
+from moedistill.errors import Interrupted, LostProcess, SaidElsewhere, shorten
+from moedistill.runs.launch import told_last
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,7 +29,8 @@ def described(accelerator: "Accelerator", dtype: str) -> str:
 def leaving() -> Iterator[None]:
     """For the whole of a process's work: at its end the processes part, all at once where nothing went wrong.
 
-    One that ends while others still talk to it, or with its connections open, is ended by an abort.
+    Raises:
+        LostProcess: another one is gone, or does not answer; says how to go on.
     """
     from torch import distributed
 
@@ -36,6 +38,11 @@ def leaving() -> Iterator[None]:
         yield
         if distributed.is_initialized():
             distributed.barrier()
+    except RuntimeError as error:
+        if not distributed.is_initialized() or (why := lost(error)) is None:
+            raise
+        ends = f"process {distributed.get_rank()} ends, as another one is gone or does not answer ({why})"
+        raise LostProcess("; ".join(part for part in (ends, told_last()) if part)) from error
     finally:
         if distributed.is_initialized() and distributed.get_backend() == "gloo":
             distributed.destroy_process_group()
@@ -54,7 +61,8 @@ def lost(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     of_processes = isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
     if isinstance(error, RuntimeError) and of_processes and any(sign in text.lower() for sign in LOST):
-        return shorten(text.rpartition("] ")[2] if "] " in text else text, 160)
+        text = text.rpartition("] ")[2] if "] " in text else text
+        return shorten(text.partition(". ")[0], 160)
     return None
 
 

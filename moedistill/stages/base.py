@@ -24,7 +24,11 @@ class Stage(ABC):
 
     @abstractmethod
     def execute(self, run: Run) -> None:
-        """Does the whole stage; results go to `run.metrics[name]` and the run's folder."""
+        """Does the whole stage; results go to `run.metrics[name]` and the run's folder.
+
+        All processes come here. What is for one alone, such as writing, is for `run.main`; what all do together, such
+        as sampling (`Share`), none may leave out: the others would wait for it.
+        """
 
 
 class TrainingStage(ABC):

@@ -328,7 +328,7 @@ class EvaluateStage(Stage):
 
         share, starts = Share.of(run.accelerator), range(0, len(noise), self.config.batch_size)
         made = {number: sampled(starts[number]).cpu() for number in share.items(len(starts))}
-        return torch.cat(list(share.together(made).values())).to(noise.device)
+        return torch.cat([noise[:0].cpu(), *share.together(made).values()]).to(noise.device)
 
     def _write(
         self,

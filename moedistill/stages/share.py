@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,8 +37,19 @@ class Share:
         return [min(number * self.processes + self.process, count - 1) for number in range(rounds)]
 
     def together(self, made: Mapping[int, T]) -> dict[int, T]:
-        """What all processes have made, by item, in order; they must all come here."""
-        from accelerate.utils import gather_object
+        """What all processes have made, by item, in order, for the main one; nothing for the others.
 
-        everything = dict(gather_object(list(made.items()))) if self.processes > 1 else made
-        return {item: everything[item] for item in sorted(everything)}
+        They must all come here. It goes through host memory: a GPU has no room for everybody's.
+        """
+        if self.processes == 1:
+            return dict(sorted(made.items()))
+        from torch import distributed
+
+        gloo = distributed.get_backend() == "gloo"
+        group = None if gloo else distributed.new_group(backend="gloo")
+        everybody: list[Any] | None = [None] * self.processes if self.process == 0 else None
+        distributed.gather_object(dict(made), everybody, dst=0, group=group)
+        if group is not None:
+            distributed.destroy_process_group(group)
+        merged = {item: value for part in everybody or () for item, value in part.items()}
+        return {item: merged[item] for item in sorted(merged)}

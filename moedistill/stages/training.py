@@ -297,7 +297,7 @@ class Training:
         """The weighted sum of the stage's losses; each term is recorded under its name."""
         total = torch.zeros((), device=self.device)
         for term, weight in self._active_terms():
-            value = term.loss(tensors)
+            value = term.loss(tensors).float()
             self.record(f"loss/{term.name}", value)
             total = total + weight * value
         self.record("loss", total)

@@ -19,11 +19,16 @@ from transformers import UMT5EncoderModel
 import moedistill
 from moedistill import cli
 from moedistill.errors import UserError
+from moedistill.flow.routers import TimestepRouter
 from moedistill.integrations.diffusers.apply import apply
+from moedistill.model.generate import generate
+from moedistill.model.mixture import Mixture
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runs.loop import run
 from moedistill.runs.sample import load_mixture, sample_run, sampling_steps
+from moedistill_digits.backbone import DigitsBackboneConfig
+from moedistill_wan.backbone import WanConfig
 
 
 @pytest.fixture(scope="module")
@@ -556,3 +561,15 @@ def test_a_folder_that_is_not_complete(gone, message, place, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         run(recipe, output=tmp_path / "run", device="cpu")
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("config", [WanConfig(pretrained=None), DigitsBackboneConfig(pretrained=None)])
+def test_some_prompts_of_a_list_give_what_they_give_in_it(config):
+    """By the model's own pipeline, and by our sampler."""
+    mixture = Mixture(config.tiny().build(), {}, router=TimestepRouter(["teacher"], []))
+    prompts = list(mixture.backbone.example_prompts)[:3]
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    whole = list(generate(mixture, prompts, sigmas, seed=1))
+    some = list(generate(mixture, prompts[1:], sigmas, seed=1, places=[1, 2]))
+    assert all(torch.equal(one, other) for one, other in zip(some, whole[1:], strict=True))
+    assert not torch.equal(next(iter(generate(mixture, prompts[1:], sigmas, seed=1))), whole[1])

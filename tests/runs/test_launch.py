@@ -157,9 +157,14 @@ def test_a_process_that_is_lost(place, whole, kill):
     steps = {"step": [2], "save": [2, 3], "evaluate": [5]}[kill[2:]]
     assert checkpoint.name in [f"00_semantic_{step:08d}" for step in steps]
     again, *arguments = shlex.split(found[2])
-    assert (again, arguments[arguments.index("--num-processes") + 1]) == ("moedistill", "2")
-    code, output, _ = moedistill(*arguments)
-    assert code == 0, output
+    at = arguments.index("--num-processes")
+    assert (again, arguments[at + 1]) == ("moedistill", "2")
+    if kill == "0 step":  # as it was printed
+        code, output, _ = moedistill(*arguments)
+        assert code == 0, output
+    else:  # the same in two processes that are warm
+        pair = start_pair([*arguments[:at], *arguments[at + 2 :]], place)
+        assert [command.exit_code() for command in pair] == [0, 0], pair[0].output
     for tree in TREES:
         assert equal(*(load_tree(find_checkpoint(run), tree) for run in (place / name, whole[0])))
 
@@ -185,6 +190,58 @@ def test_the_page_has_a_command_for_every_launcher():
     assert [command.split()[0] for command in COMMANDS] == ["moedistill", "accelerate", "torchrun"]
 
 
+def test_a_process_that_fails_by_itself_has_the_last_word(place):
+    """Not those that the launcher ends because of it; while others wait for it in an evaluation."""
+    (place / "broken.py").write_text(BROKEN)
+    arguments = ["run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 2, "-p", place / "broken.py"]
+    code, output, _ = moedistill(*arguments, "--output", place / "broken")
+    assert code == 2, output
+    assert [line for line in output.splitlines() if line.startswith("error")] == ["error: stage evaluate: it is broken"]
+    assert "Traceback" not in output
+
+
+BROKEN = """
+from moedistill.errors import UserError
+from moedistill.stages.evaluate import EvaluateStage
+
+
+def _write(self, *arguments):
+    raise UserError("stage evaluate: it is broken")
+
+
+EvaluateStage._write = _write
+"""
+
+
+def test_a_process_that_is_lost_before_a_branch_has_saved_anything(place, whole):
+    arguments = ["run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 2, "-p", place / "killer.py"]
+    source = whole[0] / "checkpoints/00_semantic_00000002"
+    code, output, _ = moedistill(*arguments, "--resume-from", source, "--output", place / "branch", KILL="1 step")
+    assert code == 2
+    [line] = [line for line in output.splitlines() if "was ended by SIGKILL" in line]
+    assert f"saved is {source}; go on with: moedistill run" in line
+    assert f"--resume-from {source}" in line
+    assert f"--output {place / 'branch'}" in line
+
+
+def test_processes_end_with_a_launcher_that_is_killed(place):
+    arguments = ["run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 2, "--output", place / "orphans"]
+    steps = ["--set", "stages.semantic.steps=100000", "--set", "training.log_every=1"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "moedistill", *map(str, [*arguments, *steps])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    end = time.monotonic() + 100
+    while not (place / "orphans/metrics.jsonl").is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    holder = json.loads((place / "orphans/.lock").read_text())["pid"]
+    started.kill()
+    while Path(f"/proc/{holder}").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{holder}").exists()
+    verify(find_checkpoint(place / "orphans"))
+
+
 def test_a_launcher_that_starts_fewer_processes_is_an_error(place):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "moedistill", "run"]
     done = subprocess.run(
@@ -202,6 +259,8 @@ def test_mistakes_are_said_once(place):
     assert (code, output.count("cannot be shared evenly among 3 processes")) == (2, 1)
     code, output, _ = moedistill("run", "no_such", "--num-processes", 2)
     assert (code, output.count("there is no file")) == (2, 1)
+    code, output, _ = moedistill("run", "no_such", RANK="1")
+    assert (code, output.count("there is no file")) == (2, 1)  # a number that is not of a run of several processes
     code, output, _ = moedistill("run", "dcm_digits", "--num-processes", 2, WORLD_SIZE="2")
     assert (code, "leave --num-processes out" in output) == (2, True)
 
@@ -222,23 +281,24 @@ def test_a_signal_ends_all_of_them_and_saves(place):
     finally:
         started.kill()
     assert started.returncode == 128 + signal.SIGTERM, output
-    assert re.search(r"stopped at step \d+ of semantic; saved is ", output)
+    said = re.findall(r"stopped at step \d+ of semantic; saved is .*; go on with: .*", output)
+    assert len(said) == 1
+    assert "--num-processes 2" in said[0]
     assert "Traceback" not in output
     verify(find_checkpoint(place / "stopped"))
 
 
-def test_where_no_launcher_of_ours_waits_the_other_process_says_it(place, monkeypatch):
-    monkeypatch.setenv("KILL", "0 step")
+def test_where_no_launcher_of_ours_waits_the_other_process_says_it(place):
     arguments = ["run", place / "recipe.yaml", "--device", "cpu", "-p", place / "killer.py", "--output", place / "pair"]
-    first, second = start_pair([str(argument) for argument in arguments], place)
+    first, second = start_pair([str(argument) for argument in arguments], place, KILL="0 step")
     assert first.exit_code() == -signal.SIGKILL
     begun = time.monotonic()
-    assert second.exit_code() == 2
+    assert second.exit_code() == 3
     assert time.monotonic() - begun < 20
     said = " ".join(second.output.split())
     assert re.search(
         r"error: process 1 ends, as another one is gone or does not answer \(.*\); saved is "
-        r"\S+/pair/checkpoints/00_semantic_00000002; go on with: moedistill run \S+/pair/recipe.yaml --resume-from ",
+        r"\S+/pair/checkpoints/00_semantic_0000000[23]; go on with: moedistill run \S+/pair/recipe.yaml --resume-from ",
         said,
     ), said
     assert "Traceback" not in said
