@@ -31,7 +31,8 @@ def in_process(monkeypatch):
 
     def execute(job):
         ran.append(job.folder)
-        run(job.load(), output=job.folder, resume_from=job.begun, device="cpu")
+        if "tuning" not in job.folder.parts:  # a test says itself how well those do
+            run(job.load(), output=job.folder, resume_from=job.begun, device="cpu")
 
     monkeypatch.setattr(evidence.Job, "execute", execute)
     monkeypatch.setattr(evidence.Job, "load", load)

@@ -18,6 +18,8 @@ from helpers import distil, equal, evaluate, tiny_recipe
 from safetensors.torch import load_file
 from started_commands import start_pair
 
+from moedistill.recipe.loading import load_recipe
+from moedistill.runs.loop import run
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree, verify
 from moedistill.stages.share import Share
 
@@ -110,10 +112,8 @@ def test_the_first_line_says_what_runs(place, whole):
 
 def test_what_processes_sample_together_is_what_one_samples(place, whole):
     """From the same weights: evaluation and samples, bit for bit."""
-    last = find_checkpoint(whole[0])
-    arguments = ["run", place / "recipe.yaml", "--device", "cpu", "--resume-from", last, "--output", place / "alone"]
-    code, output, _ = moedistill(*arguments)
-    assert code == 0, output
+    recipe = load_recipe(place / "recipe.yaml")
+    run(recipe, resume_from=find_checkpoint(whole[0]), output=place / "alone", device="cpu")
     folders = [whole[0], place / "alone"]
     one, other = (load_file(folder / "evaluate/latents.safetensors") for folder in folders)
     assert equal(one, other)
