@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 EVIDENCE := OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py --jobs $(JOBS)
 # One thread in each of two processes; a file's tests share what they build, so they stay together.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env demo smoke teacher evidence evidence-quick ablations ablations-quick halves test attack coverage lint format
 
