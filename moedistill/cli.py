@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +96,6 @@ def run(
 
     plugins, settings = _plugins(plugin_files), tuple(_with_seed(overrides, seed))
     loaded = load_recipe(recipe, settings, plugins)
-    from dataclasses import replace
-
     from moedistill.runs.commands import RunCommand
     from moedistill.runs.launch import end_with_launcher, launch, launched_here
 

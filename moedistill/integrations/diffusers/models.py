@@ -113,7 +113,7 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
         Raises:
             ValueError: they are not those that the makers publish.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} has a published_file, and no make_folder that reads it")
 
     # -- what follows from it -----------------------------------------------------------------------------------------
 
@@ -287,12 +287,12 @@ class DiffusersModels(LatentVideoBackbone):
         """Conditioning of prompts by what `text_model` makes."""
 
     text_limits: Mapping[str, str | int] = {}
-    """By the name of the pipeline's tokenizers: how many tokens of a prompt `encode_with` reads, or the one of the
-    config's `inputs` that is as long. Of a longer prompt the rest is cut off, which a warning says.
+    """By the name of a tokenizer: how many tokens of a prompt `encode_with` reads, or the one of the config's `inputs`
+    that is as long. Of a longer prompt the rest is cut off, which a warning says.
     """
 
     def text_for(self, tokenizer: str, text: str) -> str:
-        """What of a prompt the pipeline gives to one of its tokenizers: all of it by default."""
+        """What of a prompt is given to one of the tokenizers: all of it by default."""
         return text
 
     def to_native(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
