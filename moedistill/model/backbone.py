@@ -86,6 +86,20 @@ class BackboneConfig(Config, ABC):
     def build(self, seed: int = 0) -> "Backbone":
         """Builds the backbone and loads its weights; random weights, where there are none to load, come from `seed`."""
 
+    def skeleton(self) -> "Backbone":
+        """The backbone without weights: its parameters are on torch's meta device and take no memory; buffers are real.
+
+        By default a backbone that is built, and then emptied; a model that is large overrides it.
+        """
+        from torch import nn
+
+        backbone = self.build()
+        for network in backbone.networks.values():
+            for module in network.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
+        return backbone
+
     @classmethod
     def convert(cls, source: "Path", dest: "Path") -> None:
         """Writes to the new folder `dest` what `pretrained` takes, of the model's files as its makers publish them.

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
@@ -178,6 +178,19 @@ class MonitorConfig:
 
 
 @dataclass(kw_only=True)
+class OffloadConfig:
+    """What lies on the host while it is not needed on the device; each is brought when it is.
+
+    Args:
+        idle: networks, experts and averages that a stage does not use.
+        averages: of the experts in training too; each update then goes over the bus.
+    """
+
+    idle: Literal["cpu"] | None = "cpu"
+    averages: Literal["cpu"] | None = None
+
+
+@dataclass(kw_only=True)
 class TrainingConfig:
     """What all training stages share.
 
@@ -194,6 +207,8 @@ class TrainingConfig:
         timeout: seconds that the processes of a run wait for each other: if one hangs, the others end within it. One
             that is lost is noticed at once. What the main process does alone, such as saving or the metrics of an
             evaluation, must not take longer; a week if not given.
+        sharding: cut networks, gradients and moments among the processes (`fsdp2`), or hold them whole on each.
+        offload: what lies on the host while it is not needed.
         monitor: measure consistency stages on fixed draws as they go, for 1 to 3 % of their time; null for never.
     """
 
@@ -210,6 +225,8 @@ class TrainingConfig:
     log_every: PositiveInt = 10
     trackers: list[NonEmptyStr] = field(default_factory=list)
     timeout: Annotated[float, Ge(1.0), Le(31_536_000.0)] = 604_800.0
+    sharding: Literal["none", "fsdp2"] = "none"
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     monitor: MonitorConfig | None = field(default_factory=MonitorConfig)
 
 

@@ -124,6 +124,17 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
         }
         return self.wrap(networks)
 
+    def skeleton(self) -> "DiffusersModels":
+        from accelerate import init_empty_weights
+
+        cls: Any = self.network_class()
+        networks: dict[str, nn.Module] = {}
+        for base in self.bases():
+            with init_empty_weights(include_buffers=False):
+                network = cls.from_config(dict(self.architecture()))
+            networks[base] = cast(network, getattr(torch, self.dtype)).eval()
+        return self.wrap(networks)
+
     def wrap(self, networks: Mapping[str, nn.Module]) -> "DiffusersModels":
         """The backbone around networks that are already there."""
         config, first = self.replace(), next(iter(networks.values()))
