@@ -17,6 +17,7 @@ from moedistill.model.prompt import Prompt, as_prompts
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
     from moedistill.flow.routers import TimestepRouter
@@ -173,6 +174,7 @@ class Backbone(ABC):
         time_shared: dotted paths of modules that read the time too, which experts share on purpose.
         example_prompts: texts that `encode` takes, different ones.
         takes_images: whether a prompt may have an image.
+        placed: where its networks compute, if they may wait elsewhere.
     """
 
     network: "nn.Module"
@@ -184,6 +186,7 @@ class Backbone(ABC):
     time_dependent: Sequence[str]
     time_shared: Sequence[str] = ()
     takes_images: bool = False
+    placed: "torch.device | None" = None
     example_prompts: Sequence[str] = ("a dog runs along a beach", "rain at night", "a ball bounces")
 
     @property

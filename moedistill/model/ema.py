@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from moedistill.runtime.devices import HOST
 from moedistill.runtime.sharding import cut_like, fill, is_sharded, part
 
 WhichWeights = Literal["trained", "ema"]
@@ -19,30 +20,28 @@ class EMA:
     Args:
         parameters: by name, looked up anew at each use (an expert's are); the average starts as their values.
         decay: in [0, 1).
+        on_host: it lies there, also while it is updated and used.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, *, on_host: bool = False) -> None:
+        self.decay, self._on_host = decay, on_host
         self._live = parameters
         self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+        if on_host:
+            self.to(HOST)
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the live weights in."""
         for name, parameter in self._live.items():
-            self._part(name, parameter).lerp_(part(parameter), 1.0 - self.decay)
+            average = self._part(name, parameter)
+            average.lerp_(part(parameter).to(average.device), 1.0 - self.decay)
 
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchanges live weights and average; doing it twice changes nothing. Only what is sharded is copied."""
-        for name, parameter in self._live.items():
-            if is_sharded(parameter):  # where another tensor is put in its place, it stays what it was
-                mine, theirs = part(parameter), self._part(name, parameter)
-                kept = mine.clone()
-                mine.copy_(theirs)
-                theirs.copy_(kept)
-            else:
-                parameter.data, self.average[name] = self.average[name], parameter.data
+    def to(self, device: torch.device) -> None:
+        """Lays it elsewhere, unless it has to stay on the host, or is cut among processes."""
+        for name, average in self.average.items():
+            if not is_sharded(average):
+                self.average[name] = average.to(HOST if self._on_host else device)
 
     @torch.no_grad()
     def load(self, average: Mapping[str, Tensor]) -> None:
@@ -57,9 +56,22 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The block runs with the average in place of the live weights."""
-        self.swap()
+        """The block runs with the average in place of the live weights. Only what is sharded is copied."""
+        kept = {name: self._exchange(parameter, self._part(name, parameter)) for name, parameter in self._live.items()}
         try:
             yield
         finally:
-            self.swap()
+            for name, parameter in self._live.items():
+                self._exchange(parameter, kept[name])
+
+    @staticmethod
+    @torch.no_grad()
+    def _exchange(parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """Gives a parameter other numbers; returns those that it had."""
+        if is_sharded(parameter):  # where another tensor is put in its place, it stays what it was
+            kept = part(parameter).clone()
+            part(parameter).copy_(value)
+        else:
+            kept = parameter.data
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        return kept

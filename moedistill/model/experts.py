@@ -5,6 +5,7 @@ A network is never duplicated but for a `full` expert. Everything else is attach
 
 import copy
 import math
+from collections.abc import Mapping
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -101,6 +102,17 @@ class Expert(ABC):
     chain: tuple[str, ...]
     parameters: LiveParameters
 
+    @property
+    def saved(self) -> Mapping[str, Tensor]:
+        """`parameters` as they were trained, float32: those of a full expert may lie in another dtype while it rests."""
+        return self.parameters
+
+    def rest(self) -> None:  # noqa: B027  most have nothing that could
+        """Called when it is not to be trained now."""
+
+    def wake(self) -> None:  # noqa: B027
+        """Called when it is to be trained."""
+
     @abstractmethod
     def initialise(self, seed: int) -> None:
         """Makes the expert equal to its parent, in place; random numbers come from `seed` and the expert's name."""
@@ -124,17 +136,29 @@ class FrozenExpert(Expert):
 
 
 class FullExpert(Expert):
-    """A network of its own."""
+    """A network of its own, float32 while it is trained; else it rests in the dtypes of the base."""
 
     def __init__(self, name: str, parent: Expert, inference: bool = False) -> None:
         self.name, self.parent, self.chain = name, parent, ()
         network = copy.deepcopy(parent.shared.network)
-        self.shared = SharedNetwork(network if inference else network.float())
+        dtypes = {key: parameter.dtype for key, parameter in network.named_parameters()}
+        self.shared = SharedNetwork(network) if inference else SharedNetwork(network.float(), dtypes)
         self.parameters = self.shared.weights
+
+    @property
+    def saved(self) -> Mapping[str, Tensor]:
+        return self.shared.saved
+
+    def rest(self) -> None:
+        self.shared.rest()
+
+    def wake(self) -> None:
+        self.shared.wake()
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         assert self.parent is not None
+        self.wake()
         for name, weight in self.parent.shared.merged(self.parent.chain):
             fill(self.parameters[name], weight)
 
@@ -210,5 +234,5 @@ class LoRAExpert(Expert):
                 fill(self.parameters[f"{path}.lora_A.weight"], nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
                 self.parameters[f"{path}.lora_B.weight"].zero_()
         for path in self._copied:
-            for name, weight in self.shared.active_module(path, self.parent.chain).named_parameters():
+            for name, weight in self.shared.active_weights(path, self.parent.chain).items():
                 fill(self.parameters[f"{path}.{name}"], weight)

@@ -218,8 +218,8 @@ class LatentVideoBackbone(Backbone):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
+        """Where the network computes."""
+        return self.placed or next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,8 +20,10 @@ from moedistill.model.conditioning import Conditioning
 from moedistill.model.ema import EMA, WhichWeights
 from moedistill.model.experts import Expert, ExpertConfig, FrozenExpert
 from moedistill.model.guidance import Guidance
+from moedistill.model.residency import Residency
 from moedistill.model.sample_in_batches import FreshNoise, followings, sample_in_batches
 from moedistill.model.shared_network import SharedNetwork
+from moedistill.runtime.devices import HOST
 from moedistill.runtime.integrity import misfit
 from moedistill.runtime.sharding import fill, rest
 
@@ -99,6 +101,7 @@ class Mixture(nn.Module):
         self.networks = nn.ModuleList({expert.shared.network: None for expert in self.experts.values()})
         self.active = TEACHER
         self.forwards = 0
+        self._residency: Residency | None = None
         self.requires_grad_(False)
         if gradient_checkpointing:
             self._enable_checkpointing()
@@ -148,8 +151,32 @@ class Mixture(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the pretrained network is."""
-        return next(self.backbone.network.parameters()).device
+        """Where networks compute."""
+        return self.backbone.placed or next(self.backbone.network.parameters()).device
+
+    def place(self, device: torch.device | str, *, idle_on_host: bool = False) -> None:
+        """Puts everything on a device. With `idle_on_host` an expert comes there when it is first switched on."""
+        device = torch.device(device)
+        self.backbone.placed = device
+        self.to(HOST if idle_on_host else device)
+        self._residency = Residency(self.experts, device) if idle_on_host else None
+
+    def settle(self, *training: str) -> None:
+        """Between stages: experts about to be trained are float32, the others rest, and all wait for their first use."""
+        for name, expert in self.experts.items():
+            if name in training:
+                expert.wake()
+            else:
+                expert.rest()
+        if self._residency is not None:
+            self._residency.park()
+            for average in self.ema.values():
+                average.to(HOST)
+
+    def bring(self, expert: str) -> None:
+        """What an expert computes with, to the device, if it is not there."""
+        if self._residency is not None:
+            self._residency.bring(expert)
 
     @contextmanager
     def using(self, expert: str) -> Iterator[None]:
@@ -163,6 +190,7 @@ class Mixture(nn.Module):
 
     def _switch(self, expert: str) -> None:
         chosen = self.experts[expert]
+        self.bring(expert)
         if chosen.shared.chain != chosen.chain:
             chosen.shared.switch(chosen.chain)
         self.active = expert
@@ -278,11 +306,13 @@ class Mixture(nn.Module):
         Raises:
             UserError: they do not fit the recipe's experts; `source` says where they came from.
         """
+        for expert in self.experts.values():
+            expert.wake()
         kinds = [("weights", *item) for item in experts.items()] + [("average", *item) for item in averages.items()]
         for kind, name, weights in kinds:
-            expert = self.experts.get(name)
-            if expert is None:
+            if name not in self.experts:
                 raise UserError(f"{source} has weights of an expert {name!r}, which the recipe does not name")
+            expert = self.experts[name]
             # What is trained is float32, and saved so; for inference it may lie in the dtype of the base.
             own = {
                 key: parameter if key in weights and weights[key].dtype == parameter.dtype else _float32(parameter)
@@ -308,6 +338,8 @@ class Mixture(nn.Module):
         An average is of one expert alone: what it stands on keeps the weights that it was trained with.
         """
         average = self.ema.get(expert) if weights == "ema" else None
+        if average is not None and self._residency is not None:
+            average.to(self._residency.device)
         with self.using(expert), average.swapped() if average else nullcontext():
             yield
 

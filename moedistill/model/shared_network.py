@@ -7,13 +7,15 @@ between forward and backward would drop gradients silently) and costs a loop ove
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from moedistill.model.live_parameters import LiveParameters
-from moedistill.runtime.sharding import rest, whole
+from moedistill.runtime.devices import HOST
+from moedistill.runtime.sharding import is_sharded, rest, whole
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -36,14 +38,19 @@ class Copies(nn.Module):
 class SharedNetwork:
     """A network, the adapters and copies attached to it, and the switch between them.
 
-    Attributes:
+    Args:
         network: the module to call; which expert it computes is what was last switched on.
+        resting: of one that is trained, float32: the dtypes of its parameters while it is not.
+
+    Attributes:
         weights: its own parameters by their names before anything was attached, wherever they are now.
         paths: dotted paths of its modules, as they were then.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, resting: Mapping[str, torch.dtype] | None = None) -> None:
         self.network = network
+        self._resting = resting or {}
+        self._masters: dict[str, Tensor] = {}
         self.weights = LiveParameters(network, [name for name, _ in network.named_parameters()], self._place_of_weight)
         self.paths = frozenset(path for path, _ in network.named_modules())
         self._linears = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
@@ -60,6 +67,26 @@ class SharedNetwork:
             if f"{module}.".startswith(f"{path}."):
                 return f"{path}.original{module[len(path) :]}.{last}"
         return f"{module}.base_layer.{last}" if module in self._lora else name
+
+    def rest(self) -> None:
+        """Takes the dtypes of a network that is not trained; the float32 weights wait on the host."""
+        for name, dtype in self._resting.items():
+            parameter = self.weights[name]
+            if parameter.dtype != dtype and not is_sharded(parameter):
+                self._masters[name] = parameter.data.to(HOST)
+                parameter.data = parameter.data.to(dtype)
+
+    def wake(self) -> None:
+        """Takes the float32 weights back."""
+        for name, weight in self._masters.items():
+            parameter = self.weights[name]
+            parameter.data = weight.to(parameter.device)
+        self._masters.clear()
+
+    @property
+    def saved(self) -> Mapping[str, Tensor]:
+        """Its own weights by name, in the precision that they were trained in."""
+        return {**self.weights, **self._masters}
 
     def linears(self, pattern: str) -> list[str]:
         """Dotted paths of the linears that a regular expression matches in full."""
@@ -124,10 +151,14 @@ class SharedNetwork:
         for wrapper in self._copies.values():
             wrapper.active = next((name for name in reversed(chain) if name in wrapper.copies), None)
 
-    def active_module(self, path: str, chain: tuple[str, ...]) -> nn.Module:
-        """The module that runs at a copied `path` when `chain` is on."""
+    def active_weights(self, path: str, chain: tuple[str, ...]) -> dict[str, Tensor]:
+        """Parameters by name of the module that runs at a copied `path` when `chain` is on."""
         wrapper = self._copies[path]
-        return next((wrapper.copies[name] for name in reversed(chain) if name in wrapper.copies), wrapper.original)
+        key = next((name for name in reversed(chain) if name in wrapper.copies), None)
+        if key is not None:
+            return dict(wrapper.copies[key].named_parameters())
+        own = wrapper.original.named_parameters()
+        return {name: self._masters.get(f"{path}.{name}", parameter) for name, parameter in own}
 
     def merged(self, chain: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """Names and weights, one by one, of the plain network that computes what `chain` does.
@@ -138,12 +169,13 @@ class SharedNetwork:
         copied = {
             f"{path}.{name}": weight
             for path in self._copies
-            for name, weight in self.active_module(path, chain).named_parameters()
+            for name, weight in self.active_weights(path, chain).items()
         }
-        for name, own in self.weights.items():
+        for name, own in self.saved.items():
             weight = whole(copied.get(name, own).detach()).float()
             layer = self._lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             for key in chain:
                 if layer is not None and key in layer.lora_A:
-                    weight = weight + whole(layer.get_delta_weight(key).detach())  # type: ignore[attr-defined]
+                    delta = whole(layer.get_delta_weight(key).detach())  # type: ignore[attr-defined]
+                    weight = weight + delta.to(weight.device)
             yield name, weight

@@ -61,7 +61,8 @@ def build_mixture(
             inference=inference,
             autocast_dtype=None if recipe.backbone.dtype == "float32" else getattr(torch, recipe.backbone.dtype),
         )
-    mixture.to(device)
+    # Sampling in one process takes every expert in turn: nothing is idle there.
+    mixture.place(device, idle_on_host=recipe.training.offload.idle is not None and not inference)
     mixture.initialise()
     return mixture
 

@@ -281,6 +281,7 @@ class _Runner:
                 self.run.say(f"stage {config.name}: done before")
             else:
                 self.run.say(f"stage {config.name}")
+                self.run.mixture.settle()
                 with self._memory_errors(config), user_errors(f"stage {config.name}"):
                     stage = config.build()
                     assert isinstance(stage, Stage)
@@ -308,6 +309,7 @@ class _Runner:
         stage, dataset = config.build(), self.run.dataset
         assert isinstance(stage, TrainingStage)
         assert dataset is not None
+        self.run.mixture.settle(*config.trained_experts())
         self.training = training = Training(self.run, config, step)
         with user_errors(f"stage {config.name}"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(self.recipe.seed, config.name, "setup"))  # what critics start as
@@ -354,6 +356,7 @@ class _Runner:
         hook.on_stage_end(training=training)
         training.release()
         self.training = None
+        self.run.mixture.settle()
         # What is not trained yet starts as its parent is now; an evaluation may come before its turn.
         self.run.mixture.initialise(but=self._trained(number + 1))
 
@@ -463,7 +466,7 @@ class _Runner:
         # Every process gathers what is sharded; one writes.
         trees = {
             "experts": {
-                expert: {key: whole(parameter) for key, parameter in mixture.experts[expert].parameters.items()}
+                expert: {key: whole(parameter) for key, parameter in mixture.experts[expert].saved.items()}
                 for expert in sorted(self._trained(number + 1))
             },
             "ema": {expert: whole_tree(average.average) for expert, average in mixture.ema.items()},

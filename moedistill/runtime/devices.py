@@ -8,6 +8,9 @@ import torch
 
 from moedistill.errors import UserError
 
+HOST = torch.device("cpu")
+"""Where lies what is not needed on the device."""
+
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:

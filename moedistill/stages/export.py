@@ -88,7 +88,7 @@ class ExportStage(Stage):
             file = f"{name}.safetensors" if name in trained else None
             experts[name] = {"file": file, **config}
             if file:
-                weights: Mapping[str, Tensor] = mixture.experts[name].parameters
+                weights: Mapping[str, Tensor] = mixture.experts[name].saved
                 if self.config.weights == "ema" and name in mixture.ema:
                     weights = mixture.ema[name].average
                 # Every process gathers what is sharded; one writes.

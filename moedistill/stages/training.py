@@ -30,11 +30,17 @@ STUDENT = "student"
 
 
 class Behaviour(nn.Module):
-    """One expert of a mixture as a module of its own: what accelerate wraps, once for each expert that is trained."""
+    """One expert of a mixture as a module of its own: what accelerate wraps, once for each expert that is trained.
+
+    DDP is told to leave everything else alone, which need not even be on the device.
+    """
 
     def __init__(self, mixture: Mixture, expert: str) -> None:
         super().__init__()
         self.mixture, self.expert = mixture, expert
+        own = set(map(id, mixture.experts[expert].parameters.values()))
+        tensors = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+        self._ddp_params_and_buffers_to_ignore = [name for name, tensor in tensors if id(tensor) not in own]
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Velocity `[B, C, T, H, W]`, float32, of the expert at `sigma` `[B]`."""
@@ -168,6 +174,7 @@ class Training:
                 raise ValueError(f"expert {what!r} is to be trained; {config}.trained_experts() must list it")
             expert = self.mixture.experts[what]
             # Wrapped while its own parameters alone take gradients: only those are exchanged between processes.
+            self.mixture.bring(what)
             self.mixture.train_only(what)
             trainable = self._prepared(Behaviour(self.mixture, what), expert.parameters, optimizer, updates)
             trainable.expert, trainable.average = what, self._average(what, ema)
@@ -211,7 +218,8 @@ class Training:
         self, module: nn.Module, parameters: LiveParameters, config: OptimizerConfig, updates: int
     ) -> Trainable:
         optimizer, scheduler = config.build(parameters.values(), updates)
-        wrapped, optimizer = self.accelerator.prepare(module, optimizer)
+        # Everything is where it has to be; accelerate would move what waits on the host.
+        wrapped, optimizer = self.accelerator.prepare(module, optimizer, device_placement=[False, False])
         sharded = any(is_sharded(parameter) for parameter in parameters.values())
         return Trainable(parameters, wrapped, optimizer, scheduler, config.max_grad_norm, sharded=sharded)
 
@@ -219,7 +227,8 @@ class Training:
         if decay is None:
             self.mixture.ema.pop(expert, None)  # of an earlier stage: these weights move on without it
             return None
-        average = EMA(self.mixture.experts[expert].parameters, decay)
+        on_host = self.recipe.training.offload.averages is not None
+        average = EMA(self.mixture.experts[expert].parameters, decay, on_host=on_host)
         if self.step:  # resuming
             if expert not in self.mixture.ema:
                 raise ValueError(f"the checkpoint's ema.json is damaged: it has no average of expert {expert!r}")
