@@ -5,8 +5,8 @@ A network is never duplicated but for a `full` expert. Everything else is attach
 
 import copy
 import math
-from collections.abc import Mapping
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -104,7 +104,7 @@ class Expert(ABC):
 
     @property
     def saved(self) -> Mapping[str, Tensor]:
-        """`parameters` as they were trained, float32: those of a full expert may lie in another dtype while it rests."""
+        """`parameters` as they were trained, float32: a full expert that rests may have them in another dtype."""
         return self.parameters
 
     def rest(self) -> None:  # noqa: B027  most have nothing that could

@@ -1,9 +1,9 @@
 """The mixture: one backbone, its experts, the switch between them, and which of them serves which noise level."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,10 @@ from moedistill.model.sample_in_batches import FreshNoise, followings, sample_in
 from moedistill.model.shared_network import SharedNetwork
 from moedistill.runtime.devices import HOST
 from moedistill.runtime.integrity import misfit
-from moedistill.runtime.sharding import fill, rest
+from moedistill.runtime.sharding import fill, gather_root, materialise, rest, shard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Weights = Mapping[str, Mapping[str, Tensor]]
 """Tensors by the name of an expert and of a parameter."""
@@ -54,6 +57,7 @@ class Mixture(nn.Module):
         active: the expert that `forward` runs.
         forwards: samples that a network has evaluated so far, on this process; a guided teacher evaluates each twice.
         ema: averages of the experts that were trained with one, by expert.
+        sharded: whether networks are cut among processes, which must then call them alike.
 
     Raises:
         ValueError: an expert does not fit the backbone.
@@ -101,6 +105,7 @@ class Mixture(nn.Module):
         self.networks = nn.ModuleList({expert.shared.network: None for expert in self.experts.values()})
         self.active = TEACHER
         self.forwards = 0
+        self.sharded = False
         self._residency: Residency | None = None
         self.requires_grad_(False)
         if gradient_checkpointing:
@@ -161,8 +166,28 @@ class Mixture(nn.Module):
         self.to(HOST if idle_on_host else device)
         self._residency = Residency(self.experts, device) if idle_on_host else None
 
+    def shard(self, mesh: "DeviceMesh", device: torch.device) -> None:
+        """Cuts all networks, without weights so far, among the processes of a mesh; each then holds any numbers.
+
+        Raises:
+            ValueError: a network is called in a way that cannot be sharded.
+        """
+        for network in self.networks:
+            shard(network, mesh)
+            materialise(network, device)
+        self.backbone.placed = device
+        self.sharded = True
+
+    @torch.no_grad()
+    def fill(self, weights: Iterable[tuple[str, str, Tensor]]) -> None:
+        """Takes over pretrained weights as `BackboneConfig.weights` gives them; each process keeps what is its part."""
+        own = {base: dict(self._teacher(base).shared.weights) for base in self.bases}
+        for base, name, value in weights:
+            if name in own[base]:
+                fill(own[base][name], value)
+
     def settle(self, *training: str) -> None:
-        """Between stages: experts about to be trained are float32, the others rest, and all wait for their first use."""
+        """Between stages: experts to be `training` are float32, the others rest, and all wait for their first use."""
         for name, expert in self.experts.items():
             if name in training:
                 expert.wake()
@@ -266,8 +291,10 @@ class Mixture(nn.Module):
 
     def unembed(self, hidden: Tensor, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `[B, C, T, H, W]` of hidden states through the active expert's final norm and projection."""
+        network = self.experts[self.active].shared.network
+        gather_root(network)
         with self.autocast(x.device):
-            return self.backbone.unembed(self.experts[self.active].shared.network, hidden, x, sigma, cond).float()
+            return self.backbone.unembed(network, hidden, x, sigma, cond).float()
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context in which a network computes.

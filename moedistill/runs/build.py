@@ -3,7 +3,7 @@
 import operator
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from moedistill.stages.run import Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def build_mixture(
@@ -31,10 +32,12 @@ def build_mixture(
     backbone: Backbone | None = None,
     *,
     inference: bool = False,
+    mesh: "DeviceMesh | None" = None,
 ) -> Mixture:
     """Loads the backbone, unless it is given, and attaches the experts; each starts as its parent.
 
-    For `inference` copies of the base are kept in its dtype.
+    For `inference` copies of the base are kept in its dtype. With a `mesh` networks are cut among its processes, none
+    of which ever holds the whole.
 
     Raises:
         UserError: what is wrong with the recipe but cannot be seen in it.
@@ -46,8 +49,10 @@ def build_mixture(
     with user_errors("backbone"):
         teacher_router = recipe.backbone.teacher_router(trajectory)
         if backbone is None:
-            backbone = recipe.backbone.build(recipe.seed)
-    with user_errors("experts"):
+            backbone = recipe.backbone.skeleton() if mesh is not None else recipe.backbone.build(recipe.seed)
+        if mesh is not None:
+            _fill_buffers(recipe, backbone)
+    with user_errors("experts"), torch.device("meta") if mesh is not None else nullcontext():
         _check_ranks(recipe, backbone)
         mixture = Mixture(
             backbone,
@@ -62,9 +67,26 @@ def build_mixture(
             autocast_dtype=None if recipe.backbone.dtype == "float32" else getattr(torch, recipe.backbone.dtype),
         )
     # Sampling in one process takes every expert in turn: nothing is idle there.
-    mixture.place(device, idle_on_host=recipe.training.offload.idle is not None and not inference)
+    if mesh is None:
+        mixture.place(device, idle_on_host=recipe.training.offload.idle is not None and not inference)
+    else:
+        mixture.shard(mesh, torch.device(device))
+        with user_errors("backbone"):
+            mixture.fill(recipe.backbone.weights(recipe.seed))
     mixture.initialise()
     return mixture
+
+
+def _fill_buffers(recipe: Recipe, backbone: Backbone) -> None:
+    """Gives the buffers of a skeleton that are saved with the weights their values, before anything is attached."""
+    saved = {
+        base: {name: tensor for name, tensor in network.state_dict().items() if not tensor.is_meta}
+        for base, network in backbone.networks.items()
+    }
+    if any(saved.values()):
+        for base, name, value in recipe.backbone.weights(recipe.seed):
+            if name in saved[base]:
+                saved[base][name].copy_(value)
 
 
 def _check_ranks(recipe: Recipe, backbone: Backbone) -> None:
@@ -188,13 +210,26 @@ def build_run(
     backbone: Backbone | None = None,
 ) -> Run:
     """Loads the models, or takes a `backbone` that is there, and opens the data; UserError where they do not fit."""
-    mixture = build_mixture(recipe, accelerator.device, backbone)
+    mesh = mesh_of(accelerator) if is_sharded(recipe, accelerator) and backbone is None else None
+    mixture = build_mixture(recipe, accelerator.device, backbone, mesh=mesh)
     with user_errors("data"):
         dataset = recipe.data.build(mixture.backbone) if recipe.data else None
         _check_samples(recipe, mixture, dataset)
     with user_errors("backbone.guidance"):
         _prepare_null(recipe, mixture, dataset)
     return Run(recipe, folder, accelerator, mixture, dataset, smoke=smoke)
+
+
+def is_sharded(recipe: Recipe, accelerator: "Accelerator") -> bool:
+    """Whether networks are cut among the processes of a run: as it asks for, unless there is one process."""
+    return recipe.training.sharding == "fsdp2" and accelerator.num_processes > 1
+
+
+def mesh_of(accelerator: "Accelerator") -> "DeviceMesh":
+    """The processes among which networks are cut."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
 def make_accelerator(recipe: Recipe, device: str | None) -> "Accelerator":

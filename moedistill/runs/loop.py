@@ -20,7 +20,7 @@ from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
 from moedistill.runs.ahead import look_ahead
-from moedistill.runs.build import build_run, make_accelerator
+from moedistill.runs.build import build_run, is_sharded, make_accelerator
 from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
@@ -125,7 +125,7 @@ def run(
         accelerator = make_accelerator(recipe, device)
         check_launch(accelerator.num_processes)
         if accelerator.is_main_process:
-            click.echo(described(accelerator, recipe.backbone.dtype))
+            click.echo(described(accelerator, recipe.backbone.dtype, sharded=is_sharded(recipe, accelerator)))
         # By one process: a checkpoint that is compared with its sums may have 100 GB.
         begin = partial(
             _begin, recipe, accelerator.num_processes, stack, command,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def described(accelerator: "Accelerator", dtype: str) -> str:
+def described(accelerator: "Accelerator", dtype: str, *, sharded: bool = False) -> str:
     """Processes, kind, backend, devices and precision, in a few words: "2 processes (DDP over gloo), cpu, float32"."""
     import torch
 
@@ -22,7 +22,7 @@ def described(accelerator: "Accelerator", dtype: str) -> str:
     if count == 1:
         return f"1 process, {name}, {dtype}"
     backend = torch.distributed.get_backend()
-    return f"{count} processes (DDP over {backend}), {name}, {dtype}"
+    return f"{count} processes ({'FSDP2' if sharded else 'DDP'} over {backend}), {name}, {dtype}"
 
 
 @contextmanager

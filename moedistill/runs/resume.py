@@ -19,7 +19,10 @@ from moedistill.runtime.checkpoint import Checkpoints, NoCheckpoint, find_checkp
 from moedistill.runtime.integrity import Damaged
 from moedistill.runtime.writing import is_there, refuse_used
 
-OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads", "monitor")
+OPERATIONAL = (
+    "checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads", "monitor", "timeout",
+    "sharding", "offload",
+)  # fmt: skip
 """Keys of `training` that may differ when a run is resumed: they do not change what is learned."""
 
 

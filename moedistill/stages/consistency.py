@@ -167,6 +167,7 @@ def jumps(
     student: Velocity,
     teacher: Velocity,
     target: Velocity,
+    alike: bool = False,
 ) -> Jumps:
     """The student jumps from `sigma` to `end` at once; the teacher steps to `previous`, the target jumps on from there.
 
@@ -174,6 +175,7 @@ def jumps(
         x: noisy latents `[B, C, T, H, W]` at `sigma`.
         sigma, previous, end: `[B]`, falling; a jump of zero length, `previous` = `end`, asks the target nothing.
         teacher, target: without gradients.
+        alike: ask the target in any case, as processes do that must call it alike.
     """
     # The student jumps to the end at once.
     v_student = student(x, sigma, cond)
@@ -184,7 +186,7 @@ def jumps(
     x_previous = jump(x, v_teacher, sigma, previous)
     v_target = torch.zeros_like(v_teacher)
     goes_on = previous > end  # a jump of zero length needs no velocity
-    if bool(goes_on.any()):
+    if alike or bool(goes_on.any()):
         v_target = torch.where(goes_on.view(-1, 1, 1, 1, 1), target(x_previous, previous, cond), v_target)
     landing = jump(x_previous, v_target, previous, end)
 
@@ -233,6 +235,7 @@ class ConsistencyStage(TrainingStage):
             student=training.velocity,
             teacher=training.teacher,
             target=partial(training.target, ema=self.config.target == "ema"),
+            alike=training.mixture.sharded,
         )
 
     def monitor(self, training: Training) -> Monitor | None:

@@ -219,8 +219,9 @@ class Training:
     ) -> Trainable:
         optimizer, scheduler = config.build(parameters.values(), updates)
         # Everything is where it has to be; accelerate would move what waits on the host.
-        wrapped, optimizer = self.accelerator.prepare(module, optimizer, device_placement=[False, False])
         sharded = any(is_sharded(parameter) for parameter in parameters.values())
+        wrapped = module if sharded else self.accelerator.prepare(module, device_placement=[False])
+        optimizer = self.accelerator.prepare(optimizer, device_placement=[False])
         return Trainable(parameters, wrapped, optimizer, scheduler, config.max_grad_norm, sharded=sharded)
 
     def _average(self, expert: str, decay: float | None) -> EMA | None:

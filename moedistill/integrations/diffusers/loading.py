@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -111,11 +111,7 @@ def load_model(
     Raises:
         ValueError: it cannot be loaded, it is quantised, or its tensors are not those of the class.
     """
-    file = folder / "config.json"
-    if quantised := read_json(file).get("quantization_config") if file.is_file() else None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        by = f", by {method}" if method else ""
-        raise ValueError(f"{what}: it is quantised{by} ({file}); get the weights in bfloat16 or float32")
+    _check_not_quantised(folder, what)
     model, found = from_pretrained(cls, folder, what, **arguments, output_loading_info=True)
     missing, left_over = set(found["missing_keys"]), set(found["unexpected_keys"])
     own = set(model.state_dict())
@@ -132,6 +128,55 @@ def load_model(
     if whole := sorted(name for name in _whole_numbers(folder) & own if model.state_dict()[name].is_floating_point()):
         raise ValueError(f"{what}: {shorten(', '.join(whole), 200)} is stored in whole numbers; get the weights again")
     return model
+
+
+def _check_not_quantised(folder: Path, what: str) -> None:
+    file = folder / "config.json"
+    if quantised := read_json(file).get("quantization_config") if file.is_file() else None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        by = f", by {method}" if method else ""
+        raise ValueError(f"{what}: it is quantised{by} ({file}); get the weights in bfloat16 or float32")
+
+
+def stored_tensors(
+    network: nn.Module, folder: Path, what: str, *, ignored: Iterable[str] = (), variant: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a network of diffusers' in its folder, by name, mapped and not read: every one of it and no other.
+
+    Args:
+        network: without weights; the names and shapes are its own.
+
+    Raises:
+        ValueError: as `load_model`; begins with `what`.
+    """
+    _check_not_quantised(folder, what)
+    own, ignored = network.state_dict(), list(ignored)
+    suffix = f".{variant}.safetensors" if variant is not None else ".safetensors"
+    files = sorted(folder.glob(f"diffusion_pytorch_model*{suffix}"))
+    if variant is None:  # neither fp16's, nor another's
+        files = [file for file in files if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?", file.stem)]
+    if not files:
+        raise ValueError(f"{what}: {folder} has no diffusion_pytorch_model{suffix}; get the whole model's folder")
+    place: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as stored:
+                place |= dict.fromkeys(stored.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{what}: cannot read {file}: {shorten(str(error), 200)}") from error
+    missing, left_over = _without(set(own) - set(place), ignored), _without(set(place) - set(own), ignored)
+    if missing or left_over:
+        raise ValueError(f"{what}: {misfit(type(network), folder, sorted(missing), sorted(left_over))}")
+    if whole := sorted(name for name in _whole_numbers(folder) & set(own) if own[name].is_floating_point()):
+        raise ValueError(f"{what}: {shorten(', '.join(whole), 200)} is stored in whole numbers; get the weights again")
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            for name in sorted(set(stored.keys()) & set(own)):
+                tensor = stored.get_tensor(name)
+                if tensor.shape != own[name].shape:
+                    shapes = f"{list(tensor.shape)} in {file.name}, and {list(own[name].shape)} in the network"
+                    raise ValueError(f"{what}: {name} is {shapes}; its config.json is another model's")
+                yield name, tensor
 
 
 def check_kinds(cls: Any, config: Mapping[str, Any], file: Path) -> None:

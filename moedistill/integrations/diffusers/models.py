@@ -11,7 +11,7 @@ import gc
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ from moedistill.integrations.diffusers.loading import (
     load_text_model,
     load_tokenizer,
     read_json,
+    stored_tensors,
     variant_in,
     with_defaults,
 )
@@ -125,15 +126,16 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
         return self.wrap(networks)
 
     def skeleton(self) -> "DiffusersModels":
+        return self.wrap({base: self._bare_network() for base in self.bases()})
+
+    def _bare_network(self) -> nn.Module:
+        """One of the networks with its parameters on the meta device."""
         from accelerate import init_empty_weights
 
         cls: Any = self.network_class()
-        networks: dict[str, nn.Module] = {}
-        for base in self.bases():
-            with init_empty_weights(include_buffers=False):
-                network = cls.from_config(dict(self.architecture()))
-            networks[base] = cast(network, getattr(torch, self.dtype)).eval()
-        return self.wrap(networks)
+        with init_empty_weights(include_buffers=False):
+            network = cls.from_config(dict(self.architecture()))
+        return cast(network, getattr(torch, self.dtype)).eval()
 
     def wrap(self, networks: Mapping[str, nn.Module]) -> "DiffusersModels":
         """The backbone around networks that are already there."""
@@ -255,7 +257,33 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
             network: nn.Module = self.network_class()(**self.tiny_network())
         return cast(network, getattr(torch, self.dtype)).eval()
 
+    def weights(self, seed: int = 0) -> Iterator[tuple[str, str, Tensor]]:
+        if self.pretrained is None:
+            yield from super().weights(seed)
+            return
+        for base in self.bases():
+            folder, what = self._folder(base)
+            network = self._bare_network()
+            variant = None if self._converted(self.loadable()) else self.variant
+            ignored = self.ignored_weights.get(base, ())
+            for name, tensor in stored_tensors(network, folder, what, ignored=ignored, variant=variant):
+                yield base, name, tensor
+
     def _load(self, base: str) -> nn.Module:
+        folder, what = self._folder(base)
+        network: nn.Module = load_model(
+            self.network_class(), folder, what, ignored=self.ignored_weights.get(base, ()),
+            torch_dtype=getattr(torch, self.dtype),
+            variant=None if self._converted(self.loadable()) else self.variant,
+        )  # fmt: skip
+        # They lie wherever they do in the mapped file. A CPU multiplies with other last bits at other addresses, and a
+        # fresh expert's own weights must give what these give.
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone()
+        return network.eval()
+
+    def _folder(self, base: str) -> tuple[Path, str]:
+        """Where a network's files are, checked by their config, and what messages about them begin with."""
         folder = self.loadable()
         wanted, file = self.network_class().__name__, folder / base / "config.json"
         if not file.is_file():
@@ -264,16 +292,7 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
             raise ValueError(f"pretrained {self.pretrained}: {base} is a {found}, not a {wanted}; it is another model")
         self.check_folder(folder)
         check_kinds(self.network_class(), read_json(file), file)
-        what = f"pretrained {self.pretrained}: cannot load its {base}"
-        network: nn.Module = load_model(
-            self.network_class(), folder / base, what, ignored=self.ignored_weights.get(base, ()),
-            torch_dtype=getattr(torch, self.dtype), variant=None if self._converted(folder) else self.variant,
-        )  # fmt: skip
-        # They lie wherever they do in the mapped file. A CPU multiplies with other last bits at other addresses, and a
-        # fresh expert's own weights must give what these give.
-        for parameter in network.parameters():
-            parameter.data = parameter.data.clone()
-        return network.eval()
+        return folder / base, f"pretrained {self.pretrained}: cannot load its {base}"
 
 
 class DiffusersModels(LatentVideoBackbone):
