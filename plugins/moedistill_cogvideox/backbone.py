@@ -50,8 +50,12 @@ class Published:
     """What differs between the published models, as far as it can be known without a folder."""
 
     snr_shift_scale: float
+    num_heads: int
+    num_layers: int
     rotary: bool
     patch_size_t: int | None
+    sample_size: tuple[int, int]
+    """Of the network's config, in latents; of 1.5 the largest that its positions are counted for."""
     fps: float
     num_frames: int
     height: int
@@ -59,10 +63,12 @@ class Published:
 
 
 PUBLISHED = {
-    "2b": Published(3.0, False, None, 8.0, 49, 480, 720),
-    "5b": Published(1.0, True, None, 8.0, 49, 480, 720),
-    "1.5-5b": Published(1.0, True, 2, 16.0, 81, 768, 1360),
+    "2b": Published(3.0, 30, 30, False, None, (60, 90), 8.0, 49, 480, 720),
+    "5b": Published(1.0, 48, 42, True, None, (60, 90), 8.0, 49, 480, 720),
+    "1.5-5b": Published(1.0, 48, 42, True, 2, (300, 300), 16.0, 81, 768, 1360),
 }
+NAMES = {"cogvideox-2b": "2b", "cogvideox-5b": "5b", "cogvideox1.5-5b": "1.5-5b"}
+"""Which of them a model is, by `model_name`."""
 
 
 @cache
@@ -296,7 +302,7 @@ class CogVideoXConfig(DiffusersBackboneConfig):
     def tiny_network(self) -> dict[str, Any]:
         length, width = self.tiny_text
         # Positions of 1.5 are counted, and only up to the sample size: it keeps the published one.
-        sample = (4, 6) if self._published.patch_size_t is None else (300, 300)
+        sample = (4, 6) if self._published.patch_size_t is None else self._published.sample_size
         return {
             "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "time_embed_dim": 16,
             "text_embed_dim": width, "max_text_seq_length": length, "in_channels": 16, "out_channels": 16,
@@ -321,9 +327,16 @@ class CogVideoXConfig(DiffusersBackboneConfig):
         return tiny_t5(T5EncoderModel, T5Config, self.tiny_text[1])
 
     def real_network(self) -> dict[str, Any]:
+        """See `DiffusersModelsConfig.real_network`: of an unknown name that of `model`."""
+        own = PUBLISHED[NAMES.get(self.model_name(), self.model)]
+        height, width = own.sample_size
         return {
-            "text_embed_dim": 4096, "max_text_seq_length": TEXT_LENGTH, "out_channels": 16, "patch_size": 2,
-            "patch_size_t": self._published.patch_size_t,
+            "num_attention_heads": own.num_heads, "attention_head_dim": 64, "num_layers": own.num_layers,
+            "time_embed_dim": 512, "text_embed_dim": 4096, "max_text_seq_length": TEXT_LENGTH, "in_channels": 16,
+            "out_channels": 16, "sample_height": height, "sample_width": width, "sample_frames": own.num_frames,
+            "patch_size": 2, "patch_size_t": own.patch_size_t, "patch_bias": own.patch_size_t is None,
+            "temporal_compression_ratio": 4, "spatial_interpolation_scale": 1.875, "temporal_interpolation_scale": 1.0,
+            "use_rotary_positional_embeddings": own.rotary, "use_learned_positional_embeddings": False,
         }  # fmt: skip
 
     def patch_size(self) -> tuple[int, int, int]:

@@ -168,8 +168,10 @@ class HunyuanVideoConfig(DiffusersBackboneConfig):
 
     def real_network(self) -> dict[str, Any]:
         return {
-            "out_channels": 16, "patch_size": 2, "patch_size_t": 1, "text_embed_dim": 4096,
-            "pooled_projection_dim": 768,
+            "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 20, "num_single_layers": 40,
+            "num_refiner_layers": 2, "mlp_ratio": 4.0, "in_channels": 16, "out_channels": 16, "patch_size": 2,
+            "patch_size_t": 1, "qk_norm": "rms_norm", "guidance_embeds": True, "text_embed_dim": 4096,
+            "pooled_projection_dim": 768, "rope_theta": 256.0, "rope_axes_dim": (16, 56, 56),
         }  # fmt: skip
 
     def patch_size(self) -> tuple[int, int, int]:

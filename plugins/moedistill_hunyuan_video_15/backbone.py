@@ -31,6 +31,9 @@ GLYPH_LENGTH = 256
 
 IMAGE_TOKENS = 729
 
+TARGET_SIZES = {"hunyuanvideo-1.5-480p_t2v": 640, "hunyuanvideo-1.5-720p_t2v": 960}
+"""What differs between the published networks, by `model_name`."""
+
 
 class HunyuanVideo15Backbone(DiffusersBackbone):
     """Conditioning: `prompt_embeds` `[B, 1000, 3584]` and `prompt_embeds_mask` `[B, 1000]`, and of what a prompt has in
@@ -199,7 +202,11 @@ class HunyuanVideo15Config(DiffusersBackboneConfig):
 
     def real_network(self) -> dict[str, Any]:
         return {
-            "out_channels": 32, "patch_size": 1, "patch_size_t": 1, "text_embed_dim": 3584, "text_embed_2_dim": 1472,
+            "in_channels": 65, "out_channels": 32, "num_attention_heads": 16, "attention_head_dim": 128,
+            "num_layers": 54, "num_refiner_layers": 2, "mlp_ratio": 4.0, "patch_size": 1, "patch_size_t": 1,
+            "qk_norm": "rms_norm", "text_embed_dim": 3584, "text_embed_2_dim": 1472, "image_embed_dim": 1152,
+            "rope_theta": 256.0, "rope_axes_dim": (16, 56, 56), "use_meanflow": False, "task_type": "t2v",
+            "target_size": TARGET_SIZES.get(self.model_name(), 640),
         }  # fmt: skip
 
     def patch_size(self) -> tuple[int, int, int]:

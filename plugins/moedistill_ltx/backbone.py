@@ -151,7 +151,12 @@ class LTXConfig(DiffusersBackboneConfig):
         return tiny_t5(T5EncoderModel, T5Config, self.tiny_network()["caption_channels"])
 
     def real_network(self) -> dict[str, Any]:
-        return {"out_channels": 128, "caption_channels": 4096}
+        return {
+            "in_channels": 128, "out_channels": 128, "patch_size": 1, "patch_size_t": 1, "num_attention_heads": 32,
+            "attention_head_dim": 64, "cross_attention_dim": 2048, "num_layers": 28, "caption_channels": 4096,
+            "qk_norm": "rms_norm_across_heads", "norm_elementwise_affine": False, "norm_eps": 1e-6,
+            "attention_bias": True, "attention_out_bias": True,
+        }  # fmt: skip
 
     def patch_size(self) -> tuple[int, int, int]:
         return 1, 1, 1

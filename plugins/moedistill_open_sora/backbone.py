@@ -258,7 +258,8 @@ class OpenSoraConfig(DiffusersModelsConfig):
         return {
             "patch_size": 1, "in_channels": 4 * (2 * CHANNELS + 1), "out_channels": 4 * CHANNELS, "num_layers": 19,
             "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
-            "joint_attention_dim": 4096, "pooled_projection_dim": 768, "axes_dims_rope": (16, 56, 56),
+            "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": False,
+            "axes_dims_rope": (16, 56, 56),
         }  # fmt: skip
 
     def wrap(self, networks: Mapping[str, nn.Module]) -> DiffusersModels:

@@ -32,6 +32,12 @@ IMAGE_TOKENS = 257
 
 IMAGE_INPUTS = ("image_latents", "image_embeds")
 
+SMALL: Mapping[str, int] = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
+LARGE: Mapping[str, int] = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+"""Of 14 billion parameters; both networks of Wan 2.2 A14B have it."""
+SIZES = {"wan2.1-t2v-1.3b": SMALL, "wan2.1-t2v-14b": LARGE, "wan2.2-t2v-a14b": LARGE}
+"""What differs between the published networks, by `model_name`."""
+
 
 class WanBackbone(DiffusersBackbone):
     """Conditioning: `prompt_embeds` `[B, 512, 4096]`; shorter text that is stored is padded with zeros.
@@ -185,7 +191,11 @@ class WanConfig(DiffusersBackboneConfig):
         return tiny_t5(UMT5EncoderModel, UMT5Config, self.tiny_text[1])
 
     def real_network(self) -> dict[str, Any]:
-        return {"text_dim": 4096, "out_channels": 16, "patch_size": (1, 2, 2)}
+        return {
+            **SIZES.get(self.model_name(), LARGE), "attention_head_dim": 128, "freq_dim": 256, "text_dim": 4096,
+            "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "cross_attn_norm": True, "eps": 1e-6,
+            "rope_max_seq_len": 1024,
+        }  # fmt: skip
 
     def patch_size(self) -> tuple[int, int, int]:
         t, h, w = self.architecture()["patch_size"]

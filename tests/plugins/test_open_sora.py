@@ -180,7 +180,7 @@ def test_the_architecture_is_read_from_the_shapes(files, tmp_path):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     config = OpenSoraConfig(pretrained=str(big))
-    assert config.architecture() == OpenSoraConfig(pretrained=None).real_network() | {"guidance_embeds": False}
+    assert config.architecture() == OpenSoraConfig(pretrained=None).real_network()
     assert config.latent_moments()[1].unique().tolist() == [pytest.approx(1 / 0.476986)]
     assert OpenSoraConfig(pretrained=str(files)).inputs()["prompt_embeds"].shape == (512, 24)
     assert not (files / "diffusers").exists()

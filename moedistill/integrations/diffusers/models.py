@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -88,7 +88,9 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
 
     @abstractmethod
     def real_network(self) -> dict[str, Any]:
-        """Those arguments of the published network that `inputs` and `patch_size` read."""
+        """The whole arguments of the published network that `pretrained` names (see `model_name`), or of the family's
+        main one; those that the class has by default may be left out if `inputs` and `patch_size` don't read them.
+        """
 
     def tiny_text_encoders(self) -> dict[str, Any]:
         """Miniatures of `text_components` by name, for the kit to try `encode_with`; with none it is not tried."""
@@ -172,12 +174,17 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
         folder = self.locate()
         return converted_once(folder, self.kind, self.convert) if self.as_published(folder) else folder
 
+    def model_name(self) -> str:
+        """The last part of `pretrained`, in small letters and without `-diffusers`; "" for a miniature."""
+        return PurePath(self.pretrained or "").name.lower().replace("-diffusers", "")
+
     def channels(self) -> int:
         channels: int = self.architecture()["out_channels"]
         return channels
 
     def architecture(self) -> Mapping[str, Any]:
-        """Arguments of the network's class: the miniature's, those of the folder, or the published ones.
+        """Arguments of the network's class, of which it can be built: the miniature's, those of the folder, or the
+        published ones where there is none on this machine.
 
         Raises:
             ValueError: the folder's are not of the kind of `tiny_network` and `real_network`.
