@@ -4,8 +4,9 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -43,7 +44,7 @@ from moedistill.runtime.devices import cpu_threads
 from moedistill.runtime.integrity import Damaged, read_json
 from moedistill.runtime.lock import claimed
 from moedistill.runtime.randomness import torch_seed
-from moedistill.runtime.sharding import whole, whole_tree
+from moedistill.runtime.saving import Saving
 from moedistill.runtime.signals import Interruption
 from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage, TrainingStage
@@ -201,6 +202,8 @@ class _Runner:
         with memory_errors(lambda: "trying the stages", lambda _: loading_remedies(recipe)):
             look_ahead(self.run, first, step, self._trained(first))
         self.last_checkpoint: Path | None = None
+        self.saving: Saving | None = None
+        self.group: Any = None
         self.under_way = ""
         self.training: Training | None = None
         self.interruption = Interruption(lambda: f"stopped in stage {self.under_way}; {self._where_to_go_on()}")
@@ -242,7 +245,7 @@ class _Runner:
         if checkpoint is None:
             return
         with ways_out(self.command):
-            experts, averages = read_weights(checkpoint, state, verified=True)
+            experts, averages = read_weights(checkpoint, state, verified=True, pieces=True)
         self.run.mixture.load(experts, averages, str(checkpoint))
         self.run.metrics.update(state["metrics"])
         self.run.cost.update(state["cost"])
@@ -329,7 +332,7 @@ class _Runner:
         if checkpoint is not None:
             with ways_out(self.command):
                 try:
-                    training.load_state(load_tree(checkpoint, "training", verified=True))
+                    training.load_state(load_tree(checkpoint, "training", verified=True, pieces=True))
                 except ValueError as error:
                     raise Damaged(checkpoint / "training.json", str(error)) from error
         with user_errors(f"stage {config.name}"):
@@ -382,8 +385,11 @@ class _Runner:
                 self._stop_at(number, training, monitor, error)
             if logging:
                 self._log(number, training, monitor if measuring else None, metrics)
+        self._await_checkpoint(only_if_done=True)
         if saving:
             self._save(number, training)
+        if last or signum:
+            self._await_checkpoint()
         if signum:
             raise Interrupted(
                 signum, f"stopped at step {training.step} of {training.config.name}; {self._where_to_go_on()}"
@@ -463,17 +469,11 @@ class _Runner:
     def _save(self, number: int, training: Training) -> None:
         name = checkpoint_name(number, training.config.name, training.step)
         mixture = self.run.mixture
-        # Every process gathers what is sharded; one writes.
         trees = {
-            "experts": {
-                expert: {key: whole(parameter) for key, parameter in mixture.experts[expert].saved.items()}
-                for expert in sorted(self._trained(number + 1))
-            },
-            "ema": {expert: whole_tree(average.average) for expert, average in mixture.ema.items()},
+            "experts": {expert: dict(mixture.experts[expert].saved) for expert in sorted(self._trained(number + 1))},
+            "ema": {expert: average.average for expert, average in mixture.ema.items()},
             "training": training.state(),
-        }
-        if self.run.main:
-            state = {
+            "state": {
                 "format": FORMAT,
                 "smoke": self.run.smoke,
                 "stage": number,
@@ -484,16 +484,54 @@ class _Runner:
                 "recipe": self.recipe.resolved(),
                 "trained": sorted(self._trained(number + 1)),
                 "used": sorted({name for stage in self.recipe.stages[: number + 1] for name in stage.used_experts()}),
-            }
-            try:
-                with disk_errors(self.checkpoints.folder / name, bytes_of(trees)):
-                    self.checkpoints.save(name, {"state": state, **trees})
-            except BaseException:
+            },
+        }
+        if mixture.sharded:
+            self._save_together(name, trees)
+            return
+        if self.run.main:
+            with self._no_leftovers(), disk_errors(self.checkpoints.folder / name, bytes_of(trees)):
+                self.checkpoints.save(name, trees)
+        self.accelerator.wait_for_everyone()
+        self._saved(self.checkpoints.folder / name)
+
+    def _save_together(self, name: str, trees: Mapping[str, Any]) -> None:
+        """Begins to save what is cut among processes: each writes its part, while training goes on."""
+        self._await_checkpoint()
+
+        def begin() -> Path:
+            with self._no_leftovers(), disk_errors(self.checkpoints.folder / name, bytes_of(trees)):
+                return self.checkpoints.begin(name)
+
+        if self.group is None:
+            self.group = torch.distributed.new_group(
+                backend="gloo", timeout=timedelta(seconds=self.recipe.training.timeout)
+            )
+        self.saving = Saving(self.checkpoints, name, on_main(self.accelerator, begin), trees, self.group)
+
+    def _await_checkpoint(self, *, only_if_done: bool = False) -> None:
+        """Takes note of a checkpoint that was begun, when it is there; waits for it unless told otherwise."""
+        if self.saving is None or (only_if_done and not self.saving.done()):
+            return
+        saving, self.saving = self.saving, None
+        with self._no_leftovers():
+            saving.wait()
+        self._saved(saving.path)
+
+    @contextmanager
+    def _no_leftovers(self) -> Iterator[None]:
+        """Removes what is half written where the block fails."""
+        try:
+            yield
+        except BaseException:
+            if self.run.main:
                 with suppress(OSError):
                     self.checkpoints.remove_leftovers()
-                raise
-        self.accelerator.wait_for_everyone()
-        self.last_checkpoint = self.checkpoints.folder / name
+            raise
+
+    def _saved(self, checkpoint: Path) -> None:
+        self.last_checkpoint = checkpoint
         self._tell()
         if self.run.main:
-            self.plugins.hook.on_checkpoint(training=training, path=self.last_checkpoint)
+            assert self.training is not None
+            self.plugins.hook.on_checkpoint(training=self.training, path=checkpoint)

@@ -11,6 +11,7 @@ from typing_extensions import NotRequired, TypedDict
 from moedistill.model.mixture import Weights
 from moedistill.runtime.checkpoint import FORMAT, SUMS, checkpoint_name, load_tree, parse_name
 from moedistill.runtime.integrity import Damaged
+from moedistill.runtime.sharding import Pieces
 
 _Count: TypeAlias = Annotated[int, Field(ge=0)]
 _Expert = TypedDict("_Expert", {"from": str})
@@ -82,18 +83,21 @@ def read_state(checkpoint: Path, *, verified: bool = False) -> dict[str, Any]:
 
 
 def read_weights(
-    checkpoint: Path, state: Mapping[str, Any], *, verified: bool = False, averaged: bool = True
+    checkpoint: Path, state: Mapping[str, Any], *, verified: bool = False, averaged: bool = True, pieces: bool = False
 ) -> tuple[Weights, Weights]:
     """The weights of the experts trained so far, and the averages of those that have one, if wanted.
+
+    With `pieces` nothing that several processes wrote is put together, as in `load_tree`.
 
     Raises:
         Damaged: they are not what was written, or not those that the checkpoint's `state` names.
     """
-    experts = load_tree(checkpoint, "experts", verified=verified)
-    averages = load_tree(checkpoint, "ema", verified=verified) if averaged else {}
+    experts = load_tree(checkpoint, "experts", verified=verified, pieces=pieces)
+    averages = load_tree(checkpoint, "ema", verified=verified, pieces=pieces) if averaged else {}
     for tree, weights in (("experts", experts), ("ema", averages)):
         each = weights.values() if isinstance(weights, Mapping) else [None]
-        if not all(isinstance(one, Mapping) and all(isinstance(w, Tensor) for w in one.values()) for one in each):
+        tensors = [list(one.values()) if isinstance(one, Mapping) else [None] for one in each]
+        if not all(isinstance(weight, Tensor | Pieces) for one in tensors for weight in one):
             raise Damaged(checkpoint / f"{tree}.json", "is damaged: it is not tensors by expert and name")
     if "trained" in state and set(experts) != set(state["trained"]):
         found, wanted = (", ".join(sorted(map(str, names))) or "none" for names in (experts, state["trained"]))

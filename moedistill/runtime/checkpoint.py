@@ -1,7 +1,8 @@
 """Checkpoints: written to a temporary folder, synced, then renamed, so that one either is there whole or is not there.
 
 A checkpoint is a folder of trees. A tree is nested dicts, lists and tuples of numbers, strings and tensors; its tensors
-go to `NAME.safetensors` and the rest to `NAME.json`. `sums.json` has the size and the sha256 of every file: what is not
+go to `NAME.safetensors`, or, of several processes that each hold a part, all of all trees to a file for each process
+(see `shards`), and the rest to `NAME.json`. `sums.json` has the size and the sha256 of every file: what is not
 as it was written is refused. A checkpoint of before, without sums, is read as it is.
 """
 
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from moedistill.errors import UserError
 from moedistill.runtime.integrity import Damaged, read_json, read_tensors, size_of, sum_of
+from moedistill.runtime.sharding import Pieces, whole_tree
+from moedistill.runtime.shards import SHARD, has_shards, read_shards
 from moedistill.runtime.writing import TEMPORARY as _TEMPORARY
 from moedistill.runtime.writing import disk_errors, new_file, sync
 
@@ -34,28 +37,33 @@ _NAME = re.compile(r"([0-9]{2,})_([A-Za-z0-9_-]+)_([0-9]{8,})")
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def _pack(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
+def pack(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """What of a tree is JSON; its tensors go to `tensors`, by their paths, as they are.
+
+    Raises:
+        TypeError: it holds anything but numbers, strings, None and tensors.
+    """
     if isinstance(tree, Tensor):
         while path in tensors:  # the keys 1 and "1", or "a/b" and b in a, make the same path
             path += "'"
-        tensors[path] = tree.detach().cpu().contiguous().clone()
+        tensors[path] = tree.detach()
         return {"$tensor": path}
     if isinstance(tree, Mapping):
         for key in tree:
             if not isinstance(key, _PLAIN):
                 raise TypeError(f"cannot save a key of type {type(key).__name__} at {path}")
-        packed = {key: _pack(value, tensors, f"{path}/{key}") for key, value in tree.items()}
+        packed = {key: pack(value, tensors, f"{path}/{key}") for key, value in tree.items()}
         plain = all(isinstance(key, str) and not key.startswith("$") for key in packed)
         return packed if plain else {"$items": [list(item) for item in packed.items()]}
     if isinstance(tree, (list, tuple)):
-        values = [_pack(value, tensors, f"{path}/{i}") for i, value in enumerate(tree)]
+        values = [pack(value, tensors, f"{path}/{i}") for i, value in enumerate(tree)]
         return values if isinstance(tree, list) else {"$tuple": values}
     if isinstance(tree, _PLAIN):
         return tree
     raise TypeError(f"cannot save {type(tree).__name__} at {path}")
 
 
-def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(packed: Any, tensors: Mapping[str, "Tensor | Pieces"]) -> Any:
     if isinstance(packed, list):
         return [_unpack(value, tensors) for value in packed]
     if not isinstance(packed, dict):
@@ -98,18 +106,38 @@ def save_tree(folder: Path, name: str, tree: Any) -> None:
         TypeError: the tree holds anything but numbers, strings, None and tensors.
     """
     tensors: dict[str, Tensor] = {}
-    packed = _pack(tree, tensors, "")
+    packed = pack(tree, tensors, "")
     if tensors:
-        save_tensors(folder / f"{name}.safetensors", tensors)
+        save_tensors(folder / f"{name}.safetensors", _separate(tensors))
         sync(folder / f"{name}.safetensors")
+    save_form(folder, name, packed)
+
+
+def save_form(folder: Path, name: str, packed: Any) -> None:
+    """Writes what `pack` gave, and syncs it to the disk."""
     (folder / f"{name}.json").write_text(json.dumps(packed, indent=1), encoding="utf-8")
     sync(folder / f"{name}.json")
 
 
-def load_tree(folder: Path, name: str, *, verified: bool = False) -> Any:
-    """The tree that `save_tree` wrote, on the CPU, equal bit for bit.
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the host, each with a memory of its own, as safetensors wants them; copied where they have none."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        own = tensor.cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.nbytes() != own.nbytes or storage.data_ptr() in seen:
+            own = own.clone()
+        seen.add(storage.data_ptr())
+        separate[name] = own
+    return separate
 
-    Its files are compared with their sums, if there are any and it was not `verified` before.
+
+def load_tree(folder: Path, name: str, *, verified: bool = False, pieces: bool = False) -> Any:
+    """The tree that `save_tree` wrote, or several processes did, on the CPU, equal bit for bit.
+
+    Its files are compared with their sums, if there are any and it was not `verified` before. With `pieces` what
+    several processes wrote is not put together: its tensors are `Pieces`.
 
     Raises:
         Damaged: a file is missing or is not as it was written.
@@ -117,18 +145,26 @@ def load_tree(folder: Path, name: str, *, verified: bool = False) -> Any:
     if not verified:
         verify(folder, name)
     file = folder / f"{name}.safetensors"
-    tensors = read_tensors(file) if os.path.lexists(file) else {}
+    tensors: Mapping[str, Tensor | Pieces] = read_tensors(file) if os.path.lexists(file) else {}
     packed = read_json(folder / f"{name}.json")
+    if not tensors and has_shards(folder):
+        shards = read_shards(folder)
+        tensors = {key.removeprefix(name): each for key, each in shards.items() if key.startswith(f"{name}/")}
     try:
-        return _unpack(packed, tensors)
+        tree = _unpack(packed, tensors)
+        return tree if pieces else whole_tree(tree)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"is damaged: it is no tree of tensors ({type(error).__name__}: {error})"
         raise Damaged(folder / f"{name}.json", reason) from error
 
 
-def write_sums(folder: Path) -> None:
-    """Writes size and sha256 of every file in a folder to its `sums.json`."""
-    files = {path.name: {"bytes": size_of(path), "sha256": sum_of(path)} for path in sorted(folder.iterdir())}
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Writes size and sha256 of every file in a folder to its `sums.json`; of some the sum may be `known`."""
+    known = known or {}
+    files = {
+        path.name: {"bytes": size_of(path), "sha256": known.get(path.name) or sum_of(path)}
+        for path in sorted(folder.iterdir())
+    }
     (folder / SUMS).write_text(json.dumps(files, indent=1), encoding="utf-8")
     sync(folder / SUMS)
 
@@ -168,6 +204,9 @@ def verify(folder: Path, *trees: str) -> None:
     if sums is None:
         return
     wanted = [f"{tree}.{suffix}" for tree in trees for suffix in ("json", "safetensors")] if trees else list(sums)
+    if trees and trees != ("state",):  # which has no tensors
+        wanted += [path.name for path in sorted(folder.glob("shard-*"))]
+        wanted += [name for name in sums if SHARD.fullmatch(name) and name not in wanted]
     for name in wanted:
         if name not in sums:
             if name.endswith(".json") or os.path.lexists(folder / name):
@@ -220,15 +259,25 @@ class Checkpoints:
         A run that went on from an earlier one, perhaps because a later one is damaged, finds those of its first way
         here: they are set aside under another name, neither lost nor taken for the newest.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.remove_leftovers()
-        temporary, final = self.folder / f"{_TEMPORARY}{name}", self.folder / name
-        if os.path.lexists(temporary):  # no leftover of ours
-            self._set_aside(temporary, f"{temporary} was there already")
-        temporary.mkdir()
+        temporary = self.begin(name)
         for tree_name, tree in trees.items():
             save_tree(temporary, tree_name, tree)
         write_sums(temporary)
+        return self.finish(name)
+
+    def begin(self, name: str) -> Path:
+        """The folder in which a checkpoint is written before it gets its name."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.remove_leftovers()
+        temporary = self.folder / f"{_TEMPORARY}{name}"
+        if os.path.lexists(temporary):  # no leftover of ours
+            self._set_aside(temporary, f"{temporary} was there already")
+        temporary.mkdir()
+        return temporary
+
+    def finish(self, name: str) -> Path:
+        """Gives a checkpoint, of which all is written, its name, and removes what is older than the newest `keep`."""
+        temporary, final = self.folder / f"{_TEMPORARY}{name}", self.folder / name
         sync(temporary)
         for other in [path for path in self.there() if _progress(path) > _progress(final)]:
             self._set_aside(other, f"{other} is of a way not taken")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moedistill.errors import UserError, shorten
+from moedistill.runtime.sharding import Pieces
 from moedistill.runtime.signals import Interruption
 
 _CHUNK = 1 << 20
@@ -86,7 +87,7 @@ def misfit(saved: Any, own: Any, path: str = "") -> str | None:
         return None
     here = f"{path!r} " if path else ""
     if isinstance(own, Tensor):
-        if not isinstance(saved, Tensor):
+        if not isinstance(saved, Tensor | Pieces):
             return f"{here}is {_kind(saved)}, and must be a tensor"
         if (saved.dtype, saved.shape) != (own.dtype, own.shape):
             return f"{here}is {form(saved)}, and must be {form(own)}"
@@ -108,13 +109,13 @@ def misfit(saved: Any, own: Any, path: str = "") -> str | None:
     return None if alike else f"{here}is {_kind(saved)}, and must be {_kind(own)}"
 
 
-def form(tensor: Tensor) -> str:
+def form(tensor: "Tensor | Pieces") -> str:
     """A tensor's dtype and shape: "float32 [2, 3]"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Pieces):
         return form(value)
     if value is None or isinstance(value, bool | int | float | str):
         return shorten(repr(value), 40)

@@ -21,7 +21,7 @@ from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import TrainingStageConfig
 from moedistill.runtime.randomness import Draws
-from moedistill.runtime.sharding import cut_like, is_sharded, whole, whole_tree
+from moedistill.runtime.sharding import cut_like, is_sharded, whole
 from moedistill.stages.restoring import misfit_of_state
 from moedistill.stages.run import Run
 
@@ -466,17 +466,17 @@ class Training:
             raise NotFinite(self.config.name, step, metrics, broken)
 
     def state(self) -> dict[str, Any]:
-        """Everything but the experts that an exact continuation needs, whole: every process must ask for it."""
+        """Everything but the experts that an exact continuation needs; what is sharded stays so."""
         return {
             "trained": {
                 name: {
-                    "optimizer": whole_tree(trainable.optimizer.state_dict()),
+                    "optimizer": trainable.optimizer.state_dict(),
                     "scheduler": trainable.scheduler.state_dict(),
                 }
                 for name, trainable in self.trained.items()
             },
             "critics": {
-                name: whole_tree(trainable.bare.state_dict())
+                name: trainable.bare.state_dict()
                 for name, trainable in self.trained.items()
                 if trainable.bare is not None
             },
@@ -484,15 +484,20 @@ class Training:
         }
 
     def load_state(self, state: Any) -> None:
-        """Takes over what `state` gave, after `setup` built the same things; ValueError if it is of others."""
+        """Takes over what `state` gave, sharded or not, after `setup` built the same things; ValueError for others'."""
         if fault := misfit_of_state(state, self.trained, self.accelerator.scaler):
             raise ValueError(f"does not fit what is trained: {fault}")
         for name, trainable in self.trained.items():
-            trainable.optimizer.load_state_dict(state["trained"][name]["optimizer"])
-            for parameter, moments in trainable.optimizer.state.items():
-                for key, value in moments.items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        moments[key] = cut_like(value, parameter)
+            saved = state["trained"][name]["optimizer"]
+            own = list(trainable.parameters.values())
+            moments = {
+                number: {
+                    key: cut_like(value, own[number] if value.shape == own[number].shape else value)
+                    for key, value in each.items()
+                }
+                for number, each in saved["state"].items()
+            }
+            trainable.optimizer.load_state_dict({**saved, "state": moments})
             trainable.scheduler.load_state_dict(state["trained"][name]["scheduler"])
             if trainable.bare is not None:
                 held = trainable.bare.state_dict()
