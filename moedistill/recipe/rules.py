@@ -53,6 +53,7 @@ class Rules:
         yield from self.trained_experts()
         yield from self.probes()
         yield from self.data_and_batches()
+        yield from self.sharding()
         if trajectory is not None and self.recipe.sample and not failed(self.recipe.sample):
             yield from self.sampling(trajectory)
         yield from self.stages_themselves()
@@ -320,6 +321,17 @@ class Rules:
             good = size // parts * parts or parts
             path = ("training", "gradient_accumulation_steps")
             yield path, f"{parts} does not divide batch_size {size}", f"for example batch_size: {good}"
+
+    def sharding(self) -> Iterator[Violation]:
+        training, backbone = self.recipe.training, self.recipe.backbone
+        if failed(training) or training.sharding == "none":
+            return
+        if not failed(backbone) and backbone.dtype == "float16":
+            message = "fsdp2 goes with bfloat16 or float32: the scale of float16's gradients is of one process alone"
+            yield ("training", "sharding"), message, "backbone.dtype: bfloat16"
+        if training.offload.averages is not None:
+            message = "averages are cut among the processes with sharding: fsdp2, and stay on the devices"
+            yield ("training", "offload", "averages"), message, "leave one of them out"
 
     def sampling(self, trajectory: "Trajectory") -> Iterator[Violation]:
         sample = self.recipe.sample

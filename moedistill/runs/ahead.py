@@ -69,8 +69,6 @@ def _check_memory(run: Run, parts: Mapping[int, list[Part]]) -> None:
     gradients, else the largest ones: what stands at one moment. Not counted are activations, buffers of libraries, and
     what others use of the memory, so that much of what is not refused will not fit either.
     """
-    if str(run.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        return  # what is cut among processes when a stage begins
     there = _memory(run.accelerator.device)
     held = 0 if there is None else sum(map(size, _tensors(run)))
     accumulating = run.recipe.training.gradient_accumulation_steps > 1

@@ -1,6 +1,7 @@
 """From a recipe to what is run: models loaded and wired together, data opened, and both compared."""
 
 import operator
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from moedistill.model.backbone import Backbone, BackboneConfig, SampleLayout
 from moedistill.model.experts import LoRAConfig
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
+from moedistill.runs.asked_sharding import asked_sharding, hidden_from_accelerate
 from moedistill.runtime.devices import find_device
 from moedistill.stages.run import Run
 
@@ -229,7 +231,11 @@ def mesh_of(accelerator: "Accelerator") -> "DeviceMesh":
     """The processes among which networks are cut."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    processes, replicas = accelerator.num_processes, asked_sharding(os.environ).replicas
+    if replicas == 1:
+        return init_device_mesh(accelerator.device.type, (processes,))
+    names = ("replicate", "shard")
+    return init_device_mesh(accelerator.device.type, (replicas, processes // replicas), mesh_dim_names=names)
 
 
 def make_accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
@@ -245,13 +251,14 @@ def make_accelerator(recipe: Recipe, device: str | None) -> "Accelerator":
         raise UserError("backbone.dtype: float16 does not train on a CPU; use float32, or bfloat16")
     # One process may run several recipes, each with its own precision.
     AcceleratorState._reset_state()
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype],
-        gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
-        kwargs_handlers=[
-            AutocastKwargs(cache_enabled=False),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.timeout)),
-        ],
-    )
+    with hidden_from_accelerate():
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype],
+            gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
+            kwargs_handlers=[
+                AutocastKwargs(cache_enabled=False),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.timeout)),
+            ],
+        )

@@ -1,6 +1,7 @@
 """Runs a recipe: its stages in order, with checkpoints, resuming and signals."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
 from moedistill.runs.ahead import look_ahead
+from moedistill.runs.asked_sharding import asked_sharding
 from moedistill.runs.build import build_run, is_sharded, make_accelerator
 from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.runs.check import check_before
@@ -123,6 +125,8 @@ def run(
             recipe = load_recipe(source, settings, plugins)
         if smoke:
             recipe = miniature(recipe)
+        if asked_sharding(os.environ).sharded:
+            recipe = replace(recipe, training=replace(recipe.training, sharding="fsdp2"))
         accelerator = make_accelerator(recipe, device)
         check_launch(accelerator.num_processes)
         if accelerator.is_main_process:

@@ -78,16 +78,31 @@ def _unpack(packed: Any, tensors: Mapping[str, "Tensor | Pieces"]) -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions that other new files get; safetensors makes it private.
+    """Writes a safetensors file, the same bytes for the same tensors and metadata, with the permissions that other new
+    files get; safetensors makes it private.
 
     Raises:
         WriteError: there is no room for it, or the disk refuses otherwise.
     """
     with disk_errors(path, bytes_of(tensors)):
         save_file(dict(tensors), path, metadata=metadata)
+        if metadata is not None and len(metadata) > 1:
+            _sort_header(path)
         umask = os.umask(0)
         os.umask(umask)
         path.chmod(0o666 & ~umask)
+
+
+def _sort_header(path: Path) -> None:
+    """Sorts the metadata of a safetensors file, which are in any order: equal tensors then make equal bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def bytes_of(tree: Any) -> int:

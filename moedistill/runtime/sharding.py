@@ -94,7 +94,8 @@ def cut_like(value: "Tensor | Pieces", like: Tensor) -> Tensor:
 
     sharded: Any = like
     slices, _ = place_of(like)
-    local = value[slices].to(like.device, like.dtype).contiguous()
+    mine = value[slices]
+    local = torch.empty(mine.shape, dtype=like.dtype, device=like.device).copy_(mine)  # not in a mapped file
     return DTensor.from_local(
         local, sharded.device_mesh, sharded.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -20,7 +20,7 @@ from moedistill.model.ema import EMA
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runtime.checkpoint import load_tree, save_tree
-from moedistill.runtime.sharding import whole
+from moedistill.runtime.sharding import whole, whole_tree
 from moedistill.stages.consistency import ConsistencyConfig
 from moedistill.stages.export import ExportConfig
 from moedistill.stages.training import Training
@@ -106,7 +106,7 @@ def test_a_step_moves_what_is_saved_averaged_and_exported(experts, tmp_path):
             torch.testing.assert_close(average[key], (before[key] + after[key]) / 2, rtol=0, atol=1e-7)
 
         # The state of the optimiser goes through a checkpoint, too.
-        save_tree(tmp_path, f"{name}", training.state())
+        save_tree(tmp_path, f"{name}", whole_tree(training.state()))
         again = Training(run, run.recipe.stages[number])
         run.recipe.stages[number].build().setup(again)
         again.load_state(load_tree(tmp_path, f"{name}"))
@@ -200,7 +200,7 @@ def test_a_sharded_critic_is_saved_whole_and_taken_back(tmp_path):
     training.trains("critic", critic, OptimizerConfig(lr=1e-3))
     training.update("critic", critic(torch.ones(1, 3)).square().sum())
     live = copied(training.trained["critic"].parameters)
-    save_tree(tmp_path, "training", training.state())
+    save_tree(tmp_path, "training", whole_tree(training.state()))
     saved = load_tree(tmp_path, "training")
     assert not moved(live, saved["critics"]["critic"])
     training.update("critic", critic(torch.ones(1, 3)).square().sum())
