@@ -5,7 +5,7 @@ Everything a backbone gives and takes is in flow coordinates (see `moedistill.fl
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -101,15 +101,14 @@ class BackboneConfig(Config, ABC):
                     setattr(module, name, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
         return backbone
 
-    def weights(self, seed: int = 0) -> "Iterator[tuple[str, str, Tensor]]":
-        """What a `skeleton` lacks, one by one: a network's name, a tensor's, as in its `state_dict`, and the tensor.
+    def give_weights(self, take: "Callable[[str, str, Tensor], object]", seed: int = 0) -> None:
+        """Hands over what a `skeleton` lacks, one by one: a network's name, a tensor's in its `state_dict`, the tensor.
 
-        Equal to those of `build`. By default of a backbone that is built; a model that is large overrides it, and maps
-        its files.
+        They are those of `build`, and by default of a backbone that is built; a model that is large overrides it.
         """
         for base, network in self.build(seed).networks.items():
             for name, tensor in network.state_dict().items():
-                yield base, name, tensor
+                take(base, name, tensor)
 
     @classmethod
     def convert(cls, source: "Path", dest: "Path") -> None:

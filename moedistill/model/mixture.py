@@ -1,7 +1,7 @@
 """The mixture: one backbone, its experts, the switch between them, and which of them serves which noise level."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from moedistill.flow.process import guide
 from moedistill.flow.routers import Router, TimestepRouter
 from moedistill.flow.trajectory import Trajectory
 from moedistill.model import conditioning
-from moedistill.model.backbone import TEACHER, Backbone, teacher_name
+from moedistill.model.backbone import TEACHER, Backbone, BackboneConfig, teacher_name
 from moedistill.model.capture import capture
 from moedistill.model.conditioning import Conditioning
 from moedistill.model.ema import EMA, WhichWeights
@@ -178,13 +178,15 @@ class Mixture(nn.Module):
         self.backbone.placed = device
         self.sharded = True
 
-    @torch.no_grad()
-    def fill(self, weights: Iterable[tuple[str, str, Tensor]]) -> None:
-        """Takes over pretrained weights as `BackboneConfig.weights` gives them; each process keeps what is its part."""
+    def fill(self, config: BackboneConfig, seed: int = 0) -> None:
+        """Takes over the pretrained weights, of which each process keeps its part."""
         own = {base: dict(self._teacher(base).shared.weights) for base in self.bases}
-        for base, name, value in weights:
+
+        def take(base: str, name: str, value: Tensor) -> None:
             if name in own[base]:
                 fill(own[base][name], value)
+
+        config.give_weights(take, seed)
 
     def settle(self, *training: str) -> None:
         """Between stages: experts to be `training` are float32, the others rest, and all wait for their first use."""

@@ -74,7 +74,7 @@ def build_mixture(
     else:
         mixture.shard(mesh, torch.device(device))
         with user_errors("backbone"):
-            mixture.fill(recipe.backbone.weights(recipe.seed))
+            mixture.fill(recipe.backbone, recipe.seed)
     mixture.initialise()
     return mixture
 
@@ -85,10 +85,13 @@ def _fill_buffers(recipe: Recipe, backbone: Backbone) -> None:
         base: {name: tensor for name, tensor in network.state_dict().items() if not tensor.is_meta}
         for base, network in backbone.networks.items()
     }
+
+    def take(base: str, name: str, value: torch.Tensor) -> None:
+        if name in saved[base]:
+            saved[base][name].copy_(value)
+
     if any(saved.values()):
-        for base, name, value in recipe.backbone.weights(recipe.seed):
-            if name in saved[base]:
-                saved[base][name].copy_(value)
+        recipe.backbone.give_weights(take, recipe.seed)
 
 
 def _check_ranks(recipe: Recipe, backbone: Backbone) -> None:

@@ -11,9 +11,9 @@ import gc
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -30,6 +30,7 @@ from moedistill.integrations.diffusers.converting import (
     note_what_it_is_made_of,
     whole_folder,
 )
+from moedistill.integrations.diffusers.drawing import draw
 from moedistill.integrations.diffusers.loading import (
     cast,
     check_kinds,
@@ -264,17 +265,18 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
             network: nn.Module = self.network_class()(**self.tiny_network())
         return cast(network, getattr(torch, self.dtype)).eval()
 
-    def weights(self, seed: int = 0) -> Iterator[tuple[str, str, Tensor]]:
-        if self.pretrained is None:
-            yield from super().weights(seed)
-            return
+    def give_weights(self, take: Callable[[str, str, Tensor], object], seed: int = 0) -> None:
         for base in self.bases():
+            if self.pretrained is None:
+                cls: Any = self.network_class()
+                make = partial(cls, **self.tiny_network())
+                draw(make, partial(take, base), torch_seed(seed, "backbone", base))
+                continue
             folder, what = self._folder(base)
-            network = self._bare_network()
             variant = None if self._converted(self.loadable()) else self.variant
             ignored = self.ignored_weights.get(base, ())
-            for name, tensor in stored_tensors(network, folder, what, ignored=ignored, variant=variant):
-                yield base, name, tensor
+            for name, tensor in stored_tensors(self._bare_network(), folder, what, ignored=ignored, variant=variant):
+                take(base, name, tensor)
 
     def _load(self, base: str) -> nn.Module:
         folder, what = self._folder(base)
