@@ -17,7 +17,8 @@ class LiveBytes(TorchDispatchMode):
         given = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         made = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
-            if isinstance(leaf, torch.Tensor) and (place := id_of(leaf)) not in given:
+            held = isinstance(leaf, torch.Tensor) and leaf.device.type != "meta" and not hasattr(leaf, "full_tensor")
+            if held and (place := id_of(leaf)) not in given:
                 storage = leaf.untyped_storage()
                 self.known[place] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, self.now())

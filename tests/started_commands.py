@@ -86,11 +86,17 @@ def free_port():
 
 def start_pair(arguments, folder, **environment):
     """The command in two processes, as a launcher starts them."""
+    return start_together(arguments, folder, 2, **environment)
+
+
+def start_together(arguments, folder, processes, **environment):
+    """The command in so many processes, as a launcher starts them."""
     port = str(free_port())
     return [
         Command(
             *arguments, log=folder / f"log-{rank}", RANK=str(rank), LOCAL_RANK=str(rank),
-            WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **environment,
+            WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            **environment,
         )
-        for rank in range(2)
+        for rank in range(processes)
     ]  # fmt: skip

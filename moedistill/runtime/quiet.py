@@ -26,6 +26,9 @@ FUSED = "Mismatch dtype between input and weight"
 STRIDES = "Grad strides do not match bucket view strides"
 """Of torch's DDP, about speed: convolutions of 1×1 have gradients of several equal layouts."""
 
+VIEWS = "FSDP2-wrapped module .* returned a view tensor"
+"""Of torch's FSDP2, about what would be wrong if somebody wrote into a block's output: nobody does."""
+
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
@@ -41,7 +44,7 @@ def quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=LIBRARIES)
             for category in (FutureWarning, DeprecationWarning):
                 warnings.filterwarnings("ignore", category=category, module=r"torch(\.|$)")
-            for text in (FUSED, STRIDES):
+            for text in (FUSED, STRIDES, VIEWS):
                 warnings.filterwarnings("ignore", text, UserWarning, module=r"torch(\.|$)")
             warnings.formatwarning = _in_one_line(form)
         try:
