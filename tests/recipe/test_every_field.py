@@ -17,7 +17,7 @@ import av
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import as_if_trained, digits_inputs, distil, evaluate, tiny_recipe, velocity_of
+from helpers import as_if_trained, digits_inputs, distil, evaluate, set_up, tiny_recipe, velocity_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -41,9 +41,10 @@ from moedistill.metrics.relative import FlipsConfig
 from moedistill.model.backbone import VideoSize
 from moedistill.model.guidance import Guidance
 from moedistill.model.mixture import Mixture
+from moedistill.model.residency import Residency
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import load_recipe
-from moedistill.runs.build import build_mixture, make_accelerator
+from moedistill.runs.build import build_mixture, is_sharded, make_accelerator
 from moedistill.runs.loop import run
 from moedistill.runtime.checkpoint import load_tree
 from moedistill.stages.run import Run
@@ -920,6 +921,36 @@ def test_how_long_processes_wait_for_each_other(monkeypatch):
         given.clear()
         make_accelerator(load_recipe("dcm_digits", settings), "cpu")
         assert [each.timeout.total_seconds() for each in given if hasattr(each, "timeout")] == [seconds]
+
+
+@observes("TrainingConfig.sharding")
+def test_how_a_run_s_processes_hold_its_networks():
+    """One process holds them whole; the runs of several are in tests/runs/test_sharded_runs.py."""
+    for sharding, cut in (("none", False), ("fsdp2", True)):
+        recipe = load_recipe("dcm_digits", [f"training.sharding={sharding}"])
+        assert is_sharded(recipe, SimpleNamespace(num_processes=2)) is cut
+        assert is_sharded(recipe, SimpleNamespace(num_processes=1)) is False
+
+
+@observes("TrainingConfig.offload", "OffloadConfig.idle")
+def test_what_a_stage_does_not_use_waits_on_the_host(monkeypatch):
+    parked = []
+    monkeypatch.setattr(Residency, "park", lambda self: parked.append(self))
+    for idle, times in (("cpu", 1), (None, 0)):
+        parked.clear()
+        recipe = load_recipe(tiny_recipe([distil()], {"training.offload": {"idle": idle}}))
+        build_mixture(recipe).settle()
+        assert len(parked) == times
+
+
+@observes("OffloadConfig.averages")
+def test_averages_on_the_host():
+    for averages, where in (("cpu", "cpu"), (None, "meta")):
+        recipe = tiny_recipe([distil(ema_decay=0.5)], {"training.offload": {"averages": averages}})
+        training, _ = set_up(recipe)
+        average = training.trained["student"].average
+        average.to(torch.device("meta"))
+        assert {each.device.type for each in average.average.values()} == {where}
 
 
 # -- LTX-Video and HunyuanVideo 1.5 -----------------------------------------------------------------------------------
