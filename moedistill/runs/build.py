@@ -226,8 +226,9 @@ def build_run(
 
 
 def is_sharded(recipe: Recipe, accelerator: "Accelerator") -> bool:
-    """Whether networks are cut among the processes of a run: as it asks for, unless there is one process."""
-    return recipe.training.sharding == "fsdp2" and accelerator.num_processes > 1
+    """Whether networks are cut among a run's processes: as it asks for, unless one was started without a launcher."""
+    together = accelerator.num_processes > 1 or torch.distributed.is_initialized()
+    return recipe.training.sharding == "fsdp2" and together
 
 
 def mesh_of(accelerator: "Accelerator") -> "DeviceMesh":

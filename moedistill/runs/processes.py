@@ -19,10 +19,10 @@ def described(accelerator: "Accelerator", dtype: str, *, sharded: bool = False) 
 
     count, device = accelerator.num_processes, accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    if count == 1:
+    if count == 1 and not sharded:
         return f"1 process, {name}, {dtype}"
-    backend = torch.distributed.get_backend()
-    return f"{count} processes ({'FSDP2' if sharded else 'DDP'} over {backend}), {name}, {dtype}"
+    kind, backend = "FSDP2" if sharded else "DDP", torch.distributed.get_backend()
+    return f"{count} process{'es' if count > 1 else ''} ({kind} over {backend}), {name}, {dtype}"
 
 
 @contextmanager
