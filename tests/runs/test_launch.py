@@ -86,9 +86,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     stages = [distil(steps=5, ema_decay=0.5), evaluate(samples=3, batch_size=1)]
     stages.append({"name": "samples", "kind": "sample", "prompts": ["7 up", "3 right", "1 left"]})
-    recipe = tiny_recipe(
-        stages, {"training.checkpoint_every": 1, "training.keep_checkpoints": 9, "training.timeout": 20}
-    )
+    settings = {"training.checkpoint_every": 1, "training.keep_checkpoints": 9, "training.timeout": 20}
+    full = {"kind": "full", "from": "semantic"}  # LoRA takes seconds to import
+    recipe = tiny_recipe(stages, {**settings, "experts.detail": full})
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     (folder / "killer.py").write_text(KILLER)
     return folder
