@@ -89,7 +89,7 @@ def side_by_side(path: Path, rows: Mapping[str, Tensor], *, fps: float = 8.0) ->
                 page.paste(Image.fromarray(videos[column, frame]), (left + column * (width + 6), y))
         pages.append(page)
     duration = round(1000 / fps)
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=duration, loop=0, quality=70, method=6)
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=duration, loop=0, quality=70, method=4)
 
 
 def write_mp4(path: Path, video: Tensor, *, fps: float) -> None:

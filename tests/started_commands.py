@@ -1,13 +1,16 @@
 """The command in processes of its own, which can be signalled and killed.
 
-They are forked from a server that has imported everything already: importing takes seconds, a fork does not.
+They are forked from a server that has imported everything already: importing takes seconds, a fork does not. Where the
+command is a launcher, its processes are forked from it, as its children.
 """
 
 import atexit
 import gc
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,33 +20,89 @@ _context.set_forkserver_preload(
     [
         "moedistill.cli", "moedistill.runs.loop", "moedistill.stages.consistency", "moedistill.stages.evaluate",
         "moedistill_dcm.gan", "moedistill_digits.backbone", "moedistill_digits.data",
-        "accelerate.tracking", "peft", "sklearn.datasets", "rich.progress", "torch._dynamo",
+        "accelerate.tracking", "peft", "rich.progress", "torch._dynamo",
+        "accelerate.commands.accelerate_cli", "torch.distributed.run",
     ]
 )  # fmt: skip
 
 
-def _main(arguments, log, environment):
+class _Forked:
+    """What a launcher starts, `python -u -m moedistill ARGUMENTS…`, as a fork of it; as a `Popen`."""
+
+    def __init__(self, arguments, environment):
+        assert arguments[1:4] == ("-u", "-m", "moedistill"), arguments
+        self._process = multiprocessing.Process(target=_launched, args=(arguments[4:], environment))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self):
+        self._process.is_alive()  # looks whether it is
+        return self._process.exitcode
+
+    def wait(self, seconds=None):
+        self._process.join(seconds)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("moedistill", seconds)
+        return self.poll()
+
+
+def _launched(arguments, environment):
     os.setsid()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # not the launcher's own
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["moedistill", *arguments]
+    _moedistill()
+
+
+def _main(program, arguments, folder, log, errors, environment):
+    os.setsid()
+    os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a process that was started plainly
-    with open(log, "ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    with open(log, "ab", buffering=0) as said, open(errors, "ab", buffering=0) as wrong:
+        os.dup2(said.fileno(), 1)
+        os.dup2(wrong.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
     os.environ.update(environment)
     gc.freeze()  # the end of each stage collects garbage: it need not look at modules
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    SubprocessHandler._popen = lambda handler, arguments, environment: _Forked(arguments, environment)
+    sys.argv = [program, *arguments]
+    sys.exit(PROGRAMS[program]())
+
+
+def _moedistill():
     from moedistill.cli import main
 
-    main(arguments)
+    main()
+
+
+def _accelerate():
+    from accelerate.commands.accelerate_cli import main
+
+    main()
+
+
+def _torchrun():
+    from torch.distributed.run import main
+
+    main()
+
+
+PROGRAMS = {"moedistill": _moedistill, "accelerate": _accelerate, "torchrun": _torchrun}
+"""By the name of the script that an installation has for each."""
 
 
 class Command:
-    """`moedistill ARGUMENTS…`, under way; its output goes to the file `log`."""
+    """`PROGRAM ARGUMENTS…`, under way here; its output goes to the file `log`, errors to `errors` if given."""
 
-    def __init__(self, *arguments, log, **environment):
+    def __init__(self, *arguments, log, errors=None, program="moedistill", **environment):
         self.log = Path(log)
-        self._process = _context.Process(
-            target=_main, args=([str(argument) for argument in arguments], str(log), environment)
-        )
+        arguments = [str(argument) for argument in arguments]
+        files = str(log), str(errors or log)
+        self._process = _context.Process(target=_main, args=(program, arguments, os.getcwd(), *files, environment))
         self._process.start()
         atexit.register(self._process.kill)  # should a test fail
         self.pid = self._process.pid

@@ -35,7 +35,7 @@ _MODULES = (
     "moedistill_dcm.gan", "moedistill_digits.backbone", "moedistill_digits.data", "moedistill_digits.metrics",
     "moedistill_wan.backbone", "moedistill_ltx.backbone", "moedistill_hunyuan_video.backbone",
     "moedistill_cogvideox.backbone", "moedistill_hunyuan_video_15.backbone", "moedistill_open_sora.backbone",
-    "accelerate.tracking", "peft", "sklearn.datasets", "rich.progress", "torch._dynamo", "diffusers", "transformers",
+    "accelerate.tracking", "peft", "rich.progress", "torch._dynamo", "diffusers", "transformers",
     "PIL.Image", "av", "yaml", "jsonschema",
 )  # fmt: skip
 

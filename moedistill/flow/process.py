@@ -16,6 +16,7 @@ only for a float64 `x`); the result has the dtype of the first tensor. Shapes th
 """
 
 from collections.abc import Iterable, Mapping
+from ctypes import c_float
 from numbers import Integral
 from typing import Any
 
@@ -147,6 +148,8 @@ def as_sigma(value: float | Tensor) -> float:
     Raises:
         ValueError: it is no number, or not in [0, 1].
     """
+    if type(value) is float and 0.0 <= value <= 1.0:  # as below, without the microseconds of a tensor
+        return c_float(value).value
     sigma = operand("sigma", value)
     if sigma.numel() != 1:
         raise ValueError(f"sigma of shape {_shape(sigma)} must be one number")

@@ -246,7 +246,7 @@ class Trajectory:
 
     def points_in(self, segment: Segment) -> range:
         """The points at which a step of `segment` may start: those in it, p_0 never among them."""
-        inside = [i for i in range(1, self.num_steps + 1) if self.sigma(i) in segment]
+        inside = [i for i, sigma in enumerate(self.points.tolist()) if i > 0 and sigma in segment]
         return range(inside[0], inside[-1] + 1) if inside else range(0)
 
     def _known_shift(self) -> float:

@@ -4,6 +4,7 @@ Reliable Fidelity and Diversity Metrics for Generative Models (Naeem et al., 202
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moedistill.metrics.base import Metric, MetricInputs
-from moedistill.metrics.statistics import in_balls
+from moedistill.metrics.statistics import in_balls, radii
 
 BITS = 52
 """Of an integer that float64 holds exactly."""
@@ -31,8 +32,14 @@ class Density(Metric):
     ) -> None:
         self.features, self.real, self.neighbours = features, real, neighbours
 
+    @cached_property
+    def _balls(self) -> tuple[Tensor, Tensor]:
+        """The real features and the radii around them, once for all candidates."""
+        real = self.real().cpu()
+        return real, radii(real, self.neighbours)
+
     def _inside(self, inputs: MetricInputs) -> Tensor:
-        return in_balls(self.features(inputs).cpu(), self.real().cpu(), self.neighbours)
+        return in_balls(self.features(inputs).cpu(), *self._balls)
 
     def rows(self, inputs: MetricInputs) -> Tensor:
         return self._inside(inputs).double().sum(1, keepdim=True) / self.neighbours

@@ -54,21 +54,30 @@ def _moments(samples: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.T @ centred / (len(samples) - 1)
 
 
-def in_balls(samples: Tensor, real: Tensor, neighbours: int = 5) -> Tensor:
+def in_balls(samples: Tensor, real: Tensor, neighbours: int | Tensor = 5) -> Tensor:
     """Which samples `[N, D]` lie in the balls around real ones `[M, D]`, up to their k-th neighbours: bool `[N, M]`.
 
     Density is the mean number of balls per sample over k, coverage the share of balls with a sample in them (Naeem et
     al., arXiv 2002.09797).
 
+    Args:
+        neighbours: k, or the `radii` that are known already.
+
     Raises:
         ValueError: not more real samples than neighbours, rows of other shapes, or values that are not finite.
     """
     _check_features(samples=samples, real=real)
+    reach = neighbours if isinstance(neighbours, Tensor) else radii(real, neighbours)
+    return torch.cdist(samples.double(), real.double()) < reach
+
+
+def radii(real: Tensor, neighbours: int = 5) -> Tensor:
+    """Distances of real samples `[M, D]` to their k-th neighbours: float64 `[M]`; ValueError as of `in_balls`."""
+    _check_features(real=real)
     if not 1 <= neighbours < len(real):
         raise ValueError(f"neighbours {neighbours}: there must be more than that of real samples, not {len(real)}")
     real = real.double()
-    radii = torch.cdist(real, real).kthvalue(neighbours + 1, dim=1).values  # the nearest is each itself
-    return torch.cdist(samples.double(), real) < radii
+    return torch.cdist(real, real).kthvalue(neighbours + 1, dim=1).values  # the nearest is each itself
 
 
 # These two go video by video: in float64 a batch of large ones would not fit.

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def read_text(data: bytes | str, source: str, problems: list[Problem]) -> Node:
 def _compose(data: bytes | str, source: str, problems: list[Problem]) -> yaml.Node | None:
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        node = yaml.compose(text, Loader=_Loader)
+        node = _composed(text)
     except UnicodeDecodeError as error:
         problems.append(Problem("", f"not a text file: byte {error.start} is not UTF-8", source))
     except yaml.reader.ReaderError as error:
@@ -122,6 +123,12 @@ def _compose(data: bytes | str, source: str, problems: list[Problem]) -> yaml.No
             problems.append(Problem("", "the file is empty; a recipe has at least name, backbone and stages", source))
         return node
     return None
+
+
+@lru_cache(maxsize=32)
+def _composed(text: str) -> yaml.Node | None:
+    """PyYAML's nodes, which nobody changes; kept, as many recipes extend the same few, and PyYAML is slow."""
+    return yaml.compose(text, Loader=_Loader)
 
 
 class _Reader:

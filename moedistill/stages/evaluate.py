@@ -447,7 +447,9 @@ def show_table(title: str, table: dict[str, dict[str, float]]) -> None:
         return
     while models:
         # As many models side by side as there is room for.
-        some = next((n for n in range(len(models), 1, -1) if fits(by_metric(models[:n]))), 1)
+        some = 1
+        while some < len(models) and fits(by_metric(models[: some + 1])):
+            some += 1
         console.print(by_metric(models[:some]))
         models = models[some:]
 

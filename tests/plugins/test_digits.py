@@ -130,8 +130,17 @@ def test_fewer_styles_are_a_part_of_more() -> None:
         DigitsDataset(41)
 
 
+def test_the_file_is_read_as_scikit_learn_reads_it() -> None:
+    from sklearn.datasets import load_digits  # a second, which collecting these tests need not take
+
+    images, labels = _load_digits()
+    digits = load_digits()
+    assert torch.equal(images, torch.tensor(digits.images / 16.0))
+    assert torch.equal(labels, torch.tensor(digits.target))
+
+
 def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ValueError, match=r'pip install "moedistill\[digits\]"'):
         _load_digits()
 

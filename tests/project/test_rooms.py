@@ -152,17 +152,23 @@ def python(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
+def test_light_names_bring_torch_alone() -> None:
+    """Each in a fork of one process that has torch."""
+    statements = [
         "from moedistill import Trajectory, TimestepRouter, sample",
         "from moedistill.flow import jump",
         "from moedistill.losses import pseudo_huber",
         "from moedistill import Loss, Draws",
-    ],
-)
-def test_light_names_bring_torch_alone(statement: str) -> None:
-    python(f"import sys; {statement}; assert not {HEAVY | {'pydantic', 'yaml'}} & set(sys.modules)")
+    ]
+    python(
+        "import os, sys, torch\n"
+        f"for statement in {statements}:\n"
+        "    if (child := os.fork()) == 0:\n"
+        "        exec(statement)\n"
+        f"        assert not {HEAVY | {'pydantic', 'yaml'}} & set(sys.modules), statement\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, statement\n"
+    )
 
 
 def test_help_needs_no_torch() -> None:

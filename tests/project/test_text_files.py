@@ -62,7 +62,8 @@ def test_all_text_has_an_encoding() -> None:
 
 def test_a_run_in_a_locale_without_utf8(tmp_path: Path) -> None:
     """Files, the recipe, a value of --set, our own signs and tables: UTF-8, whatever the locale knows."""
-    recipe = tiny_recipe([evaluate(pictures=1)], {"description": "schön"})
+    full = {"kind": "full", "from": "semantic"}  # LoRA takes seconds to import
+    recipe = tiny_recipe([evaluate(pictures=1)], {"description": "schön", "experts.detail": full})
     (tmp_path / "größe.yaml").write_text(json.dumps(recipe, ensure_ascii=False), encoding="utf-8")
     locale = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = ["run", "größe.yaml", "--output", "läuft", "--set", "description=été ✔"]

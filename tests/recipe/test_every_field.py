@@ -5,7 +5,6 @@ new field needs a test, of what the field does: that it is stored is not enough.
 """
 
 import dataclasses
-import gc
 import json
 import math
 import multiprocessing
@@ -128,15 +127,6 @@ def test_every_field_has_a_test():
 
 
 # -- tiny runs --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_garbage_of_imports():
-    """Each training stage ends with a full garbage collection, most of which would go through imported modules."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Done:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,13 +17,14 @@ import pytest
 import torch
 from helpers import distil, equal, evaluate, tiny_recipe
 from safetensors.torch import load_file
-from started_commands import start_pair
+from started_commands import Command, start_pair
 
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.loop import run
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree, verify
 from moedistill.stages.share import Share
 
+WARNING = r"[Ww]arn|Traceback|\*\*\*"
 TREES = ("experts", "ema", "training")
 KILLER = """
 import os, signal
@@ -64,14 +66,19 @@ def on_step_end(training, metrics):
 
 
 def moedistill(*arguments, **environment):
-    """The command, as typed; its exit code, output and seconds."""
-    begun = time.monotonic()
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | environment
+    """The command, forked warm, and its processes too: its exit code and output."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = Command(*arguments, log=Path(folder) / "log", **environment)
+        return command.exit_code(), command.output
+
+
+def cold(*arguments, **environment):
+    """The same as typed, every process from nothing: its exit code, output, and what it said of errors."""
     done = subprocess.run(
-        [sys.executable, "-m", "moedistill", *map(str, arguments)],
-        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+        [Path(sys.executable).parent / "moedistill", *map(str, arguments)],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - begun
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +86,23 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     stages = [distil(steps=5, ema_decay=0.5), evaluate(samples=3, batch_size=1)]
     stages.append({"name": "samples", "kind": "sample", "prompts": ["7 up", "3 right", "1 left"]})
-    recipe = tiny_recipe(
-        stages, {"training.checkpoint_every": 1, "training.keep_checkpoints": 9, "training.timeout": 20}
-    )
+    settings = {"training.checkpoint_every": 1, "training.keep_checkpoints": 9, "training.timeout": 20}
+    full = {"kind": "full", "from": "semantic"}  # LoRA takes seconds to import
+    recipe = tiny_recipe(stages, {**settings, "experts.detail": full})
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     (folder / "killer.py").write_text(KILLER)
     return folder
 
 
-def two(place, name, **environment):
-    arguments = ["run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 2, "-p", place / "killer.py"]
-    return moedistill(*arguments, "--output", place / name, **environment)
+def of_two(place, name):
+    where = ["--output", place / name, "-p", place / "killer.py"]
+    return ["run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 2, *where]
 
 
 @pytest.fixture(scope="module")
 def whole(place):
     """An uninterrupted run in two processes, and what it printed."""
-    code, output, _ = two(place, "whole")
+    code, output = moedistill(*of_two(place, "whole"))
     assert code == 0, output
     return place / "whole", output
 
@@ -103,8 +110,8 @@ def whole(place):
 def test_the_first_line_says_what_runs(place, whole):
     assert whole[1].splitlines()[0] == "2 processes (DDP over gloo), cpu, float32"
     assert whole[1].count("done: ") == 1
-    assert not re.search(r"[Ww]arn|Traceback|\*\*\*", whole[1])
-    code, output, _ = moedistill("run", place / "recipe.yaml", "--device", "cpu", "--output", place / "one")
+    assert not re.search(WARNING, whole[1])
+    code, output = moedistill("run", place / "recipe.yaml", "--device", "cpu", "--output", place / "one")
     assert (code, output.splitlines()[0]) == (0, "1 process, cpu, float32")
     one, other = (load_tree(find_checkpoint(run), "experts") for run in (place / "one", whole[0]))
     assert all((one["semantic"][key] - other["semantic"][key]).abs().max() <= 1e-6 for key in one["semantic"])
@@ -141,7 +148,9 @@ def test_shares_are_whole_and_alike():
 @pytest.mark.parametrize("kill", ["0 step", "1 save", "1 evaluate"])
 def test_a_process_that_is_lost(place, whole, kill):
     name = kill.replace(" ", "_")
-    code, output, seconds = two(place, name, KILL=kill)
+    begun = time.monotonic()
+    code, *said = (cold if kill == "1 evaluate" else moedistill)(*of_two(place, name), KILL=kill)
+    seconds, output = time.monotonic() - begun, "".join(said)
     assert code == 2, output
     assert seconds < 60
     [line] = [line for line in output.splitlines() if "was ended by" in line]
@@ -160,9 +169,9 @@ def test_a_process_that_is_lost(place, whole, kill):
     at = arguments.index("--num-processes")
     assert (again, arguments[at + 1]) == ("moedistill", "2")
     if kill == "0 step":  # as it was printed
-        code, output, _ = moedistill(*arguments)
+        code, output = moedistill(*arguments)
         assert code == 0, output
-    else:  # the same in two processes that are warm
+    else:  # the same without the launcher
         pair = start_pair([*arguments[:at], *arguments[at + 2 :]], place)
         assert [command.exit_code() for command in pair] == [0, 0], pair[0].output
     for tree in TREES:
@@ -175,16 +184,21 @@ COMMANDS = [line for language, block in BLOCKS if not language for line in block
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
-def test_the_commands_of_the_page(command, tmp_path):
-    """In a folder of their own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_commands_of_the_page(command, tmp_path, monkeypatch):
+    """In a folder of their own. The first as typed, in processes that start from nothing; other launchers are warm."""
+    program, *arguments = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    if program == "moedistill":
+        code, output, errors = cold(*arguments)
+        assert not re.search(WARNING, output + errors)
+    else:  # accelerate's own launcher warns of settings that were left out
+        started = Command(*arguments, program=program, log=tmp_path / "log", errors=tmp_path / "errors")
+        code, output, errors = started.exit_code(), started.output, (tmp_path / "errors").read_text()
+    assert code == 0, output + errors
     plain, sharded = re.findall(r"^2 processes .*$", PAGE, re.MULTILINE)
-    assert done.stdout.splitlines()[0] == (sharded if "fsdp" in command else plain)
-    assert "done (a miniature)" in done.stdout
+    assert output.splitlines()[0] == (sharded if "fsdp" in command else plain)
+    assert "done (a miniature)" in output
+    assert len(list(tmp_path.glob("runs/*/*/cost.json"))) == 1
 
 
 def test_the_page_has_a_command_for_every_launcher():
@@ -201,7 +215,7 @@ def test_a_process_that_fails_by_itself_has_the_last_word(place):
     """Not those that the launcher ends because of it; while others wait for it in an evaluation."""
     (place / "broken.py").write_text(BROKEN)
     arguments = ["run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 2, "-p", place / "broken.py"]
-    code, output, _ = moedistill(*arguments, "--output", place / "broken")
+    code, output = moedistill(*arguments, "--output", place / "broken")
     assert code == 2, output
     assert [line for line in output.splitlines() if line.startswith("error")] == ["error: stage evaluate: it is broken"]
     assert "Traceback" not in output
@@ -223,7 +237,7 @@ EvaluateStage._write = _write
 def test_a_process_that_is_lost_before_a_branch_has_saved_anything(place, whole):
     arguments = ["run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 2, "-p", place / "killer.py"]
     source = whole[0] / "checkpoints/00_semantic_00000002"
-    code, output, _ = moedistill(*arguments, "--resume-from", source, "--output", place / "branch", KILL="1 step")
+    code, output = moedistill(*arguments, "--resume-from", source, "--output", place / "branch", KILL="1 step")
     assert code == 2
     [line] = [line for line in output.splitlines() if "was ended by SIGKILL" in line]
     assert f"saved is {source}; go on with: moedistill run" in line
@@ -234,15 +248,11 @@ def test_a_process_that_is_lost_before_a_branch_has_saved_anything(place, whole)
 def test_processes_end_with_a_launcher_that_is_killed(place):
     arguments = ["run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 2, "--output", place / "orphans"]
     steps = ["--set", "stages.semantic.steps=100000", "--set", "training.log_every=1"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "moedistill", *map(str, [*arguments, *steps])],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    end = time.monotonic() + 100
-    while not (place / "orphans/metrics.jsonl").is_file() and time.monotonic() < end:
-        time.sleep(0.1)
+    started = Command(*arguments, *steps, log=place / "orphans.log")
+    started.wait_for((place / "orphans/metrics.jsonl").is_file)
     holder = json.loads((place / "orphans/.lock").read_text())["pid"]
-    started.kill()
+    started.signal(signal.SIGKILL, workers=False)
+    end = time.monotonic() + 100
     while Path(f"/proc/{holder}").exists() and time.monotonic() < end:
         time.sleep(0.1)
     assert not Path(f"/proc/{holder}").exists()
@@ -260,38 +270,29 @@ def test_a_launcher_that_starts_fewer_processes_is_an_error(place):
 
 
 def test_mistakes_are_said_once(place):
-    code, output, _ = moedistill(
+    code, output = moedistill(
         "run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 3, "--output", place / "odd"
     )
     assert (code, output.count("cannot be shared evenly among 3 processes")) == (2, 1)
-    code, output, _ = moedistill("run", "no_such", "--num-processes", 2)
+    code, output = moedistill("run", "no_such", "--num-processes", 2)
     assert (code, output.count("there is no file")) == (2, 1)
-    code, output, _ = moedistill("run", "no_such", RANK="1")
+    code, output = moedistill("run", "no_such", RANK="1")
     assert (code, output.count("there is no file")) == (2, 1)  # a number that is not of a run of several processes
-    code, output, _ = moedistill("run", "dcm_digits", "--num-processes", 2, WORLD_SIZE="2")
+    code, output = moedistill("run", "dcm_digits", "--num-processes", 2, WORLD_SIZE="2")
     assert (code, "leave --num-processes out" in output) == (2, True)
 
 
 def test_a_signal_ends_all_of_them_and_saves(place):
     arguments = ["run", place / "recipe.yaml", "--device", "cpu", "--num-processes", 2, "--output", place / "stopped"]
     steps = ["--set", "stages.semantic.steps=100000", "--set", "training.log_every=1"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "moedistill", *map(str, [*arguments, *steps])],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        end = time.monotonic() + 100
-        while not (place / "stopped/metrics.jsonl").is_file() and time.monotonic() < end:
-            time.sleep(0.1)
-        started.send_signal(signal.SIGTERM)
-        output, _ = started.communicate(timeout=100)
-    finally:
-        started.kill()
-    assert started.returncode == 128 + signal.SIGTERM, output
-    said = re.findall(r"stopped at step \d+ of semantic; saved is .*; go on with: .*", output)
+    started = Command(*arguments, *steps, log=place / "stopped.log")
+    started.wait_for((place / "stopped/metrics.jsonl").is_file)
+    started.signal(signal.SIGTERM, workers=False)
+    assert started.exit_code() == 128 + signal.SIGTERM, started.output
+    said = re.findall(r"stopped at step \d+ of semantic; saved is .*; go on with: .*", started.output)
     assert len(said) == 1
     assert "--num-processes 2" in said[0]
-    assert "Traceback" not in output
+    assert "Traceback" not in started.output
     verify(find_checkpoint(place / "stopped"))
 
 

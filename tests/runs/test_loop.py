@@ -289,7 +289,9 @@ def test_an_error_in_a_step_ends_the_process_though_workers_wait(tmp_path):
         "from moedistill import run\n"
         "def fail(*_): raise RuntimeError('a bug')\n"
         "ConsistencyStage.step = fail\n"
-        f"run(tiny_recipe([distil(steps=50)], {{'training.num_workers': 1}}), output={str(tmp_path)!r}, device='cpu')\n"
+        "full = {'kind': 'full', 'from': 'semantic'}\n"  # LoRA takes seconds to import
+        "recipe = tiny_recipe([distil(steps=50)], {'training.num_workers': 1, 'experts.detail': full})\n"
+        f"run(recipe, output={str(tmp_path)!r}, device='cpu')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "RuntimeError: a bug")

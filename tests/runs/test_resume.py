@@ -1,6 +1,5 @@
 """Resuming: what comes out is, bit for bit, what the uninterrupted run gives."""
 
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -30,15 +29,6 @@ def recipe(**changes):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_garbage_of_imports():
-    """Each stage ends with a full garbage collection, most of which would look at modules."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Watch:

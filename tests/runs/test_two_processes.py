@@ -1,16 +1,12 @@
 """Two processes: the same global batch, so the same run as with one."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import dcm_recipe, distil, tiny_recipe
-from started_commands import start_pair
+from started_commands import Command, start_pair
 
 from moedistill.components.plugins import load_plugins
 from moedistill.runs.loop import run
@@ -84,19 +80,11 @@ def one_and_two(tmp_path_factory):
     arguments = ["run", folder / "recipe.yaml", "--device", "cpu", "--output", folder / "two"]
     arguments = [str(argument) for argument in [*arguments, "-p", folder / "witness.py"]]
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    # torchrun passes its own threads setting on only where there is none.
-    launched = subprocess.Popen(
-        [*torchrun, "-m", "moedistill", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        one = run(recipe, output=folder / "one", device="cpu")
-        output, _ = launched.communicate(timeout=400)
-    finally:
-        if launched.poll() is None:
-            os.killpg(launched.pid, signal.SIGKILL)
+    torchrun = ["--standalone", "--nproc_per_node", "2", "-m", "moedistill"]
+    launched = Command(*torchrun, *arguments, program="torchrun", log=folder / "log")
+    one = run(recipe, output=folder / "one", device="cpu")
+    launched.exit_code()
+    output = launched.output
     assert find_checkpoint(folder / "two").name == f"01_detail_{STOPPED_AT:08d}", output
     assert f"stopped at step {STOPPED_AT} of detail; saved is" in output
     first = [notes(folder, rank) for rank in range(2)]

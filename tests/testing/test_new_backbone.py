@@ -1,6 +1,7 @@
 """`moedistill new-backbone`, and the tutorial that is built around what it writes: every command and file of it."""
 
 import importlib
+import multiprocessing
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ COMMANDS = ("moedistill", "pip", "pytest", "sed")
 class Place:
     """A folder as a user's, with the plugin in `plugin` installed as `pip install -e` would.
 
-    `moedistill` runs in this process, where torch is already imported; everything else in one of its own.
+    `moedistill` runs in this process, and pytest in a fork of it: torch is already imported. All else is a process.
     """
 
     def __init__(self, folder, plugin, monkeypatch, capsys):
@@ -41,10 +42,10 @@ class Place:
         if words[:3] == ["pip", "install", "-e"]:
             options = ["-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-index"]
             words = ["-m", "pip", "install", *options, "--target", str(self.target), str(self.folder / words[3])]
-        elif words[0] == "pytest":
-            words = ["-m", *words, "-p", "no:cacheprovider"]
         if words[0] == "moedistill":
             code, output = self.moedistill(words[1:])
+        elif words[0] == "pytest":
+            code, output = self.pytest([*words[1:], "-p", "no:cacheprovider"])
         else:
             code, output = self.process(words if words[0] == "sed" else [sys.executable, *words])
         assert code == wanted, f"{line} exits with {code}:\n{output}"
@@ -58,6 +59,13 @@ class Place:
         captured = self.capsys.readouterr()
         return stop.value.code or 0, captured.out + captured.err
 
+    def pytest(self, words):
+        log = self.folder / "log"
+        forked = multiprocessing.get_context("fork").Process(target=run_pytest, args=(words, log))
+        forked.start()
+        forked.join(300)
+        return forked.exitcode, log.read_text()
+
     def process(self, command):
         path = os.pathsep.join([*self.path, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         done = subprocess.run(
@@ -65,6 +73,15 @@ class Place:
             timeout=300, check=False,
         )  # fmt: skip
         return done.returncode, done.stdout + done.stderr
+
+
+def run_pytest(words, log):
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    forget_plugins()
+    sys.exit(pytest.main(words))
 
 
 def forget_plugins():
