@@ -1,7 +1,8 @@
-"""Random weights of a network, bit for bit those of one that is made whole, without one."""
+"""A network without weights; and random ones, bit for bit those of a network that is made whole, without one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,20 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Puts what modules are given as parameters in the block on torch's meta device; buffers stay real."""
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def draw(make: Callable[[], nn.Module], take: Callable[[str, Tensor], object], seed: int) -> None:

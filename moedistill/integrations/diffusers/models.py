@@ -30,7 +30,7 @@ from moedistill.integrations.diffusers.converting import (
     note_what_it_is_made_of,
     whole_folder,
 )
-from moedistill.integrations.diffusers.drawing import draw
+from moedistill.integrations.diffusers.drawing import draw, parameters_on_meta
 from moedistill.integrations.diffusers.loading import (
     cast,
     check_kinds,
@@ -133,10 +133,8 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
 
     def _bare_network(self) -> nn.Module:
         """One of the networks with its parameters on the meta device."""
-        from accelerate import init_empty_weights
-
         cls: Any = self.network_class()
-        with init_empty_weights(include_buffers=False):
+        with parameters_on_meta():
             network = cls.from_config(dict(self.architecture()))
         return cast(network, getattr(torch, self.dtype)).eval()
 
