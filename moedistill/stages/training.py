@@ -20,6 +20,7 @@ from moedistill.model.ema import EMA
 from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import TrainingStageConfig
+from moedistill.runtime.quantized import quantized_in
 from moedistill.runtime.randomness import Draws
 from moedistill.runtime.sharding import cut_like, is_sharded, whole, whole_tree
 from moedistill.stages.restoring import misfit_of_state
@@ -35,6 +36,8 @@ class Behaviour(nn.Module):
     def __init__(self, mixture: Mixture, expert: str) -> None:
         super().__init__()
         self.mixture, self.expert = mixture, expert
+        # DDP would send all parameters to all processes once; of 8 bits it cannot, and every process has made the same.
+        self._ddp_params_and_buffers_to_ignore = quantized_in(self)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Velocity `[B, C, T, H, W]`, float32, of the expert at `sigma` `[B]`."""
@@ -213,6 +216,11 @@ class Training:
         optimizer, scheduler = config.build(parameters.values(), updates)
         wrapped, optimizer = self.accelerator.prepare(module, optimizer)
         sharded = any(is_sharded(parameter) for parameter in parameters.values())
+        if sharded and config.states != "float32":
+            raise ValueError(
+                f"optimizer.states: {config.states} does not go with weights that are cut among processes: moments are "
+                "in blocks, which would be cut, too; leave it out"
+            )
         return Trainable(parameters, wrapped, optimizer, scheduler, config.max_grad_norm, sharded=sharded)
 
     def _average(self, expert: str, decay: float | None) -> EMA | None:
