@@ -357,3 +357,9 @@ def test_a_library_that_quantises_other_linears_is_refused(saved, monkeypatch):
     monkeypatch.setattr("moedistill.integrations.diffusers.models.loading_config", int8.loading_config)
     with pytest.raises(UserError, match="1 linears are not as they should be, the first"):
         mixture_of(family, folder)
+
+
+def test_what_copies_the_teacher_to_look_into_it_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"add --set backbone\.quantization=null"):
+        moedistill.analyze(recipe_of("wan", tmp_path), output=tmp_path / "analysis", device="cpu")
+    assert not (tmp_path / "analysis").exists()
