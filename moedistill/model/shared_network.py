@@ -100,9 +100,7 @@ class SharedNetwork:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern)  # type: ignore[arg-type]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
-            warnings.filterwarnings(
-                "ignore", ".*`get_apply_tensor_subclass`"
-            )  # to merge into 8 bits, which we never do
+            warnings.filterwarnings("ignore", ".*`get_apply_tensor_subclass`")  # for merging into 8 bits: not done here
             inject_adapter_in_model(config, self.network, adapter_name=name)
         layers: dict[str, LoraLayer] = {}
         for path in paths:

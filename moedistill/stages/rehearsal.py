@@ -92,8 +92,8 @@ class Rehearsal(Training):
 
     def _part(self, name: str, trainable: Trainable) -> Part:
         trained = sum(map(size, trainable.parameters.values()))
-        held = trainable.bare
-        brought = 0 if held is None else sum(map(size, [*held.parameters(), *held.buffers()]))
+        module = trainable.bare
+        brought = 0 if module is None else sum(map(size, [*module.parameters(), *module.buffers()]))
         kept = sum(_bytes(moments_of(trainable.optimizer, each)) for each in trainable.parameters.values())
         averaged = trained if trainable.expert in self._averaged else 0
         return Part(name, trainable.expert, trained, kept, brought, averaged)

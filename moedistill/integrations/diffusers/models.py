@@ -264,12 +264,12 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
             network: nn.Module = self.network_class()(**self.tiny_network())
         network = cast(network, getattr(torch, self.dtype)).eval()
         if self.quantized():
-            paths = self._quantised_linears(network)
+            paths = self._quantized_linears(network)
             quantize(network, paths)
             freeze(network, paths)
         return network
 
-    def _quantised_linears(self, network: nn.Module) -> list[str]:
+    def _quantized_linears(self, network: nn.Module) -> list[str]:
         """Dotted paths of the linears that are kept in 8 bits: none in what experts copy, or is to be float32."""
         return linears_of_blocks(network, getattr(self.backbone_class, "time_dependent", ()), islands(network))
 
@@ -283,7 +283,7 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
         self.check_folder(folder)
         check_kinds(self.network_class(), read_json(file), file)
         what = f"pretrained {self.pretrained}: cannot load its {base}"
-        paths = self._quantised_linears(self._without_weights(folder / base)) if self.quantized() else []
+        paths = self._quantized_linears(self._without_weights(folder / base)) if self.quantized() else []
         network: nn.Module = load_model(
             self.network_class(), folder / base, what, ignored=self.ignored_weights.get(base, ()),
             torch_dtype=getattr(torch, self.dtype), variant=None if self._converted(folder) else self.variant,
