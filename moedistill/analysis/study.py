@@ -101,6 +101,11 @@ def analyze(
     if recipe.data is None:
         raise UserError("analyze needs data, for the teacher's conditioning: add data: {kind: …} to the recipe")
     has_latents, most_points = "latents" in recipe.data.provides, MOST_POINTS
+    if has_latents and recipe.backbone.quantized():
+        raise UserError(
+            "analyze trains full copies of the teacher, and its weights are kept in 8 bits; add --set "
+            "backbone.quantization=null"
+        )
     if smoke:
         recipe = miniature(recipe)
         samples, steps, most_points = min(samples, TINY["samples"]), min(steps, TINY["steps"]), TINY["points"]

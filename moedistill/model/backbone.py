@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 TEACHER = "teacher"
 """The reserved name of the pretrained weights with nothing active."""
 
+QUANTIZED = (
+    "copies the teacher's weights to train them, and those are kept in 8 bits; make it lora, or leave "
+    "backbone.quantization out"
+)
+"""What is wrong with an expert, where pretrained weights are quantised."""
+
 
 def teacher_name(base: str, bases: Sequence[str]) -> str:
     """The name of one of the teacher's networks as an expert: `teacher` for the first, `teacher.base` for others."""
@@ -132,6 +138,10 @@ class BackboneConfig(Config, ABC):
     def check(self) -> Iterable[tuple[str, str]]:
         """What in the keys does not go together and can be seen without weights: the key, and the message."""
         return ()
+
+    def quantized(self) -> bool:
+        """Whether the pretrained weights are kept in fewer bits than `dtype` has: no copy of them can be trained."""
+        return False
 
     def native_sigmas(self) -> "Tensor | None":
         """The model's own sigma table, ascending float32, entry k for native time k; None if it has none."""

@@ -16,9 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moedistill.components.fields import Config, NonEmptyStr, PositiveFloat
-from moedistill.model.backbone import TEACHER, Backbone
+from moedistill.model.backbone import QUANTIZED, TEACHER, Backbone
 from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.shared_network import SharedNetwork
+from moedistill.runtime.quantized import quantized_in
 from moedistill.runtime.randomness import torch_seed
 from moedistill.runtime.sharding import fill, rest
 
@@ -139,6 +140,8 @@ class FullExpert(Expert):
     """A network of its own, float32 while it is trained; else it rests in the dtypes of the base."""
 
     def __init__(self, name: str, parent: Expert, inference: bool = False) -> None:
+        if quantized_in(parent.shared.network):
+            raise ValueError(f"expert {name}: {QUANTIZED}")
         self.name, self.parent, self.chain = name, parent, ()
         network = copy.deepcopy(parent.shared.network)
         dtypes = {key: parameter.dtype for key, parameter in network.named_parameters()}

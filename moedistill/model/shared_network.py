@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moedistill.model.live_parameters import LiveParameters
 from moedistill.runtime.devices import HOST
+from moedistill.runtime.quantized import plain, quantized_in
 from moedistill.runtime.sharding import is_sharded, rest, whole
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class SharedNetwork:
         self.weights = LiveParameters(network, [name for name, _ in network.named_parameters()], self._place_of_weight)
         self.paths = frozenset(path for path, _ in network.named_modules())
         self._linears = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+        self._quantized = quantized_in(network)
         self._lora: dict[str, LoraLayer] = {}
         self._copies: dict[str, Copies] = {}
         self._adapted_by: list[tuple[str, str]] = []
@@ -96,8 +98,14 @@ class SharedNetwork:
         """Notes which linears and modules an expert is about to adapt and copy.
 
         Raises:
-            ValueError: an expert's copy would hide what is changed inside of the original.
+            ValueError: an expert's copy would hide what is changed inside of the original, or would be of 8 bits.
         """
+        for path in copied:
+            if any(name.startswith(f"{path}.") for name in self._quantized):
+                raise ValueError(
+                    f"expert {expert}: {path!r} is kept in 8 bits, and copies are trained: leave it out of copies, or "
+                    "leave backbone.quantization out"
+                )
         self._adapted_by += [(path, expert) for path in adapted]
         self._copied_by += [(path, expert) for path in copied]
         for outer, copying in self._copied_by:
@@ -119,6 +127,7 @@ class SharedNetwork:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern)  # type: ignore[arg-type]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+            warnings.filterwarnings("ignore", ".*`get_apply_tensor_subclass`")  # for merging into 8 bits: not done here
             inject_adapter_in_model(config, self.network, adapter_name=name)
         layers: dict[str, LoraLayer] = {}
         for path in paths:
@@ -172,7 +181,7 @@ class SharedNetwork:
             for name, weight in self.active_weights(path, chain).items()
         }
         for name, own in self.saved.items():
-            weight = whole(copied.get(name, own).detach()).float()
+            weight = plain(whole(copied.get(name, own).detach())).float()
             layer = self._lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             for key in chain:
                 if layer is not None and key in layer.lora_A:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from moedistill.errors import shorten, suggest
-from moedistill.model.backbone import TEACHER
+from moedistill.model.backbone import QUANTIZED, TEACHER
 from moedistill.recipe.building import FAILED, Partial, Path, failed
 from moedistill.recipe.keys import Recipe
 
@@ -49,6 +49,7 @@ class Rules:
         yield from self.routing(trajectory)
         yield from self.idle_experts()
         yield from self.ancestry()
+        yield from self.copies_of_8_bits()
         yield from self.teachers(trajectory)
         yield from self.trained_experts()
         yield from self.probes()
@@ -65,6 +66,7 @@ class Rules:
             yield problem
         yield from self.routing(trajectory)
         yield from self.ancestry()
+        yield from self.copies_of_8_bits()
         yield from self.teachers(trajectory)
         if trajectory is not None and self.recipe.sample and not failed(self.recipe.sample):
             yield from self.sampling(trajectory)
@@ -196,6 +198,13 @@ class Rules:
                 break
             found.append(name)
         return found
+
+    def copies_of_8_bits(self) -> Iterator[Violation]:
+        """No expert trains a copy of weights that are kept in 8 bits."""
+        if not failed(self.recipe.backbone) and self.recipe.backbone.quantized():
+            for name, expert in (self.experts or {}).items():
+                if getattr(expert, "copies_base", False):
+                    yield ("experts", name, "kind"), QUANTIZED, ""
 
     def teachers(self, trajectory: "Trajectory | None") -> Iterator[Violation]:
         """Experts and guidance name networks that the teacher has; a segment lies where one of them serves."""
@@ -329,6 +338,13 @@ class Rules:
         if not failed(backbone) and backbone.dtype == "float16":
             message = "fsdp2 goes with bfloat16 or float32: the scale of float16's gradients is of one process alone"
             yield ("training", "sharding"), message, "backbone.dtype: bfloat16"
+        if not failed(backbone) and getattr(backbone, "quantization", None) is not None:
+            message = "an 8-bit base is not cut among processes; each has it whole, with sharding: none"
+            yield ("training", "sharding"), message, "leave one of them out"
+        for k, stage in enumerate(self.stages):
+            if getattr(getattr(stage, "optimizer", None), "states", "float32") != "float32":
+                message = "moments in 8 bits are blocks, which cannot be cut among processes"
+                yield ("stages", k, "optimizer", "states"), message, "leave it out, or sharding"
         if training.offload.averages is not None:
             message = "averages are cut among the processes with sharding: fsdp2, and stay on the devices"
             yield ("training", "offload", "averages"), message, "leave one of them out"

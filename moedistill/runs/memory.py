@@ -76,6 +76,8 @@ def remedies(
         found += _smaller_weights(recipe, config.trained_experts())
         if config.ema_decay is not None:
             found.append(f"stages.{config.name}.ema_decay: null")
+        if largest is not None and getattr(getattr(config, "optimizer", None), "states", "") == "float32":
+            found.append(f"stages.{config.name}.optimizer.states: int8")
     else:
         if getattr(config, "batch_size", 1) > 1:
             found.append(f"stages.{config.name}.batch_size below {config.batch_size}")  # type: ignore[attr-defined]
@@ -105,6 +107,8 @@ def _smaller_weights(recipe: Recipe, experts: Iterable[str]) -> Iterator[str]:
     yield from (f"experts.{name}.kind: lora in place of {recipe.experts[name].kind}" for name in full)
     if recipe.backbone.dtype == "float32":
         yield "backbone.dtype: bfloat16"
+    if getattr(recipe.backbone, "quantization", "") is None and not any(e.copies_base for e in recipe.experts.values()):
+        yield "backbone.quantization: int8"
 
 
 def _listed(ways: list[str]) -> str:

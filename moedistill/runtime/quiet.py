@@ -3,6 +3,7 @@
 For commands alone: where moedistill is imported, whose output it is decides its importer.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -18,6 +19,9 @@ SWITCHES = {
     "ACCELERATE_LOG_LEVEL": "ERROR",
 }
 """The libraries' own, read when they are imported; a value that is there already stays."""
+
+LOGGERS = ("torchao", "torch.utils._pytree")
+"""Of torchao, when it is imported: kernels for other machines that it does not find, and names that torch will drop."""
 
 LIBRARIES = r"(accelerate|diffusers|huggingface_hub|peft|safetensors|transformers)(\.|$)"
 FUSED = "Mismatch dtype between input and weight"
@@ -39,6 +43,9 @@ def quiet_libraries() -> Iterator[None]:
     form = warnings.formatwarning
     set_here = {name: value for name, value in SWITCHES.items() if name not in os.environ}
     os.environ.update(set_here)
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", module=LIBRARIES)
@@ -53,6 +60,8 @@ def quiet_libraries() -> Iterator[None]:
             warnings.formatwarning = form
             for name in set_here:
                 os.environ.pop(name, None)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def _in_one_line(form: Callable[..., str]) -> Callable[..., str]:

@@ -1,24 +1,23 @@
 """What a training stage will make trainable, set up once before anything is trained: whatever fails, fails at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moedistill.losses.base import Loss, LossConfig, ProbeLayout
-from moedistill.losses.optim import OptimizerConfig
+from moedistill.losses.optim import OptimizerConfig, moments_of
 from moedistill.model.ema import EMA
 from moedistill.model.live_parameters import LiveParameters
 from moedistill.recipe.keys import TrainingStageConfig
+from moedistill.runtime.quantized import held
 from moedistill.runtime.randomness import torch_seed
 from moedistill.runtime.sharding import part
 from moedistill.stages.base import TrainingStage
 from moedistill.stages.run import Run
 from moedistill.stages.training import Trainable, Training
-
-MOMENTS = 2
-"""AdamW keeps two tensors of a parameter's size."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Part:
         name: of the trainable.
         expert: its name; None for a module that the stage brings.
         trained: what an optimiser steps.
+        moments: what the optimiser keeps of that.
         brought: the module, with what of it is not trained.
         averaged: its average, if it keeps one.
     """
@@ -36,6 +36,7 @@ class Part:
     name: str
     expert: str | None
     trained: int
+    moments: int
     brought: int
     averaged: int
 
@@ -47,12 +48,12 @@ class Part:
     @property
     def standing(self) -> int:
         """Of what stays from one step to the next: moments, the module itself, the average."""
-        return MOMENTS * self.trained + self.brought + self.averaged
+        return self.moments + self.brought + self.averaged
 
     @property
     def state(self) -> int:
         """Of what a checkpoint amid the stage holds of it, but for the expert and its average."""
-        return MOMENTS * self.trained + self.brought
+        return self.moments + self.brought
 
 
 class Rehearsal(Training):
@@ -91,9 +92,16 @@ class Rehearsal(Training):
 
     def _part(self, name: str, trainable: Trainable) -> Part:
         trained = sum(map(size, trainable.parameters.values()))
-        held = trainable.bare
-        brought = 0 if held is None else sum(map(size, [*held.parameters(), *held.buffers()]))
-        return Part(name, trainable.expert, trained, brought, trained if trainable.expert in self._averaged else 0)
+        module = trainable.bare
+        brought = 0 if module is None else sum(map(size, [*module.parameters(), *module.buffers()]))
+        kept = sum(_bytes(moments_of(trainable.optimizer, each)) for each in trainable.parameters.values())
+        averaged = trained if trainable.expert in self._averaged else 0
+        return Part(name, trainable.expert, trained, kept, brought, averaged)
+
+
+def _bytes(tree: Mapping[str, Any]) -> int:
+    """Bytes of the tensors in nested mappings."""
+    return sum(_bytes(each) if isinstance(each, Mapping) else size(each) for each in tree.values())
 
 
 def needed(parts: Sequence[Part], *, accumulating: bool) -> int:
@@ -106,9 +114,8 @@ def needed(parts: Sequence[Part], *, accumulating: bool) -> int:
 
 
 def size(tensor: Tensor) -> int:
-    """Bytes of a tensor on this process."""
-    local = part(tensor)
-    return local.numel() * local.element_size()
+    """Bytes of a tensor on this process; of a quantised one, those of what it holds."""
+    return sum(each.numel() * each.element_size() for each in held(part(tensor)))
 
 
 def rehearse(run: Run, config: TrainingStageConfig) -> list[Part]:

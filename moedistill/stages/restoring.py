@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from moedistill.losses.optim import moments_of
 from moedistill.runtime.integrity import misfit
 
 GROUP = ("params", "lr", "initial_lr", "betas", "eps", "weight_decay")
@@ -28,7 +29,7 @@ def _misfit(saved: Mapping[str, Any], trainable: Any, where: str) -> str | None:
     moments, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
     own_groups = trainable.optimizer.state_dict()["param_groups"]
     own_moments = {
-        number: {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
+        number: {"step": torch.tensor(0.0), **moments_of(trainable.optimizer, parameter)}
         for number, parameter in enumerate(trainable.parameters.values())
         if not isinstance(moments, Mapping) or number in moments  # what no gradient has reached has none
     }

@@ -220,6 +220,11 @@ class Training:
         optimizer, scheduler = config.build(parameters.values(), updates)
         # Everything is where it has to be; accelerate would move what waits on the host.
         sharded = any(is_sharded(parameter) for parameter in parameters.values())
+        if sharded and config.states != "float32":
+            raise ValueError(
+                f"optimizer.states: {config.states} does not go with weights that are cut among processes: moments are "
+                "in blocks, which would be cut, too; leave it out"
+            )
         wrapped = module if sharded else self.accelerator.prepare(module, device_placement=[False])
         optimizer = self.accelerator.prepare(optimizer, device_placement=[False])
         return Trainable(parameters, wrapped, optimizer, scheduler, config.max_grad_norm, sharded=sharded)

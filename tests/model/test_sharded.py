@@ -116,6 +116,15 @@ def test_a_step_moves_what_is_saved_averaged_and_exported(experts, tmp_path):
         training.release()
 
 
+def test_8_bit_moments_of_weights_that_are_cut_are_refused():
+    """A moment is in blocks of 256 elements, of which a process would have parts."""
+    pytest.importorskip("torchao")
+    run = begun(EXPERTS)
+    run.recipe.stages[0].optimizer.states = "int8"
+    with pytest.raises(ValueError, match=r"optimizer\.states: int8 does not go with weights that are cut"):
+        step(run, 0)
+
+
 def test_the_next_stage_trains_its_own_and_leaves_the_others():
     run = begun(EXPERTS)
     step(run, 0)[0].release()

@@ -45,7 +45,8 @@ from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture, is_sharded, make_accelerator
 from moedistill.runs.loop import run
-from moedistill.runtime.checkpoint import load_tree
+from moedistill.runtime.checkpoint import bytes_of, load_tree
+from moedistill.stages.rehearsal import size
 from moedistill.stages.run import Run
 from moedistill.stages.training import Training
 from moedistill_cogvideox.backbone import CogVideoXConfig
@@ -388,6 +389,19 @@ def test_learning_rates():
     assert rates(schedule="linear") == pytest.approx([0.1, 0.175, 0.225, 0.25])
     assert rates(schedule="cosine")[1] == pytest.approx(0.1 + 0.05 * (1 + math.cos(math.pi / 4)))
     assert rates(warmup=3) == pytest.approx([0.025, 0.075, 0.15, 0.25])
+
+
+@observes("OptimizerConfig.states")
+def test_moments_in_8_bits():
+    pytest.importorskip("torchao")
+    parameter = torch.nn.Parameter(torch.ones(64, 64))
+    taken = {}
+    for states in ("float32", "int8"):
+        optimizer, _ = OptimizerConfig(states=states).build([parameter], 1)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        taken[states] = bytes_of(optimizer.state_dict()["state"])
+    assert taken["int8"] < 0.26 * taken["float32"]
 
 
 @observes("OptimizerConfig.max_grad_norm")
@@ -1212,6 +1226,22 @@ def test_frame_rate(config, own, tmp_path):
     with av.open(folder / "s" / "000.mp4") as file:
         assert file.streams.video[0].average_rate == 5
     assert json.loads((folder / "s" / "samples.json").read_text())["fps"] == 5.0
+
+
+@observes(*(f"backbone.{kind}.quantization" for kind in FAMILIES))
+@pytest.mark.parametrize(
+    "config", [WanConfig, HunyuanVideoConfig, HunyuanVideo15Config, CogVideoXConfig, LTXConfig, OpenSoraConfig]
+)
+def test_quantization(config):
+    """Blocks take less, and the velocity is nearly the same."""
+    pytest.importorskip("torchao")
+    built = [config(pretrained=None, quantization=each).tiny().build() for each in (None, "int8")]
+    sizes = [sum(map(size, backbone.network.parameters())) for backbone in built]
+    assert sizes[1] < sizes[0]
+    x, cond = torch.randn(1, *built[0].latent_shape()), built[0].encode(["rain"])
+    with torch.no_grad():
+        full, small = (each.velocity(each.network, x, torch.tensor([0.7]), cond) for each in built)
+    assert 0 < (small - full).norm() < 0.02 * full.norm()
 
 
 @observes("expert.*.base")

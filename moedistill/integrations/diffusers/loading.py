@@ -261,14 +261,15 @@ def load_text_model(
     return load_model(cls, folder, what, ignored=ignored, unread=UNREAD, torch_dtype=dtype, variant=variant)
 
 
-def _islands(network: nn.Module) -> list[str]:
+def islands(network: nn.Module) -> list[str]:
+    """Names of the modules that a network's class keeps in float32."""
     return list(getattr(network, "_keep_in_fp32_modules", None) or ())
 
 
 def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The network in `dtype`, but for what its class keeps in float32, as `from_pretrained` does it."""
     for name, parameter in network.named_parameters():
-        if not set(name.split(".")) & set(_islands(network)):
+        if not set(name.split(".")) & set(islands(network)):
             parameter.data = parameter.data.to(dtype)
     return network
 
@@ -293,7 +294,7 @@ class _Island(nn.Module):
 
 def keep_float32_islands(network: nn.Module) -> list[Callable[[], None]]:
     """Makes islands of what the network's class keeps in float32; returns what makes each again what it was."""
-    names = set(_islands(network))
+    names = set(islands(network))
     modules = [module for path, module in network.named_modules() if path.rpartition(".")[2] in names]
     return [_make_island(module) for module in modules if not isinstance(module, _Island)]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PurePath
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,18 @@ from moedistill.integrations.diffusers.converting import (
     whole_folder,
 )
 from moedistill.integrations.diffusers.drawing import draw, parameters_on_meta
+from moedistill.integrations.diffusers.int8 import (
+    check_torchao,
+    freeze,
+    linears_of_blocks,
+    loading_config,
+    quantize,
+)
 from moedistill.integrations.diffusers.loading import (
     cast,
     check_kinds,
     defaults,
+    islands,
     keep_float32_islands,
     load_model,
     load_text_model,
@@ -49,12 +57,19 @@ from moedistill.model.backbone import VideoSize
 from moedistill.model.conditioning import Conditioning
 from moedistill.model.latent_video import LatentVideoBackbone, LatentVideoConfig
 from moedistill.model.prompt import Prompt
+from moedistill.runtime.quantized import is_quantized
 from moedistill.runtime.randomness import torch_seed
 
 
 @dataclass(kw_only=True)
 class DiffusersModelsConfig(LatentVideoConfig, ABC):
-    """Recipe keys of every model that is made of diffusers' classes; those of `LatentVideoConfig`."""
+    """Recipe keys of every model that is made of diffusers' classes; those of `LatentVideoConfig`.
+
+    Args:
+        quantization: int8 keeps the frozen linears of the network's blocks in 8 bits; null keeps all in `dtype`.
+    """
+
+    quantization: Literal["int8"] | None = None
 
     backbone_class: ClassVar[type["DiffusersModels"]]
     text_components: ClassVar[Sequence[str]] = ("text_encoder", "tokenizer")
@@ -121,7 +136,12 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
 
     # -- what follows from it -----------------------------------------------------------------------------------------
 
+    def quantized(self) -> bool:
+        return self.quantization is not None
+
     def build(self, seed: int = 0) -> "DiffusersModels":
+        if self.quantized():
+            check_torchao()
         networks = {
             base: self._random(torch_seed(seed, "backbone", base)) if self.pretrained is None else self._load(base)
             for base in self.bases()
@@ -261,7 +281,16 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network: nn.Module = self.network_class()(**self.tiny_network())
-        return cast(network, getattr(torch, self.dtype)).eval()
+        network = cast(network, getattr(torch, self.dtype)).eval()
+        if self.quantized():
+            paths = self._quantized_linears(network)
+            quantize(network, paths)
+            freeze(network, paths)
+        return network
+
+    def _quantized_linears(self, network: nn.Module) -> list[str]:
+        """Dotted paths of the linears that are kept in 8 bits: none in what experts copy, or is to be float32."""
+        return linears_of_blocks(network, getattr(self.backbone_class, "time_dependent", ()), islands(network))
 
     def give_weights(self, take: Callable[[str, str, Tensor], object], seed: int = 0) -> None:
         for base in self.bases():
@@ -278,15 +307,19 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
 
     def _load(self, base: str) -> nn.Module:
         folder, what = self._folder(base)
+        paths = self._quantized_linears(self._bare_network()) if self.quantized() else []
         network: nn.Module = load_model(
             self.network_class(), folder, what, ignored=self.ignored_weights.get(base, ()),
             torch_dtype=getattr(torch, self.dtype),
             variant=None if self._converted(self.loadable()) else self.variant,
+            **({"quantization_config": loading_config(paths)} if paths else {}),
         )  # fmt: skip
+        freeze(network, paths)
         # They lie wherever they do in the mapped file. A CPU multiplies with other last bits at other addresses, and a
         # fresh expert's own weights must give what these give.
         for parameter in network.parameters():
-            parameter.data = parameter.data.clone()
+            if not is_quantized(parameter):  # what is made in loading lies in memory of its own
+                parameter.data = parameter.data.clone()
         return network.eval()
 
     def _folder(self, base: str) -> tuple[Path, str]:
