@@ -21,7 +21,7 @@ from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import TrainingStageConfig
 from moedistill.runtime.randomness import Draws
-from moedistill.runtime.sharding import cut_like, is_sharded, whole
+from moedistill.runtime.sharding import Pieces, cut_like, is_sharded, whole, whole_tree
 from moedistill.stages.restoring import misfit_of_state
 from moedistill.stages.run import Run
 
@@ -496,10 +496,7 @@ class Training:
             saved = state["trained"][name]["optimizer"]
             own = list(trainable.parameters.values())
             moments = {
-                number: {
-                    key: cut_like(value, own[number] if value.shape == own[number].shape else value)
-                    for key, value in each.items()
-                }
+                number: {key: _cut_as(value, own[number]) for key, value in each.items()}
                 for number, each in saved["state"].items()
             }
             trainable.optimizer.load_state_dict({**saved, "state": moments})
@@ -518,3 +515,10 @@ class Training:
         self.accelerator.free_memory()
         self.trained.clear()
         self.mixture.train_only()
+
+
+def _cut_as(value: Any, parameter: Tensor) -> Any:
+    """What an optimiser keeps of a parameter: cut as that is if it is of its shape, else whole."""
+    if isinstance(value, Tensor | Pieces) and value.shape == parameter.shape:
+        return cut_like(value, parameter)
+    return whole_tree(value)
