@@ -5,9 +5,10 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moedistill.runtime.devices import HOST
+from moedistill.runtime.quantized import is_quantized
 
 if TYPE_CHECKING:
     from moedistill.model.experts import Expert
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
 
 def move(tensor: Tensor, device: torch.device) -> None:
     """Puts a tensor's numbers elsewhere; it stays the tensor that it is."""
-    tensor.data = tensor.data.to(device)
+    if tensor.device == device:
+        return
+    moved = tensor.detach().to(device)
+    if is_quantized(tensor):  # made of several: nothing can take its place but another such
+        torch.utils.swap_tensors(tensor, nn.Parameter(moved, requires_grad=False))
+    else:
+        tensor.data = moved
 
 
 class Residency:

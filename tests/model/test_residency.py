@@ -11,6 +11,7 @@ from moedistill.model import residency
 from moedistill.model.ema import EMA
 from moedistill.runs.loop import run
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree
+from moedistill.runtime.quantized import held
 
 
 class Watch:
@@ -157,3 +158,13 @@ def test_an_average_on_the_host_stays_there():
         average = EMA(weights, 0.5, on_host=on_host)
         average.to(torch.device("meta"))
         assert average.average["w"].device.type == where
+
+
+def test_an_8_bit_weight_moves_and_stays_itself():
+    quantization = pytest.importorskip("torchao.quantization")
+    linear = torch.nn.Linear(32, 32, bias=False)
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig(set_inductor_config=False))
+    weight = linear.weight
+    residency.move(weight, torch.device("meta"))
+    assert linear.weight is weight
+    assert {each.device.type for each in held(weight)} == {"meta"}
