@@ -35,6 +35,7 @@ from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
 from moedistill.runtime.checkpoint import (
     FORMAT,
+    IN_SHARDS,
     Checkpoints,
     bytes_of,
     checkpoint_name,
@@ -478,7 +479,7 @@ class _Runner:
             "ema": {expert: average.average for expert, average in mixture.ema.items()},
             "training": training.state(),
             "state": {
-                "format": FORMAT,
+                "format": IN_SHARDS if mixture.sharded else FORMAT,
                 "smoke": self.run.smoke,
                 "stage": number,
                 "stage_name": training.config.name,
