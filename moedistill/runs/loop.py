@@ -35,7 +35,6 @@ from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
 from moedistill.runtime.checkpoint import (
     FORMAT,
-    IN_SHARDS,
     Checkpoints,
     bytes_of,
     checkpoint_name,
@@ -479,7 +478,7 @@ class _Runner:
             "ema": {expert: average.average for expert, average in mixture.ema.items()},
             "training": training.state(),
             "state": {
-                "format": IN_SHARDS if mixture.sharded else FORMAT,
+                "format": FORMAT,
                 "smoke": self.run.smoke,
                 "stage": number,
                 "stage_name": training.config.name,

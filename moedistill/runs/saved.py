@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from moedistill.model.mixture import Weights
-from moedistill.runtime.checkpoint import IN_SHARDS, SUMS, checkpoint_name, load_tree, parse_name
+from moedistill.runtime.checkpoint import FORMAT, SUMS, checkpoint_name, load_tree, parse_name
 from moedistill.runtime.integrity import Damaged
 from moedistill.runtime.sharding import Pieces
 
@@ -61,9 +61,9 @@ def read_state(checkpoint: Path, *, verified: bool = False) -> dict[str, Any]:
     file = checkpoint / "state.json"
     state: dict[str, Any] = load_tree(checkpoint, "state", verified=verified)
     version = state.get("format", 1) if isinstance(state, Mapping) else 1
-    if isinstance(version, int) and version > IN_SHARDS:
-        raise Damaged(file, f"has format {version}; this moedistill reads up to {IN_SHARDS}: update it")
-    if isinstance(version, int) and version > 1 and not (checkpoint / SUMS).exists():
+    if isinstance(version, int) and version > FORMAT:
+        raise Damaged(file, f"has format {version}; this moedistill reads up to {FORMAT}: update it")
+    if version == FORMAT and not (checkpoint / SUMS).exists():
         raise Damaged(checkpoint / SUMS, "is missing: what was written cannot be told from what was not")
     try:
         _STATE.validate_python(state, strict=True)

@@ -26,8 +26,8 @@ from moedistill.runtime.shards import SHARD, has_shards, read_shards
 from moedistill.runtime.writing import TEMPORARY as _TEMPORARY
 from moedistill.runtime.writing import disk_errors, new_file, sync
 
-FORMAT, IN_SHARDS = 2, 3
-"""Of a checkpoint, in its state: with whole tensors, or in shards; one of before has none, and no sums."""
+FORMAT = 2
+"""Of a checkpoint, in its state; one of before has none, and no sums."""
 
 SUMS = "sums.json"
 TREES = ("state", "experts", "ema", "training")
