@@ -1,0 +1,176 @@
+"""Tensors without numbers, and what a GPU would do to them: kernels of attention, and what autocast makes float32.
+
+Shapes, dtypes and storages are those of the real thing; nothing is computed. What is real when it comes in, such as a
+noise level, stays real among its likes, so that it can be looked at; where it meets a tensor without numbers, the result
+has none.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from moedistill.runs.planning.tracker import Tracker, attention_flops
+
+BACKWARD = 2.5
+"""Attention's backward pass computes the scores once more: five products in place of two."""
+
+FLOAT32 = (
+    "layer_norm", "group_norm", "softmax.int", "log_softmax.int", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt",
+    "reciprocal", "exp", "log", "softplus", "sum", "sum.dim_IntList", "cumsum",
+)  # fmt: skip
+"""What autocast computes in float32 on CUDA and not on a CPU, of what video models and losses call."""
+
+
+SMALL = 4096
+"""Elements of a new tensor, made of no other, that is real: it may be a number that is looked at."""
+
+
+class Imagined:
+    """The world in which tensors have no numbers.
+
+    Args:
+        as_cuda: autocast makes float32 of what it does on CUDA; else of what it does on a CPU.
+    """
+
+    def __init__(self, watched: tuple[str, ...], *, as_cuda: bool = True) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._as_cuda = as_cuda
+        self.tracker = Tracker(watched, self._operate)
+
+    def _operate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if not tensors:
+            with self._mode:
+                made = func(*args, **kwargs)
+            return func(*args, **kwargs) if isinstance(made, Tensor) and made.numel() <= SMALL else made
+        real = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
+        if len(real) == len(tensors):
+            return func(*args, **kwargs)
+        if real:
+            if func._overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+                args = (args[0], [_places(index) for index in args[1]], *args[2:])
+            args, kwargs = tree_map(self._imagine, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _imagine(self, leaf: Any) -> Any:
+        return self._mode.from_tensor(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) else leaf
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor without numbers."""
+        with self._mode:
+            tensor = torch.empty(shape, dtype=dtype)
+        self.tracker.hold(tensor)
+        return tensor
+
+    def inhabit(self, module: nn.Module, kind: str) -> None:
+        """Puts tensors without numbers in the place of a module's parameters and buffers, which may be on meta."""
+        made: dict[int, Tensor] = {}
+        for each in module.modules():
+            for name, own in [*each._parameters.items(), *each._buffers.items()]:
+                if own is None or isinstance(own, FakeTensor):
+                    continue
+                if id(own) not in made:
+                    tensor = self.empty(*own.shape, dtype=own.dtype)
+                    self.tracker.hold(tensor, kind)
+                    made[id(own)] = (
+                        nn.Parameter(tensor, own.requires_grad) if isinstance(own, nn.Parameter) else tensor
+                    )
+                place: Any = each._parameters if name in each._parameters else each._buffers
+                place[name] = made[id(own)]
+
+    @contextmanager
+    def entered(self) -> Iterator[Tracker]:
+        """The block computes nothing, and is counted."""
+        with ExitStack() as stack:
+            stack.enter_context(_attention(self.tracker))
+            if self._as_cuda:
+                stack.enter_context(_autocast_of_cuda())
+            stack.enter_context(self.tracker)
+            yield self.tracker
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those among an operation's arguments; quicker than a walk through any tree."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _places(index: Any) -> Any:
+    """A real mask as the numbers of what it picks."""
+    return index.nonzero().squeeze(-1) if isinstance(index, Tensor) and index.dtype == torch.bool else index
+
+
+@contextmanager
+def _attention(tracker: Tracker) -> Iterator[None]:
+    """In place of what a CPU does: as flash attention, which keeps its inputs, its output and a number for each query.
+
+    A mask is taken for one that costs nothing.
+    """
+    original = F.scaled_dot_product_attention
+
+    class Flash(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            *batch, heads, tokens, _ = query.shape
+            out = query.new_empty(*batch, tokens, heads, value.shape[-1]).transpose(-3, -2)
+            normaliser = query.new_empty(*batch, heads, tokens, dtype=torch.float32)
+            tracker.compute(attention_flops(query.shape, key.shape, value.shape))
+            ctx.save_for_backward(query, key, value, out, normaliser)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+            query, key, value, *_ = ctx.saved_tensors
+            tracker.compute(int(BACKWARD * attention_flops(query.shape, key.shape, value.shape)))
+            return tuple(torch.empty_like(each) for each in (query, key, value))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(query, FakeTensor):
+            return original(query, key, value, *args, **kwargs)
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = (each.to(dtype) for each in (query, key, value))
+        attended: Tensor = Flash.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return attended
+
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+@contextmanager
+def _autocast_of_cuda() -> Iterator[None]:
+    """Autocast on the CPU makes float32 of what it does on CUDA."""
+    library: Any = torch.library.Library("aten", "IMPL")  # noqa: TOR901  it is taken down below
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def in_float32(op: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            def up(leaf: Any) -> Any:
+                low = isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
+                return leaf.float() if low else leaf
+
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*tree_map(up, args), **kwargs)
+
+        return run
+
+    try:
+        for name in FLOAT32:
+            packet, _, overload = name.partition(".")
+            op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            library.impl(name, in_float32(op), "AutocastCPU")
+        yield
+    finally:
+        library._destroy()
