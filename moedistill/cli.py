@@ -137,6 +137,48 @@ def validate(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, .
 
 @cli.command()
 @click.argument("recipe")
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Processes, one on each GPU.")
+@click.option(
+    "--gpu-memory", type=click.FloatRange(min=0, min_open=True), default=80.0, show_default=True, metavar="GIB",
+    help="Memory of each GPU.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in bytes, and nothing else.")
+@set_option
+@plugin_option
+def plan(
+    recipe: str,
+    gpus: int | None,
+    gpu_memory: float,
+    as_json: bool,
+    overrides: tuple[str, ...],
+    plugin_files: tuple[str, ...],
+) -> None:
+    """Say what RECIPE takes of memory and computes, and what would make it fit; without weights, data and a GPU.
+
+    Each training stage's own step is tried with tensors that have no numbers. The answer is an answer either way: the
+    exit code is 0 whether it fits or not.
+
+    \b
+    Example:
+      moedistill plan dcm_wan_1_3b
+      moedistill plan dcm_hunyuan --gpus 6 --set training.sharding=fsdp2
+      moedistill plan my_recipe.yaml --gpu-memory 24 --json
+    """
+    import json
+
+    from moedistill.recipe.loading import load_recipe
+
+    plugins = _plugins(plugin_files)
+    loaded = load_recipe(recipe, overrides, plugins)
+    from moedistill.runs.planning.remedies import plan_with_remedies
+    from moedistill.runs.planning.table import lines
+
+    made = plan_with_remedies(loaded, recipe, overrides, plugins, gpus=gpus, gpu_memory=gpu_memory)
+    click.echo(json.dumps(made.plain(), indent=1) if as_json else "\n".join(lines(made)))
+
+
+@cli.command()
+@click.argument("recipe")
 @set_option
 @plugin_option
 def show(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...]) -> None:

@@ -24,12 +24,14 @@ def _form(block: nn.Module) -> tuple[Any, ...]:
     return type(block), tuple((name, each.shape, each.dtype) for name, each in block.named_parameters())
 
 
-def blocks_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of all stacks, with where they are: the first and the last, and those between."""
+def blocks_of(network: nn.Module, stride: int) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of all stacks, with where they are: the first, each of the last `stride` ones, and those between."""
     for path, count in stacks(network).items():
         stack: Any = network.get_submodule(path)
         for number, block in enumerate(stack):
-            yield f"{path} {'first' if number == 0 else 'last' if number == count - 1 else 'between'}", block
+            left = count - number
+            place = f"last but {left - 1}" if left <= stride else "between" if number else "first"
+            yield f"{path} {place}", block
 
 
 def depths_to_try(backbone: Backbone, stride: int) -> list[dict[str, int]]:
@@ -44,7 +46,7 @@ def depths_to_try(backbone: Backbone, stride: int) -> list[dict[str, int]]:
     base, steps = {}, {}
     for path, count in first.items():
         step = stride if any(block.startswith(f"{path}.") for block in backbone.blocks) else 1
-        few = max(2, step) + (count - max(2, step)) % step
+        few = 2 * step + count % step
         if count > few + step:
             base[path], steps[path] = few, step
     return [base, *({**base, path: base[path] + step} for path, step in steps.items())]

@@ -75,8 +75,9 @@ class Watched(Training):
         self.tracker = tracker
         self.mixture.register_forward_pre_hook(self._open)
         self.mixture.register_forward_hook(self._close)
+        stride = config.probe.block_stride if config.probe is not None else 1
         for network in self.mixture.networks:
-            for path, module in blocks_of(network):
+            for path, module in blocks_of(network, stride):
                 tracker.place(module, path)
 
     def trains(self, name: str, what: Any, optimizer: OptimizerConfig, **options: Any) -> None:
@@ -142,7 +143,7 @@ class Watched(Training):
 
 class FakeTraining(Watched):
     """A training stage under way in which no tensor has numbers. Moments are there from the first step on, as they are
-    in all later ones; with accumulation so are gradients, of the micro-batches before.
+    in all later ones.
     """
 
     def __init__(self, run: Run, config: TrainingStageConfig, imagined: Imagined, batch: int) -> None:
@@ -166,15 +167,10 @@ class FakeTraining(Watched):
     def _prepared(
         self, module: nn.Module, parameters: LiveParameters, config: OptimizerConfig, updates: int
     ) -> Trainable:
-        own = list(parameters.values())
-        if self.recipe.training.gradient_accumulation_steps > 1:
-            for parameter in own:
-                parameter.grad = torch.empty_like(parameter)
-                self.tracker.hold(parameter.grad, OF_CRITICS if module.__class__.__name__ != "Behaviour" else GRADIENTS)
         dtype = self.mixture.autocast_dtype
         if dtype is not None:  # as accelerate does it
             _autocast(module, dtype)
-        optimizer: Any = FakeAdamW(own, self.tracker)
+        optimizer: Any = FakeAdamW(list(parameters.values()), self.tracker)
         return Trainable(parameters, module, optimizer, FakeScheduler(), config.max_grad_norm)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from moedistill.runs.planning.tracker import Tracker, attention_flops
@@ -31,6 +30,70 @@ SMALL = 4096
 """Elements of a new tensor, made of no other, that is real: it may be a number that is looked at."""
 
 
+class Numberless(Tensor):
+    """A tensor that says that it is on the CPU, so that autocast and autograd treat it so, and has no numbers: `shape_of`
+    is on torch's meta device.
+    """
+
+    shape_of: Tensor
+
+    @staticmethod
+    def __new__(cls, shape_of: Tensor) -> "Numberless":
+        made: Numberless = torch.Tensor._make_wrapper_subclass(
+            cls, shape_of.shape, strides=shape_of.stride(), storage_offset=shape_of.storage_offset(),
+            dtype=shape_of.dtype, device="cpu",
+        )  # type: ignore[attr-defined]  # fmt: skip
+        made.shape_of = shape_of
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return operate(func, args, kwargs or {})
+
+
+def operate(func: Any, args: Any, kwargs: Any) -> Any:
+    """Carries an operation out: on what is real as it is, and on shapes alone where a tensor without numbers is met.
+
+    A large new tensor, made of no other, has none.
+    """
+    tensors = list(_tensors((*args, *kwargs.values())))
+    if not tensors:
+        if "device" not in kwargs or str(kwargs["device"]) == "meta":  # a module that is built without weights
+            return func(*args, **kwargs)
+        made = func(*args, **{**kwargs, "device": "meta"})
+        return Numberless(made) if made.numel() > SMALL else func(*args, **kwargs)
+    if not any(isinstance(tensor, Numberless) for tensor in tensors):
+        return func(*args, **kwargs)
+    if func._overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+        args = (args[0], [_places(index) for index in args[1]], *args[2:])
+    known: dict[int, Tensor] = {}
+    given = _shapes_of(args, known)
+    options = {name: _shapes_of(value, known) for name, value in kwargs.items()}
+    if options.get("device") is not None:
+        options["device"] = "meta"
+    return _numberless(func(*given, **options), known)
+
+
+def _shapes_of(value: Any, known: dict[int, Tensor]) -> Any:
+    """An argument with shapes in place of tensors; `known` says what they are of."""
+    if isinstance(value, Tensor):
+        shape = value.shape_of if isinstance(value, Numberless) else value.to("meta")
+        known[id(shape)] = value
+        return shape
+    if isinstance(value, list | tuple):
+        return type(value)([_shapes_of(each, known) for each in value])
+    return value
+
+
+def _numberless(made: Any, known: dict[int, Tensor]) -> Any:
+    """What an operation made: of the tensors that it was given themselves, or new ones."""
+    if isinstance(made, Tensor):
+        return known[id(made)] if id(made) in known else Numberless(made)
+    if isinstance(made, list | tuple):
+        return type(made)([_numberless(each, known) for each in made])
+    return made
+
+
 class Imagined:
     """The world in which tensors have no numbers.
 
@@ -39,32 +102,12 @@ class Imagined:
     """
 
     def __init__(self, watched: tuple[str, ...], *, as_cuda: bool = True) -> None:
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._as_cuda = as_cuda
-        self.tracker = Tracker(watched, self._operate)
-
-    def _operate(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = list(_tensors((*args, *kwargs.values())))
-        if not tensors:
-            with self._mode:
-                made = func(*args, **kwargs)
-            return func(*args, **kwargs) if isinstance(made, Tensor) and made.numel() <= SMALL else made
-        real = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
-        if len(real) == len(tensors):
-            return func(*args, **kwargs)
-        if real:
-            if func._overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-                args = (args[0], [_places(index) for index in args[1]], *args[2:])
-            args, kwargs = tree_map(self._imagine, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def _imagine(self, leaf: Any) -> Any:
-        return self._mode.from_tensor(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) else leaf
+        self.tracker = Tracker(watched, operate, lambda tensor: getattr(tensor, "shape_of", tensor))
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor without numbers."""
-        with self._mode:
-            tensor = torch.empty(shape, dtype=dtype)
+        tensor = Numberless(torch.empty(shape, dtype=dtype, device="meta"))
         self.tracker.hold(tensor)
         return tensor
 
@@ -73,7 +116,7 @@ class Imagined:
         made: dict[int, Tensor] = {}
         for each in module.modules():
             for name, own in [*each._parameters.items(), *each._buffers.items()]:
-                if own is None or isinstance(own, FakeTensor):
+                if own is None or isinstance(own, Numberless):
                     continue
                 if id(own) not in made:
                     tensor = self.empty(*own.shape, dtype=own.dtype)
@@ -134,7 +177,7 @@ def _attention(tracker: Tracker) -> Iterator[None]:
             return tuple(torch.empty_like(each) for each in (query, key, value))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(query, FakeTensor):
+        if not isinstance(query, Numberless):
             return original(query, key, value, *args, **kwargs)
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")

@@ -1,7 +1,7 @@
 """Puts together what each stage of a recipe takes on each process: what stands, and what a step adds to it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -125,19 +125,34 @@ class Planner:
     def __init__(self) -> None:
         self._steps: dict[str, Step] = {}
 
+    def peak(self, recipe: Recipe, gpus: int, memory: float, order: Sequence[str]) -> tuple[int, bool]:
+        """The largest peak of all stages and whether that fits; the first one that does not, looking in `order`."""
+        most = 0
+        for stage in self._each(recipe, gpus, order):
+            most = max(most, stage.peak)
+            if not fits(stage.peak, memory):
+                return most, False
+        return most, True
+
     def stages(self, recipe: Recipe, gpus: int) -> list[StagePlan]:
         """All stages with so many processes.
 
         Raises:
             UserError: the batch cannot be shared among them; the backbone cannot be built, or a stage not set up.
         """
+        names = [config.name for config in recipe.stages]
+        return list(self._each(recipe, gpus, names))
+
+    def _each(self, recipe: Recipe, gpus: int, order: Sequence[str]) -> Iterator[StagePlan]:
         with user_errors(f"{gpus} GPUs" if gpus > 1 else "training"):
             batch = share_of_batch(recipe.training.batch_size, recipe.training.gradient_accumulation_steps, gpus)
         with user_errors("backbone"):
             skeleton = recipe.backbone.skeleton()
         with user_errors("experts"):
             standing = count(recipe, empty_mixture(recipe, skeleton), gpus)
-        return [self._stage(recipe, config, standing[config.name], batch, gpus) for config in recipe.stages]
+        stages = {config.name: config for config in recipe.stages}
+        for name in order:
+            yield self._stage(recipe, stages[name], standing[name], batch, gpus)
 
     def _stage(
         self, recipe: Recipe, config: StageConfig, standing: Standing, batch: int, gpus: int
@@ -146,11 +161,13 @@ class Planner:
             step = self._step(recipe, config, batch)
         training, cut = recipe.training, gpus if recipe.training.sharding == "fsdp2" else 1
 
-        def taken(moment: Moment) -> float:
-            return moment.activations + moment.gradients / cut + moment.of_critics
+        accumulating = training.gradient_accumulation_steps > 1
 
-        most = max(step.moments, key=taken)
-        gradients = int(most.gradients / cut + most.of_critics)
+        def gradients(moment: Moment) -> int:
+            """All there, where those of earlier micro-batches are kept."""
+            return standing.gradients if accumulating else int(moment.gradients / cut + moment.of_critics)
+
+        most = max(step.moments, key=lambda moment: moment.activations + gradients(moment))
         micro_batches = training.gradient_accumulation_steps if isinstance(config, TrainingStageConfig) else 1
         return StagePlan(
             name=config.name,
@@ -164,8 +181,8 @@ class Planner:
             averages=standing.averages,
             distribution=standing.shared,
             activations=int(most.activations),
-            gradients_at_peak=gradients,
-            peak=standing.device + int(most.activations) + gradients,
+            gradients_at_peak=gradients(most),
+            peak=standing.device + int(most.activations) + gradients(most),
             where=most.where,
             host=standing.host,
             checkpoint=standing.checkpoint,
@@ -176,8 +193,10 @@ class Planner:
     def _step(self, recipe: Recipe, config: StageConfig, batch: int) -> Step:
         plain = to_plain(recipe)
         own = to_plain(config) if isinstance(config, TrainingStageConfig) else None
-        training = (recipe.training.gradient_checkpointing, recipe.training.gradient_accumulation_steps > 1)
-        key = json.dumps([own, batch, training, *(plain[part] for part in ("backbone", "experts", "router"))])
+        if own is not None:
+            own["optimizer"] = own["steps"] = None
+        recomputing = recipe.training.gradient_checkpointing
+        key = json.dumps([own, batch, recomputing, *(plain[part] for part in ("backbone", "experts", "router"))])
         if key not in self._steps:
             skeleton = recipe.backbone.skeleton()
             if isinstance(config, TrainingStageConfig):

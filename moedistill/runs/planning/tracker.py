@@ -55,6 +55,7 @@ class Tracker(TorchDispatchMode):
     Args:
         watched: kinds of bytes, of which passages keep the numbers.
         operate: carries an operation out; as it is, if not given.
+        stored: the tensor whose storage counts as that of another.
 
     Attributes:
         bytes: alive now, by kind.
@@ -62,7 +63,12 @@ class Tracker(TorchDispatchMode):
         passages: the parts of what was done, in order, with what nobody named as "".
     """
 
-    def __init__(self, watched: Iterable[str] = (OTHER,), operate: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        watched: Iterable[str] = (OTHER,),
+        operate: Callable[..., Any] | None = None,
+        stored: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
         super().__init__()
         self.watched = tuple(watched)
         self.bytes: dict[str, int] = defaultdict(int)
@@ -70,14 +76,12 @@ class Tracker(TorchDispatchMode):
         self.passages: list[Passage] = [Passage("")]
         self._open = [self.passages[0]]
         self._known: dict[int, tuple[Any, int, str]] = {}
-        self._operate = operate
+        self._operate, self._stored = operate, stored
         self._place = ""
         self._places: list[tuple[int, str]] = [(-1, "")]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # a tensor without numbers is asked where it is
-            return func(*args)
         made = func(*args, **kwargs) if self._operate is None else self._operate(func, args, kwargs)
         for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(leaf, Tensor):
@@ -99,7 +103,7 @@ class Tracker(TorchDispatchMode):
 
     def hold(self, tensor: Tensor, kind: str | None = None) -> None:
         """Counts a tensor's storage as of a kind until it is freed; one that is known keeps its own, if None is given."""
-        storage = tensor.untyped_storage()
+        storage = self._stored(tensor).untyped_storage()
         place = storage._cdata
         known = self._known.get(place)
         if known is not None:
