@@ -4,6 +4,7 @@ Frozen weights lie in the dtype of the base, what is trained in float32 with a g
 does not use lies on the host (`training.offload`); what is sharded is cut among the processes.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from moedistill.model.experts import Expert
 from moedistill.model.mixture import Mixture
+from moedistill.recipe.building import to_plain
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.runs.planning.depths import stacks
 from moedistill.runs.planning.fake_step import empty_run
@@ -62,24 +64,27 @@ def least(standing: Standing, *, accumulating: bool) -> int:
     return standing.device + (standing.trained if accumulating else max(experts, standing.critics))
 
 
-def count(recipe: Recipe, mixture: Mixture, processes: int) -> dict[str, Standing]:
+def count(
+    recipe: Recipe, mixture: Mixture, processes: int, known: dict[str, list[Part]] | None = None
+) -> dict[str, Standing]:
     """What stands through each stage, by its name.
 
     Args:
         mixture: the recipe's, which may be without weights.
+        known: what stages of this mixture train, as JSON of theirs, if they were set up before; it is added to.
 
     Raises:
         ValueError: a stage cannot be set up.
     """
-    counter = _Counter(recipe, mixture, processes)
+    counter = _Counter(recipe, mixture, processes, {} if known is None else known)
     return {config.name: counter.stage(config) for config in recipe.stages}
 
 
 class _Counter:
     """Goes through the stages in order: what was trained before is in every later checkpoint."""
 
-    def __init__(self, recipe: Recipe, mixture: Mixture, processes: int) -> None:
-        self.recipe, self.mixture, self.processes = recipe, mixture, processes
+    def __init__(self, recipe: Recipe, mixture: Mixture, processes: int, known: dict[str, list[Part]]) -> None:
+        self.recipe, self.mixture, self.processes, self.known = recipe, mixture, processes, known
         self.sharded = recipe.training.sharding == "fsdp2"
         self.cut = processes if self.sharded else 1
         self.pretrained = {id(mixture.experts[name].shared) for name in mixture.teachers}
@@ -92,7 +97,8 @@ class _Counter:
             used += [self.mixture.experts[name] for name in self.mixture.teachers]
             return self._weights(used, ())
         run = empty_run(self.recipe, self.mixture)
-        parts = rehearse(run, config)
+        key = json.dumps(to_plain(config))
+        parts = self.known[key] = self.known.get(key) or rehearse(run, config)
         trained = [part.expert for part in parts if part.expert is not None]
         names = {*trained, *config.used_experts(), Training(run, config).teacher_name}
         standing = self._weights([self.mixture.experts[name] for name in names], trained)
@@ -160,23 +166,24 @@ class _Counter:
 
     def _resting(self, name: str, weight: Tensor, pretrained: bool) -> int:
         """Bytes of one of a network's own weights while it is not trained."""
-        if pretrained and getattr(self.recipe.backbone, "quantization", None) == "int8":
-            if name.endswith(".weight") and weight.ndim == 2:
-                return weight.numel() + FLOAT32 * weight.shape[0]
+        low = pretrained and getattr(self.recipe.backbone, "quantization", None) == "int8"
+        if low and name.endswith(".weight") and weight.ndim == 2:
+            return weight.numel() + FLOAT32 * weight.shape[0]
         if pretrained:
             return size(weight)
         dtype: torch.dtype = getattr(torch, self.recipe.backbone.dtype)
         return weight.numel() * dtype.itemsize
 
     def _gathered(self, networks: Iterable[nn.Module], resting: Mapping[int, int], trained: Iterable[int]) -> int:
-        """What FSDP2 has whole at a time: what lies outside of blocks, two of the largest blocks, and their gradients."""
+        """What FSDP2 has whole at a time: what lies outside of blocks, two of the largest ones, and their gradients."""
         if not self.sharded or self.processes == 1:
             return 0
         of_trained, roots, blocks = set(trained), 0, [0]
         for network in networks:
             found: dict[str, int] = {"": 0}
+            paths = stacks(network)
             for name, each in network.named_parameters():
-                path = next((path for path in stacks(network) if name.startswith(f"{path}.")), "")
+                path = next((path for path in paths if name.startswith(f"{path}.")), "")
                 block = ".".join(name.split(".")[: path.count(".") + 2]) if path else ""
                 taken = size(each) if id(each) in of_trained else resting.get(id(each), size(each))
                 found[block] = found.get(block, 0) + taken + (size(each) if id(each) in of_trained else 0)

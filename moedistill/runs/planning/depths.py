@@ -1,4 +1,4 @@
-"""A network with fewer of its equal blocks, and what follows from a few of them for all: everything is linear in them."""
+"""A network with fewer of its equal blocks, and what follows from a few for all: everything is linear in them."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,6 @@
 """One step of a training stage without numbers: the stage's own `setup` and `step`, on tensors that have none."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from moedistill.losses.base import Loss, LossConfig, ProbeLayout, StepTensors
 from moedistill.losses.optim import OptimizerConfig
 from moedistill.model.backbone import Backbone
 from moedistill.model.conditioning import Conditioning
-from moedistill.model.ema import EMA
 from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe, TrainingStageConfig
@@ -178,14 +176,16 @@ def _autocast(module: nn.Module, dtype: torch.dtype) -> None:
     from accelerate.utils import convert_outputs_to_fp32
 
     forward = torch.autocast("cpu", dtype, cache_enabled=False)(module.forward)
-    module.forward = convert_outputs_to_fp32(forward)  # type: ignore[method-assign]
+    module.forward = convert_outputs_to_fp32(forward)
 
 
 class FakeAdamW:
     """What AdamW allocates, parameter by parameter, as torch's does without `foreach`."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], tracker: Tracker) -> None:
-        self._moments = [(each, torch.empty_like(each).detach(), torch.empty_like(each).detach()) for each in parameters]
+        self._moments = [
+            (each, torch.empty_like(each).detach(), torch.empty_like(each).detach()) for each in parameters
+        ]
         for _, *moments in self._moments:
             for moment in moments:
                 tracker.hold(moment, MOMENTS)
@@ -216,7 +216,7 @@ class FakeAccelerator:
     num_processes, process_index, is_main_process = 1, 0, True
 
     def backward(self, loss: Tensor, **options: Any) -> None:
-        loss.backward(**options)  # type: ignore[no-untyped-call]
+        loss.backward(**options)
 
     def clip_grad_norm_(self, parameters: Sequence[Tensor], limit: float) -> Tensor:
         return nn.utils.clip_grad_norm_(parameters, limit, foreach=False)
@@ -316,7 +316,11 @@ def _forward_at(recipe: Recipe, backbone: Backbone) -> tuple[float, float, int]:
         cond = fake_conditioning(recipe, shape, imagined, 1)
         with tracker.passage("forward"), mixture.using(next(iter(mixture.experts))):
             mixture.guided(imagined.empty(1, *shape), torch.ones(1), cond, mixture.guidance)
-    return max(float(alive[0]) for each in tracker.passages for alive in each.most.values()), tracker.flops, mixture.forwards
+    return (
+        max(float(alive[0]) for each in tracker.passages for alive in each.most.values()),
+        tracker.flops,
+        mixture.forwards,
+    )
 
 
 Peaks = Mapping[tuple[str, str, str], tuple[int, ...]]
@@ -367,9 +371,7 @@ def peaks(passages: Sequence[Passage]) -> Peaks:
     return found
 
 
-def fake_batch(
-    recipe: Recipe, config: TrainingStageConfig, backbone: Backbone, imagined: Imagined, size: int
-) -> Batch:
+def fake_batch(recipe: Recipe, config: TrainingStageConfig, backbone: Backbone, imagined: Imagined, size: int) -> Batch:
     """A prepared micro-batch of the size that the recipe says, with the longest text."""
     channels, frames, *rest = backbone.latent_shape()
     shape = (channels, min(frames, config.latent_frames or frames), *rest)

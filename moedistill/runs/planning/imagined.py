@@ -1,10 +1,11 @@
 """Tensors without numbers, and what a GPU would do to them: kernels of attention, and what autocast makes float32.
 
 Shapes, dtypes and storages are those of the real thing; nothing is computed. What is real when it comes in, such as a
-noise level, stays real among its likes, so that it can be looked at; where it meets a tensor without numbers, the result
-has none.
+noise level, stays real among its likes, so that it can be looked at; where it meets a tensor without numbers, the
+result has none.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,8 +32,10 @@ SMALL = 4096
 
 
 class Numberless(Tensor):
-    """A tensor that says that it is on the CPU, so that autocast and autograd treat it so, and has no numbers: `shape_of`
-    is on torch's meta device.
+    """A tensor that has no numbers, and says that it is on the CPU, so that autocast and autograd treat it so.
+
+    Attributes:
+        shape_of: the same on torch's meta device.
     """
 
     shape_of: Tensor
@@ -41,13 +44,13 @@ class Numberless(Tensor):
     def __new__(cls, shape_of: Tensor) -> "Numberless":
         made: Numberless = torch.Tensor._make_wrapper_subclass(
             cls, shape_of.shape, strides=shape_of.stride(), storage_offset=shape_of.storage_offset(),
-            dtype=shape_of.dtype, device="cpu",
-        )  # type: ignore[attr-defined]  # fmt: skip
+            dtype=shape_of.dtype, device=torch.device("cpu"),
+        )  # fmt: skip
         made.shape_of = shape_of
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return operate(func, args, kwargs or {})
 
 
@@ -71,7 +74,28 @@ def operate(func: Any, args: Any, kwargs: Any) -> Any:
     options = {name: _shapes_of(value, known) for name, value in kwargs.items()}
     if options.get("device") is not None:
         options["device"] = "meta"
-    return _numberless(func(*given, **options), known)
+    return _numberless(_made(func, given, options, known), known)
+
+
+_MADE: dict[Any, tuple[Any, ...]] = {}
+"""Of element-wise operations: size, strides and dtype of what they make, by what they are given."""
+
+
+def _made(func: Any, args: Any, kwargs: Any, known: dict[int, Tensor]) -> Any:
+    """What an operation makes of shapes. For element-wise ones torch works that out in Python, slowly: once will do."""
+    if torch.Tag.pointwise not in func.tags or func._schema.is_mutable:
+        return func(*args, **kwargs)
+    shapes = tuple((each.shape, each.stride(), each.dtype) for each in _tensors((*args, *kwargs.values())))
+    others = tuple(type(each) if isinstance(each, Tensor) else each for each in (*args, *kwargs.items()))
+    key = (func, shapes, others)
+    try:
+        size, strides, dtype = _MADE[key]
+    except (KeyError, TypeError):
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and all(isinstance(each, int | float | bool | type | tuple) for each in others):
+            _MADE[key] = (made.shape, made.stride(), made.dtype)
+        return made
+    return torch.empty_strided(size, strides, dtype=dtype, device="meta")
 
 
 def _shapes_of(value: Any, known: dict[int, Tensor]) -> Any:
@@ -121,16 +145,15 @@ class Imagined:
                 if id(own) not in made:
                     tensor = self.empty(*own.shape, dtype=own.dtype)
                     self.tracker.hold(tensor, kind)
-                    made[id(own)] = (
-                        nn.Parameter(tensor, own.requires_grad) if isinstance(own, nn.Parameter) else tensor
-                    )
+                    made[id(own)] = nn.Parameter(tensor, own.requires_grad) if isinstance(own, nn.Parameter) else tensor
                 place: Any = each._parameters if name in each._parameters else each._buffers
                 place[name] = made[id(own)]
 
     @contextmanager
     def entered(self) -> Iterator[Tracker]:
         """The block computes nothing, and is counted."""
-        with ExitStack() as stack:
+        with ExitStack() as stack, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a CPU would do, and of a library's own
             stack.enter_context(_attention(self.tracker))
             if self._as_cuda:
                 stack.enter_context(_autocast_of_cuda())
@@ -182,10 +205,10 @@ def _attention(tracker: Tracker) -> Iterator[None]:
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = (each.to(dtype) for each in (query, key, value))
-        attended: Tensor = Flash.apply(query, key, value)  # type: ignore[no-untyped-call]
+        attended: Tensor = Flash.apply(query, key, value)
         return attended
 
-    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attend
     try:
         yield
     finally:
@@ -195,7 +218,7 @@ def _attention(tracker: Tracker) -> Iterator[None]:
 @contextmanager
 def _autocast_of_cuda() -> Iterator[None]:
     """Autocast on the CPU makes float32 of what it does on CUDA."""
-    library: Any = torch.library.Library("aten", "IMPL")  # noqa: TOR901  it is taken down below
+    library: Any = torch.library.Library("aten", "IMPL")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def in_float32(op: Any) -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 
 from moedistill.data.loading import share_of_batch
 from moedistill.errors import user_errors
+from moedistill.model.mixture import Mixture
 from moedistill.recipe.building import to_plain
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.runs.planning.count import Standing, count
 from moedistill.runs.planning.fake_step import Moment, Step, empty_mixture, fake_forward, fake_step
+from moedistill.stages.rehearsal import Part
 
 GIB = 2**30
 CARDS = (24, 32, 40, 48, 80, 141)
@@ -124,6 +126,8 @@ class Planner:
 
     def __init__(self) -> None:
         self._steps: dict[str, Step] = {}
+        self._mixtures: dict[str, Mixture] = {}
+        self._parts: dict[str, dict[str, list[Part]]] = {}
 
     def peak(self, recipe: Recipe, gpus: int, memory: float, order: Sequence[str]) -> tuple[int, bool]:
         """The largest peak of all stages and whether that fits; the first one that does not, looking in `order`."""
@@ -146,17 +150,21 @@ class Planner:
     def _each(self, recipe: Recipe, gpus: int, order: Sequence[str]) -> Iterator[StagePlan]:
         with user_errors(f"{gpus} GPUs" if gpus > 1 else "training"):
             batch = share_of_batch(recipe.training.batch_size, recipe.training.gradient_accumulation_steps, gpus)
-        with user_errors("backbone"):
-            skeleton = recipe.backbone.skeleton()
         with user_errors("experts"):
-            standing = count(recipe, empty_mixture(recipe, skeleton), gpus)
+            standing = count(recipe, self._mixture(recipe), gpus, self._parts.setdefault(_key(recipe), {}))
         stages = {config.name: config for config in recipe.stages}
         for name in order:
             yield self._stage(recipe, stages[name], standing[name], batch, gpus)
 
-    def _stage(
-        self, recipe: Recipe, config: StageConfig, standing: Standing, batch: int, gpus: int
-    ) -> StagePlan:
+    def _mixture(self, recipe: Recipe) -> Mixture:
+        key = _key(recipe)
+        if key not in self._mixtures:
+            with user_errors("backbone"):
+                skeleton = recipe.backbone.skeleton()
+            self._mixtures[key] = empty_mixture(recipe, skeleton)
+        return self._mixtures[key]
+
+    def _stage(self, recipe: Recipe, config: StageConfig, standing: Standing, batch: int, gpus: int) -> StagePlan:
         with user_errors(f"stage {config.name}"):
             step = self._step(recipe, config, batch)
         training, cut = recipe.training, gpus if recipe.training.sharding == "fsdp2" else 1
@@ -191,12 +199,11 @@ class Planner:
         )
 
     def _step(self, recipe: Recipe, config: StageConfig, batch: int) -> Step:
-        plain = to_plain(recipe)
         own = to_plain(config) if isinstance(config, TrainingStageConfig) else None
         if own is not None:
             own["optimizer"] = own["steps"] = None
         recomputing = recipe.training.gradient_checkpointing
-        key = json.dumps([own, batch, recomputing, *(plain[part] for part in ("backbone", "experts", "router"))])
+        key = json.dumps([own, batch, recomputing, _key(recipe)])
         if key not in self._steps:
             skeleton = recipe.backbone.skeleton()
             if isinstance(config, TrainingStageConfig):
@@ -204,6 +211,12 @@ class Planner:
             else:
                 self._steps[key] = fake_forward(recipe, skeleton)
         return self._steps[key]
+
+
+def _key(recipe: Recipe) -> str:
+    """What the mixture depends on."""
+    plain = to_plain(recipe)
+    return json.dumps([plain[part] for part in ("backbone", "trajectory", "experts", "router")])
 
 
 def numbers_that_go(recipe: Recipe) -> list[int]:

@@ -47,9 +47,7 @@ def plan_with_remedies(
 
 
 class _Search:
-    def __init__(
-        self, made: Plan, planner: Planner, source: str, overrides: tuple[str, ...], plugins: Plugins
-    ) -> None:
+    def __init__(self, made: Plan, planner: Planner, source: str, overrides: tuple[str, ...], plugins: Plugins) -> None:
         self.made, self.planner = made, planner
         self.source, self.overrides, self.plugins = source, overrides, plugins
         self.order = [stage.name for stage in sorted(made.stages, key=lambda stage: -stage.peak)]
@@ -146,10 +144,9 @@ def _more_gpus(recipe: Recipe, made: Plan) -> Iterator[Change]:
     for number in dict.fromkeys([*numbers[:1], *numbers[-1:]]):
         yield Change(settings, f"{number} GPUs, weights cut among them", number)
     if training.gradient_accumulation_steps > 1 and training.batch_size > most:
-        yield Change(
-            (*settings, "training.gradient_accumulation_steps=1"), f"{training.batch_size} GPUs, weights cut among them",
-            training.batch_size,
-        )  # fmt: skip
+        number = training.batch_size
+        steps = "training.gradient_accumulation_steps=1"
+        yield Change((*settings, steps), f"{number} GPUs, weights cut among them", number)
 
 
 def _frames(recipe: Recipe, stage: TrainingStageConfig) -> int:

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from moedistill.runs.planning.plan import GIB, Plan, Remedy, StagePlan
 
 ASSUMED = (
-    "Assumed: attention keeps no scores (flash), a mask costs nothing; bfloat16 compute as autocast does it on CUDA;",
-    "not counted: what kernels take within themselves, the VAE and text encoders, workers, logs.",
+    "Assumed: attention keeps no scores (flash), masks cost nothing; autocast as on CUDA. Not counted: what",
+    "kernels take within themselves, the VAE and text encoders, workers.",
 )
 
 
 def lines(plan: Plan) -> Iterator[str]:
     """The whole plan, at most 100 columns wide."""
-    yield f"{plan.recipe} on {_gpus(plan.gpus)} of {plan.gpu_memory:g} GiB, of which {plan.spare:.1f} are left free; GiB"
+    gpus = f"{_gpus(plan.gpus)} of {plan.gpu_memory:g} GiB"
+    yield f"{plan.recipe} on {gpus}, {plan.spare:.1f} of them left free; all in GiB"
     for stage in plan.stages:
         yield ""
         yield from _stage(stage)

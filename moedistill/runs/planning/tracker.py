@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Tracker(TorchDispatchMode):
         self._open[-1].flops += flops
 
     def hold(self, tensor: Tensor, kind: str | None = None) -> None:
-        """Counts a tensor's storage as of a kind until it is freed; one that is known keeps its own, if None is given."""
+        """Counts a tensor's storage as of a kind until it is freed; what is known keeps its own, if none is given."""
         storage = self._stored(tensor).untyped_storage()
         place = storage._cdata
         known = self._known.get(place)
@@ -132,11 +133,12 @@ class Tracker(TorchDispatchMode):
             self._place = ""  # a block that is recomputed stops where nothing more is needed, and is never left
 
     def place(self, module: nn.Module, name: str) -> None:
-        """Lets what a module computes, and the gradients of that, have a place of this name."""
+        """Lets what a module computes, and the gradients of that, have a place of this name, anew each time."""
+        times = count(1)
 
         def enter(*_: Any) -> None:
-            self._place = name
-            self._places.append((torch.autograd._get_sequence_nr(), name))
+            self._place = f"{name}, {next(times)}"
+            self._places.append((torch.autograd._get_sequence_nr(), self._place))
 
         def leave(*_: Any) -> None:
             self._place = ""
