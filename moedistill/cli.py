@@ -58,6 +58,7 @@ def cli() -> None:
 @click.argument("recipe")
 @set_option
 @click.option("--smoke", is_flag=True, help="The same run in miniature: seconds, on a CPU.")
+@click.option("--force", is_flag=True, help="Begin even where a GPU's memory cannot hold what must be in it.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
 @click.option("--resume-from", metavar="PATH", help="Go on from this run or checkpoint; with --output, elsewhere.")
 @click.option("--output", metavar="DIR", help="The run's folder, new or empty; runs/NAME/TIME if not given.")
@@ -71,6 +72,7 @@ def run(
     recipe: str,
     overrides: tuple[str, ...],
     smoke: bool,
+    force: bool,
     resume: bool,
     resume_from: str | None,
     output: str | None,
@@ -104,13 +106,14 @@ def run(
     command = RunCommand(smoke, device, tuple(plugins.files), recipe, settings, processes)
     if num_processes is not None and num_processes > 1:
         arguments = replace(command, processes=None).arguments(**where)
+        arguments += ["--force"] * force
         return launch(arguments, num_processes, device, loaded.training.timeout, command.as_given(**where))
     end_with_launcher()
     from moedistill.runs.loop import run as run_recipe
     from moedistill.runs.processes import leaving
 
     with leaving():
-        run_recipe(loaded, **where, smoke=smoke, device=device, plugins=plugins, command=command)
+        run_recipe(loaded, **where, smoke=smoke, device=device, plugins=plugins, command=command, force=force)
     return 0
 
 

@@ -19,7 +19,7 @@ from moedistill.errors import Interrupted, SaidElsewhere, UserError, WriteError,
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
-from moedistill.runs.ahead import look_ahead
+from moedistill.runs.ahead import look_ahead, memory_of
 from moedistill.runs.build import build_run, make_accelerator
 from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.runs.check import check_before
@@ -27,6 +27,7 @@ from moedistill.runs.commands import RunCommand
 from moedistill.runs.launch import check_launch, launched_here, tell_launcher
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
 from moedistill.runs.not_finite import explain
+from moedistill.runs.planning.count import check_before_loading
 from moedistill.runs.processes import described, on_main
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
@@ -85,6 +86,7 @@ def run(
     device: str | None = None,
     plugins: Plugins | None = None,
     command: RunCommand | None = None,
+    force: bool = False,
     **overrides: Any,
 ) -> RunResult:
     """Runs all stages of a recipe.
@@ -100,6 +102,7 @@ def run(
         device: as torch names it; the accelerator if there is one, else "cpu".
         plugins: as loaded by `load_plugins`; all installed ones if not given.
         command: how messages name this run, if another way than by these arguments.
+        force: begin even where what stands in memory cannot fit the accelerator.
         overrides: top-level keys of the recipe to replace, such as `seed=1`.
 
     Raises:
@@ -126,6 +129,8 @@ def run(
         check_launch(accelerator.num_processes)
         if accelerator.is_main_process:
             click.echo(described(accelerator, recipe.backbone.dtype))
+        if not smoke:
+            on_main(accelerator, partial(_tell_least, recipe, accelerator, force))
         # By one process: a checkpoint that is compared with its sums may have 100 GB.
         begin = partial(
             _begin, recipe, accelerator.num_processes, stack, command,
@@ -142,6 +147,21 @@ def run(
             for warning in warnings:
                 runner.run.say(f"warning: {warning}")
             return runner.go()
+
+
+def _tell_least(recipe: Recipe, accelerator: "Accelerator", force: bool) -> None:
+    """Says what an accelerator's memory has to hold at least; on a CPU nothing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    memory = _accelerator_memory(accelerator.device)
+    if memory is not None:
+        click.echo(check_before_loading(recipe, accelerator.num_processes, memory, force=force))
+
+
+def _accelerator_memory(device: torch.device) -> int | None:
+    return memory_of(device) if device.type != "cpu" else None
 
 
 def _begin(

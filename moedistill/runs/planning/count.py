@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moedistill.errors import UserError, user_errors
 from moedistill.model.experts import Expert
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.building import to_plain
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
+from moedistill.runs.memory import ways_to_fewer_weights
 from moedistill.runs.planning.depths import stacks
-from moedistill.runs.planning.fake_step import empty_run
+from moedistill.runs.planning.fake_step import empty_mixture, empty_run
 from moedistill.stages.rehearsal import MOMENTS, Part, rehearse, size
 from moedistill.stages.training import Training
 
 FLOAT32 = 4
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,31 @@ def least(standing: Standing, *, accumulating: bool) -> int:
     """What a stage takes at least: no activations, and of gradients the larger ones alone unless they accumulate."""
     experts = standing.trained - standing.critics
     return standing.device + (standing.trained if accumulating else max(experts, standing.critics))
+
+
+def check_before_loading(recipe: Recipe, processes: int, memory: int, *, force: bool = False) -> str:
+    """What each stage takes at least, in a line; no step is tried.
+
+    Args:
+        memory: of the device, in bytes.
+        force: say it even where it cannot fit.
+
+    Raises:
+        UserError: a stage cannot fit, whatever a step takes.
+    """
+    with user_errors("experts"):
+        standing = count(recipe, empty_mixture(recipe, recipe.backbone.skeleton()), processes)
+    accumulating = recipe.training.gradient_accumulation_steps > 1
+    sizes = {name: least(each, accumulating=accumulating) for name, each in standing.items()}
+    name = max(sizes, key=sizes.__getitem__)
+    there = f"{sizes[name] / GIB:.1f} GiB of {memory / GIB:.1f} GiB on each process (stage {name})"
+    if sizes[name] <= memory or force:
+        return f"plan: at least {there}"
+    config = next(config for config in recipe.stages if config.name == name)
+    raise UserError(
+        f"stage {name} cannot fit: at least {there}, for weights, gradients, moments and averages alone; "
+        f"`moedistill plan` says what fits; {ways_to_fewer_weights(recipe, config)}. --force begins all the same"
+    )
 
 
 def count(

@@ -1,7 +1,7 @@
 """Puts together what each stage of a recipe takes on each process: what stands, and what a step adds to it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,11 +10,10 @@ from moedistill.errors import user_errors
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.building import to_plain
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
-from moedistill.runs.planning.count import Standing, count
+from moedistill.runs.planning.count import GIB, Standing, count
 from moedistill.runs.planning.fake_step import Moment, Step, empty_mixture, fake_forward, fake_step
 from moedistill.stages.rehearsal import Part
 
-GIB = 2**30
 CARDS = (24, 32, 40, 48, 80, 141)
 """GiB of memory of GPUs that there are."""
 
@@ -129,32 +128,17 @@ class Planner:
         self._mixtures: dict[str, Mixture] = {}
         self._parts: dict[str, dict[str, list[Part]]] = {}
 
-    def peak(self, recipe: Recipe, gpus: int, memory: float, order: Sequence[str]) -> tuple[int, bool]:
-        """The largest peak of all stages and whether that fits; the first one that does not, looking in `order`."""
-        most = 0
-        for stage in self._each(recipe, gpus, order):
-            most = max(most, stage.peak)
-            if not fits(stage.peak, memory):
-                return most, False
-        return most, True
-
     def stages(self, recipe: Recipe, gpus: int) -> list[StagePlan]:
         """All stages with so many processes.
 
         Raises:
             UserError: the batch cannot be shared among them; the backbone cannot be built, or a stage not set up.
         """
-        names = [config.name for config in recipe.stages]
-        return list(self._each(recipe, gpus, names))
-
-    def _each(self, recipe: Recipe, gpus: int, order: Sequence[str]) -> Iterator[StagePlan]:
         with user_errors(f"{gpus} GPUs" if gpus > 1 else "training"):
             batch = share_of_batch(recipe.training.batch_size, recipe.training.gradient_accumulation_steps, gpus)
         with user_errors("experts"):
             standing = count(recipe, self._mixture(recipe), gpus, self._parts.setdefault(_key(recipe), {}))
-        stages = {config.name: config for config in recipe.stages}
-        for name in order:
-            yield self._stage(recipe, stages[name], standing[name], batch, gpus)
+        return [self._stage(recipe, config, standing[config.name], batch, gpus) for config in recipe.stages]
 
     def _mixture(self, recipe: Recipe) -> Mixture:
         key = _key(recipe)

@@ -10,6 +10,11 @@ from moedistill.recipe.keys import Recipe, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.planning.plan import Plan, Planner, Remedy, fits, numbers_that_go, plan
 
+MISSING = (
+    "None of these is enough. What is left waits for context parallel, which cuts the tokens of a sample among GPUs "
+    "and is not there yet, or for a smaller video."
+)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -50,29 +55,27 @@ class _Search:
     def __init__(self, made: Plan, planner: Planner, source: str, overrides: tuple[str, ...], plugins: Plugins) -> None:
         self.made, self.planner = made, planner
         self.source, self.overrides, self.plugins = source, overrides, plugins
-        self.order = [stage.name for stage in sorted(made.stages, key=lambda stage: -stage.peak)]
 
     def remedies(self, recipe: Recipe) -> tuple[list[Remedy], str]:
         """Changes one by one and, where none is enough, one on top of the other; and what is missing."""
-        singles = [found for change in changes(recipe, self.made) if (found := self._tried([change])) is not None]
-        helping = [found for found in singles if found.peak < 0.99 * self.made.peak]
-        if any(found.fits for found in helping):
-            return helping, ""
-        together = self._together(recipe, helping)
-        if together is None:
-            return helping, ""
-        if not together.fits:
-            return [*helping, together], (
-                "no combination of these is enough: what is left waits for context parallel, which cuts a sample's "
-                "tokens among GPUs and is not there yet; or for a smaller video"
-            )
-        return [*helping, together], ""
+        singles = [(change, self._tried([change])) for change in changes(recipe, self.made)]
+        helping = [(change, found) for change, found in singles if found and found.peak < 0.99 * self.made.peak]
+        found = [each for _, each in helping]
+        if any(each.fits for each in found):
+            return found, ""
+        # On as many GPUs as there are; and on as many as share the batch, where nothing is left to accumulate.
+        here = [change for change, _ in helping if change.gpus is None]
+        spread = [change for change, _ in helping if change.gpus is not None][-1:]
+        rest = [change for change in here if "gradient_accumulation" not in "".join(change.settings)]
+        together = [self._together(ways) for ways in (here, [*spread, *rest] if spread else []) if len(ways) > 1]
+        found += [each for each in together if each is not None]
+        return found, "" if any(each.fits for each in found) else MISSING
 
-    def _together(self, recipe: Recipe, helping: Sequence[Remedy]) -> Remedy | None:
+    def _together(self, ways: Sequence[Change]) -> Remedy | None:
         """The changes that help, one after the other until it fits, without those that turn out not to be needed."""
         chosen: list[Change] = []
         best: Remedy | None = None
-        for change in (Change(tuple(each.settings), each.cost, each.gpus) for each in helping):
+        for change in ways:
             found = self._tried([*chosen, change])
             if found is None or (best is not None and found.peak >= 0.99 * best.peak):
                 continue
@@ -95,11 +98,11 @@ class _Search:
         try:
             recipe = load_recipe(self.source, (*self.overrides, *settings), self.plugins)
             gpus = max(number for number in numbers_that_go(recipe) if number <= gpus)
-            peak, enough = self.planner.peak(recipe, gpus, self.made.gpu_memory, self.order)
+            peak = max(stage.peak for stage in self.planner.stages(recipe, gpus))
         except UserError:
             return None
         cost = "; ".join(dict.fromkeys(change.cost for change in chosen))
-        return Remedy(settings, gpus, cost, peak, enough)
+        return Remedy(settings, gpus, cost, peak, fits(peak, self.made.gpu_memory))
 
 
 def changes(recipe: Recipe, made: Plan) -> Iterator[Change]:

@@ -1,12 +1,13 @@
 """A plan in words and numbers, for people."""
 
+import textwrap
 from collections.abc import Iterator
 
 from moedistill.runs.planning.plan import GIB, Plan, Remedy, StagePlan
 
 ASSUMED = (
-    "Assumed: attention keeps no scores (flash), masks cost nothing; autocast as on CUDA. Not counted: what",
-    "kernels take within themselves, the VAE and text encoders, workers.",
+    "Assumed: attention keeps no scores (flash), masks cost nothing, autocast is that of CUDA.",
+    "Not counted: what kernels take within themselves, the VAE and text encoders, workers.",
 )
 
 
@@ -24,8 +25,7 @@ def lines(plan: Plan) -> Iterator[str]:
         yield "What would take less, the cheapest first:"
         for remedy in plan.remedies:
             yield from _remedy(remedy)
-    if plan.missing:
-        yield f"  {plan.missing}"
+    yield from textwrap.wrap(plan.missing, 98)
     yield ""
     yield from ASSUMED
 
@@ -37,7 +37,8 @@ def _stage(stage: StagePlan) -> Iterator[str]:
         "weights": stage.weights, "trained": stage.trained, "gradients": stage.gradients, "moments": stage.moments,
         "averages": stage.averages, "distribution": stage.distribution, "activations": stage.activations,
     }  # fmt: skip
-    yield "  " + "   ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+    said = "  ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+    yield from textwrap.wrap(said, 98, initial_indent="  ", subsequent_indent="  ")
     yield (
         f"  peak {_gib(stage.peak)} in the {stage.where.removeprefix('the ')}   host {_gib(stage.host)}"
         + (f"   checkpoint {_gib(stage.checkpoint)}" if stage.checkpoint else "")
@@ -58,11 +59,12 @@ def _verdict(plan: Plan) -> Iterator[str]:
 
 def _remedy(remedy: Remedy) -> Iterator[str]:
     verdict = "fits" if remedy.fits else "not enough"
-    yield f"  {_gib(remedy.peak):>6}  {verdict:<10}  {remedy.cost}"
+    first, *others = textwrap.wrap(remedy.cost, 76)
+    yield f"  {_gib(remedy.peak):>6}  {verdict:<10}  {first}"
+    yield from (" " * 22 + line for line in others)
     how = [f"--set {setting}" if '"' not in setting else f"--set '{setting}'" for setting in remedy.settings]
-    given = " ".join([*how, *([f"--gpus {remedy.gpus}"] if remedy.gpus > 1 else [])])
-    if given:
-        yield f"          {given}"
+    for given in [*how, *([f"--gpus {remedy.gpus}"] if remedy.gpus > 1 else [])]:
+        yield " " * 22 + given
 
 
 def _gpus(number: int) -> str:
