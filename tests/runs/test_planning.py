@@ -1,6 +1,7 @@
 """A plan against what real steps take, counted; its JSON and its exit codes; shipped recipes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from torch.nn import functional
 from moedistill.cli import main
 from moedistill.data.latents import SyntheticDataset
 from moedistill.data.loading import Batch, collate
+from moedistill.errors import UserError
 from moedistill.recipe.loading import load_recipe
+from moedistill.runs import loop
 from moedistill.runs.build import build_mixture, make_accelerator
-from moedistill.runs.planning.count import count
+from moedistill.runs.planning import fake_step as fake_step_module
+from moedistill.runs.planning.count import check_before_loading, count
 from moedistill.runs.planning.fake_step import (
     AVERAGES,
     MOMENTS,
@@ -96,7 +100,7 @@ def counted(recipe, config, steps: int = 2):
         ("detail", [f"experts.semantic={LORA}", "training.gradient_checkpointing=true"]),
         ("detail", [f"experts.semantic={LORA}", "training.gradient_checkpointing=false"]),
         ("detail", [f"experts.semantic={FULL}", "training.gradient_checkpointing=true"]),
-        ("detail", [f"experts.semantic={FULL}", "backbone.dtype=bfloat16", "training.gradient_checkpointing=true"]),
+        ("detail", [f"experts.semantic={LORA}", "backbone.dtype=bfloat16", "training.gradient_checkpointing=true"]),
     ],
 )
 def test_a_plan_is_what_a_real_step_takes(
@@ -170,6 +174,36 @@ def test_a_forward_at_the_published_size_computes_what_is_published() -> None:
     recipe = load_recipe("dcm_hunyuan")
     flops = fake_forward(recipe, recipe.backbone.skeleton()).flops
     assert flops == pytest.approx(11_397e12, rel=0.01)  # 115,200 tokens
+
+
+def test_a_few_blocks_tell_of_all(wide: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(f"experts.semantic={LORA}")
+    config = recipe.stages[1]
+    skeleton = recipe.backbone.skeleton()
+    few = fake_step(recipe, config, skeleton, 1)
+    monkeypatch.setattr(fake_step_module, "depths_to_try", lambda backbone, stride: [{}])
+    whole = fake_step(recipe, config, skeleton, 1)
+    most = [max(m.activations + m.gradients + m.of_critics for m in step.moments) for step in (few, whole)]
+    assert most[0] == pytest.approx(most[1], rel=0.01)
+    assert few.flops == pytest.approx(whole.flops, rel=1e-6)
+
+
+def test_what_cannot_fit_an_accelerator_stops_before_loading(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = load_recipe("dcm_hunyuan")
+    said = check_before_loading(recipe, 1, 300 * GIB)
+    assert re.fullmatch(r"plan: at least 2\d\d\.\d GiB of 300\.0 GiB on each process \(stage semantic\)", said)
+    with pytest.raises(UserError, match=r"stage semantic cannot fit: .*kind: lora.*fsdp2.*--force"):
+        check_before_loading(recipe, 1, 80 * GIB)
+    assert "80.0 GiB" in check_before_loading(recipe, 1, 80 * GIB, force=True)
+
+    monkeypatch.setattr(loop, "_accelerator_memory", lambda device: 100)
+    with pytest.raises(UserError, match="cannot fit"):
+        loop.run("dcm_digits", output=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    loop.run("dcm_digits", output=tmp_path / "smoke", device="cpu", smoke=True)
+    assert "plan:" not in capsys.readouterr().out
 
 
 def test_sharding_cuts_what_stands() -> None:

@@ -1,11 +1,11 @@
 """The cheapest changes to a recipe that make it fit, each tried by planning once more."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moedistill.components.plugins import Plugins
 from moedistill.errors import UserError
+from moedistill.model.backbone import TEACHER
 from moedistill.recipe.keys import Recipe, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.planning.plan import Plan, Planner, Remedy, fits, numbers_that_go, plan
@@ -128,8 +128,10 @@ def changes(recipe: Recipe, made: Plan) -> Iterator[Change]:
     yield from _more_gpus(recipe, made)
     full = [name for name, expert in recipe.experts.items() if expert.copies_base]
     for name in full:
-        config = {"kind": "lora", "rank": 128, "alpha": 256, "from": recipe.experts[name].parent}
-        yield Change((f"experts.{name}={json.dumps(config)}",), f"{name} is an adapter, not all weights")
+        parent = recipe.experts[name].parent
+        start = "" if parent == TEACHER else f", from: {parent}"
+        setting = f"experts.{name}={{kind: lora, rank: 128, alpha: 256{start}}}"
+        yield Change((setting,), f"{name} is an adapter, not all weights")
     for stage in stages:
         frames = _frames(recipe, stage)
         if stage.name in failing and frames > 1:

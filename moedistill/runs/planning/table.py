@@ -1,5 +1,6 @@
 """A plan in words and numbers, for people."""
 
+import shlex
 import textwrap
 from collections.abc import Iterator
 
@@ -62,7 +63,7 @@ def _remedy(remedy: Remedy) -> Iterator[str]:
     first, *others = textwrap.wrap(remedy.cost, 76)
     yield f"  {_gib(remedy.peak):>6}  {verdict:<10}  {first}"
     yield from (" " * 22 + line for line in others)
-    how = [f"--set {setting}" if '"' not in setting else f"--set '{setting}'" for setting in remedy.settings]
+    how = [f"--set {shlex.quote(setting)}" for setting in remedy.settings]
     for given in [*how, *([f"--gpus {remedy.gpus}"] if remedy.gpus > 1 else [])]:
         yield " " * 22 + given
 
