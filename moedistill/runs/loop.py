@@ -129,8 +129,9 @@ def run(
         check_launch(accelerator.num_processes)
         if accelerator.is_main_process:
             click.echo(described(accelerator, recipe.backbone.dtype))
-        if not smoke:
-            on_main(accelerator, partial(_tell_least, recipe, accelerator, force))
+        memory = None if smoke else _accelerator_memory(accelerator.device)
+        if memory is not None:
+            on_main(accelerator, partial(_tell_least, recipe, accelerator.num_processes, memory, force))
         # By one process: a checkpoint that is compared with its sums may have 100 GB.
         begin = partial(
             _begin, recipe, accelerator.num_processes, stack, command,
@@ -149,18 +150,13 @@ def run(
             return runner.go()
 
 
-def _tell_least(recipe: Recipe, accelerator: "Accelerator", force: bool) -> None:
-    """Says what an accelerator's memory has to hold at least; on a CPU nothing.
-
-    Raises:
-        UserError: it cannot.
-    """
-    memory = _accelerator_memory(accelerator.device)
-    if memory is not None:
-        click.echo(check_before_loading(recipe, accelerator.num_processes, memory, force=force))
+def _tell_least(recipe: Recipe, processes: int, memory: int, force: bool) -> None:
+    """Says what must stand in an accelerator's memory; UserError if it cannot."""
+    click.echo(check_before_loading(recipe, processes, memory, force=force))
 
 
 def _accelerator_memory(device: torch.device) -> int | None:
+    """Bytes of it; None for a CPU, whose memory others use too."""
     return memory_of(device) if device.type != "cpu" else None
 
 

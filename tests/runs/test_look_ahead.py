@@ -93,7 +93,7 @@ def test_validate_notes_what_is_missing_and_a_miniature_does_without(tmp_path):
 
 def test_a_batch_is_shared_out_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("moedistill.runs.loop.build_run", lambda *_, **__: pytest.fail("something is loaded"))
-    accelerator = SimpleNamespace(num_processes=3, is_main_process=False)
+    accelerator = SimpleNamespace(num_processes=3, is_main_process=False, device=torch.device("cpu"))
     monkeypatch.setattr("moedistill.runs.loop.make_accelerator", lambda *_: accelerator)
     monkeypatch.setattr("moedistill.runs.loop.on_main", lambda _, work: work())
     assert refused(tiny_recipe(BOTH), tmp_path / "run") == (

@@ -85,7 +85,7 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         made = func(*args, **kwargs) if self._operate is None else self._operate(func, args, kwargs)
         for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and self._is_new(leaf, args, kwargs):
                 self.hold(leaf)
         counted = flop_registry.get(func._overloadpacket)
         if counted is not None:
@@ -93,6 +93,14 @@ class Tracker(TorchDispatchMode):
         self._open[-1].see(self._place or self._place_in_backward(), tuple(self.bytes[kind] for kind in self.watched))
         self.peak = max(self.peak, self.now())
         return made
+
+    def _is_new(self, made: Tensor, args: Any, kwargs: Any) -> bool:
+        """Whether an operation made a tensor, and did not only look at what was there before it was entered."""
+        place = self._stored(made).untyped_storage()._cdata
+        if place in self._known:
+            return False
+        given = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return all(self._stored(leaf).untyped_storage()._cdata != place for leaf in given)
 
     def now(self) -> int:
         """Bytes that are alive, of all kinds."""
