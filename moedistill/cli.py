@@ -58,6 +58,7 @@ def cli() -> None:
 @click.argument("recipe")
 @set_option
 @click.option("--smoke", is_flag=True, help="The same run in miniature: seconds, on a CPU.")
+@click.option("--force", is_flag=True, help="Begin even where a GPU's memory cannot hold what must be in it.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
 @click.option("--resume-from", metavar="PATH", help="Go on from this run or checkpoint; with --output, elsewhere.")
 @click.option("--output", metavar="DIR", help="The run's folder, new or empty; runs/NAME/TIME if not given.")
@@ -71,6 +72,7 @@ def run(
     recipe: str,
     overrides: tuple[str, ...],
     smoke: bool,
+    force: bool,
     resume: bool,
     resume_from: str | None,
     output: str | None,
@@ -104,13 +106,14 @@ def run(
     command = RunCommand(smoke, device, tuple(plugins.files), recipe, settings, processes)
     if num_processes is not None and num_processes > 1:
         arguments = replace(command, processes=None).arguments(**where)
+        arguments += ["--force"] * force
         return launch(arguments, num_processes, device, loaded.training.timeout, command.as_given(**where))
     end_with_launcher()
     from moedistill.runs.loop import run as run_recipe
     from moedistill.runs.processes import leaving
 
     with leaving():
-        run_recipe(loaded, **where, smoke=smoke, device=device, plugins=plugins, command=command)
+        run_recipe(loaded, **where, smoke=smoke, device=device, plugins=plugins, command=command, force=force)
     return 0
 
 
@@ -133,6 +136,48 @@ def validate(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, .
     click.echo(f"{recipe}: valid")
     for note in [*loaded.notes(), *(f"not to be run as it is: {what}" for what in loaded.missing())]:
         click.echo(f"  {note}")
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Processes, one on each GPU.")
+@click.option(
+    "--gpu-memory", type=click.FloatRange(min=0, min_open=True), default=80.0, show_default=True, metavar="GIB",
+    help="Memory of each GPU.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in bytes, and nothing else.")
+@set_option
+@plugin_option
+def plan(
+    recipe: str,
+    gpus: int | None,
+    gpu_memory: float,
+    as_json: bool,
+    overrides: tuple[str, ...],
+    plugin_files: tuple[str, ...],
+) -> None:
+    """Say what RECIPE takes of memory and computes, and what would make it fit; without weights, data and a GPU.
+
+    Each training stage's own step is tried with tensors that have no numbers. The answer is an answer either way: the
+    exit code is 0 whether it fits or not.
+
+    \b
+    Example:
+      moedistill plan dcm_wan_1_3b
+      moedistill plan dcm_hunyuan --gpus 6 --set training.sharding=fsdp2
+      moedistill plan my_recipe.yaml --gpu-memory 24 --json
+    """
+    import json
+
+    from moedistill.recipe.loading import load_recipe
+
+    plugins = _plugins(plugin_files)
+    loaded = load_recipe(recipe, overrides, plugins)
+    from moedistill.runs.planning.remedies import plan_with_remedies
+    from moedistill.runs.planning.table import lines
+
+    made = plan_with_remedies(loaded, recipe, overrides, plugins, gpus=gpus, gpu_memory=gpu_memory)
+    click.echo(json.dumps(made.plain(), indent=1) if as_json else "\n".join(lines(made)))
 
 
 @cli.command()

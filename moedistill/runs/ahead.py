@@ -69,7 +69,7 @@ def _check_memory(run: Run, parts: Mapping[int, list[Part]]) -> None:
     gradients, else the largest ones: what stands at one moment. Not counted are activations, buffers of libraries, and
     what others use of the memory, so that much of what is not refused will not fit either.
     """
-    there = _memory(run.accelerator.device)
+    there = memory_of(run.accelerator.device)
     held = 0 if there is None else sum(map(size, _tensors(run)))
     accumulating = run.recipe.training.gradient_accumulation_steps > 1
     averages: dict[str, int] = {}
@@ -92,7 +92,7 @@ def _tensors(run: Run) -> list[torch.Tensor]:
     return list({id(each): each for each in [*run.mixture.parameters(), *run.mixture.buffers()]}.values())
 
 
-def _memory(device: torch.device) -> int | None:
+def memory_of(device: torch.device) -> int | None:
     """Bytes of memory that a process could have on a device at most, of a CPU with swap; None where it is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])

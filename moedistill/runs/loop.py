@@ -21,7 +21,7 @@ from moedistill.errors import Interrupted, SaidElsewhere, UserError, WriteError,
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
-from moedistill.runs.ahead import look_ahead
+from moedistill.runs.ahead import look_ahead, memory_of
 from moedistill.runs.asked_sharding import asked_sharding
 from moedistill.runs.build import build_run, is_sharded, make_accelerator
 from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
@@ -30,6 +30,7 @@ from moedistill.runs.commands import RunCommand
 from moedistill.runs.launch import check_launch, launched_here, tell_launcher
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
 from moedistill.runs.not_finite import explain
+from moedistill.runs.planning.count import check_before_loading
 from moedistill.runs.processes import described, on_main
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
@@ -88,6 +89,7 @@ def run(
     device: str | None = None,
     plugins: Plugins | None = None,
     command: RunCommand | None = None,
+    force: bool = False,
     **overrides: Any,
 ) -> RunResult:
     """Runs all stages of a recipe.
@@ -103,6 +105,7 @@ def run(
         device: as torch names it; the accelerator if there is one, else "cpu".
         plugins: as loaded by `load_plugins`; all installed ones if not given.
         command: how messages name this run, if another way than by these arguments.
+        force: begin even where what stands in memory cannot fit the accelerator.
         overrides: top-level keys of the recipe to replace, such as `seed=1`.
 
     Raises:
@@ -131,6 +134,9 @@ def run(
         check_launch(accelerator.num_processes)
         if accelerator.is_main_process:
             click.echo(described(accelerator, recipe.backbone.dtype, sharded=is_sharded(recipe, accelerator)))
+        memory = None if smoke else _accelerator_memory(accelerator.device)
+        if memory is not None:
+            on_main(accelerator, partial(_tell_least, recipe, accelerator.num_processes, memory, force))
         # By one process: a checkpoint that is compared with its sums may have 100 GB.
         begin = partial(
             _begin, recipe, accelerator.num_processes, stack, command,
@@ -147,6 +153,16 @@ def run(
             for warning in warnings:
                 runner.run.say(f"warning: {warning}")
             return runner.go()
+
+
+def _tell_least(recipe: Recipe, processes: int, memory: int, force: bool) -> None:
+    """Says what must stand in an accelerator's memory; UserError if it cannot."""
+    click.echo(check_before_loading(recipe, processes, memory, force=force))
+
+
+def _accelerator_memory(device: torch.device) -> int | None:
+    """Bytes of it; None for a CPU, whose memory others use too."""
+    return memory_of(device) if device.type != "cpu" else None
 
 
 def _begin(

@@ -58,6 +58,16 @@ def loading_remedies(recipe: Recipe) -> str:
     return _listed([*_smaller_weights(recipe, recipe.experts), "use a device with more"])
 
 
+def ways_to_fewer_weights(recipe: Recipe, config: StageConfig) -> str:
+    """What makes the weights of a stage, and what belongs to them, take less."""
+    found = list(_smaller_weights(recipe, config.trained_experts()))
+    if recipe.training.sharding == "none":
+        found.append("training.sharding: fsdp2 with several processes")
+    if getattr(config, "ema_decay", None) is not None and recipe.training.offload.averages is None:
+        found.append("training.offload.averages: cpu")
+    return _listed([*found, "use a device with more"])
+
+
 def remedies(
     run: "Run", config: StageConfig, error: BaseException | None = None, *, largest: "Part | None" = None
 ) -> str:

@@ -93,7 +93,7 @@ def test_validate_notes_what_is_missing_and_a_miniature_does_without(tmp_path):
 
 def test_a_batch_is_shared_out_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("moedistill.runs.loop.build_run", lambda *_, **__: pytest.fail("something is loaded"))
-    accelerator = SimpleNamespace(num_processes=3, is_main_process=False)
+    accelerator = SimpleNamespace(num_processes=3, is_main_process=False, device=torch.device("cpu"))
     monkeypatch.setattr("moedistill.runs.loop.make_accelerator", lambda *_: accelerator)
     monkeypatch.setattr("moedistill.runs.loop.on_main", lambda _, work: work())
     assert refused(tiny_recipe(BOTH), tmp_path / "run") == (
@@ -223,7 +223,7 @@ def test_the_memory_that_is_counted(tmp_path, monkeypatch):
         assert part.averaged == (size(saved["ema"]["detail"]) if part.name == "student" else 0)
 
     expert = size(saved["experts"]["semantic"])
-    monkeypatch.setattr(ahead, "_memory", lambda _: 5 * expert)
+    monkeypatch.setattr(ahead, "memory_of", lambda _: 5 * expert)
     message = refused(tiny_recipe(stages), tmp_path / "small")
     assert message.startswith("stage semantic: ")
     assert "most of it for 'student'" in message
@@ -265,7 +265,7 @@ def test_no_more_is_needed_than_what_training_then_holds(tmp_path, monkeypatch, 
 
 
 def test_the_memory_of_a_machine(monkeypatch):
-    there = ahead._memory(torch.device("cpu"))
+    there = ahead.memory_of(torch.device("cpu"))
     assert 2**28 < there < 2**50
     files = {"meminfo": "MemTotal: 1000 kB\nMemFree: 7 kB\nHugePages_Total: 0\nSwapTotal: 500 kB\n"}
 
@@ -275,13 +275,13 @@ def test_the_memory_of_a_machine(monkeypatch):
         return files[path.name]
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert ahead._memory(torch.device("cpu")) == 1500 * 1024
+    assert ahead.memory_of(torch.device("cpu")) == 1500 * 1024
     files |= {"memory.max": "max\n", "memory.swap.max": "max\n"}
-    assert ahead._memory(torch.device("cpu")) == 1500 * 1024
+    assert ahead.memory_of(torch.device("cpu")) == 1500 * 1024
     files |= {"memory.max": "2048\n", "memory.swap.max": "1024\n"}
-    assert ahead._memory(torch.device("cpu")) == 3 * 1024
+    assert ahead.memory_of(torch.device("cpu")) == 3 * 1024
     files.clear()  # a system whose swap grows
-    assert ahead._memory(torch.device("cpu")) is None
+    assert ahead.memory_of(torch.device("cpu")) is None
 
 
 def test_rehearsing_changes_nothing_of_what_is_learned(tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ layers keep for the backward pass was there at once.
 import pytest
 import torch
 from helpers import digits_backbone, digits_inputs
-from live_bytes import LiveBytes
 from torch import nn
 
 from moedistill import Mixture, OptimizerConfig, ProbeLayout, StepTensors
 from moedistill.losses.probe import probe
+from moedistill.runs.planning.tracker import Tracker
 from moedistill_dcm.gan import GANConfig
 from moedistill_dcm.losses import FeatureMatchingConfig
 
@@ -91,7 +91,7 @@ def losses():
 
 
 def test_states_are_kept_once_and_what_is_made_of_them_one_by_one(step):
-    (gan, matching), alive = losses(), LiveBytes()
+    (gan, matching), alive = losses(), Tracker()
 
     def states(size):
         return size / (TAPS * TAP)

@@ -1,0 +1,1 @@
+"""What a recipe takes of memory and computes, before it is run: by counting, and by steps without numbers."""
