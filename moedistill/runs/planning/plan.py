@@ -1,8 +1,8 @@
 """Puts together what each stage of a recipe takes on each process: what stands, and what a step adds to it."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moedistill.data.loading import share_of_batch
@@ -124,12 +124,16 @@ class Planner:
     """Plans variants of a recipe; what was tried once is not tried again."""
 
     def __init__(self) -> None:
-        self._steps: dict[str, Step] = {}
+        self._steps: dict[str, dict[int, Step]] = {}
         self._mixtures: dict[str, Mixture] = {}
         self._parts: dict[str, dict[str, list[Part]]] = {}
 
-    def stages(self, recipe: Recipe, gpus: int) -> list[StagePlan]:
+    def stages(self, recipe: Recipe, gpus: int, *, about: bool = False) -> list[StagePlan]:
         """All stages with so many processes.
+
+        Args:
+            about: of steps that were tried with two sizes of a batch, take those of a third from both, by a straight
+                line: what a step takes is proportional to the tokens, but for a constant part.
 
         Raises:
             UserError: the batch cannot be shared among them; the backbone cannot be built, or a stage not set up.
@@ -138,7 +142,7 @@ class Planner:
             batch = share_of_batch(recipe.training.batch_size, recipe.training.gradient_accumulation_steps, gpus)
         with user_errors("experts"):
             standing = count(recipe, self._mixture(recipe), gpus, self._parts.setdefault(_key(recipe), {}))
-        return [self._stage(recipe, config, standing[config.name], batch, gpus) for config in recipe.stages]
+        return [self._stage(recipe, config, standing[config.name], batch, gpus, about) for config in recipe.stages]
 
     def _mixture(self, recipe: Recipe) -> Mixture:
         key = _key(recipe)
@@ -148,9 +152,11 @@ class Planner:
             self._mixtures[key] = empty_mixture(recipe, skeleton)
         return self._mixtures[key]
 
-    def _stage(self, recipe: Recipe, config: StageConfig, standing: Standing, batch: int, gpus: int) -> StagePlan:
+    def _stage(
+        self, recipe: Recipe, config: StageConfig, standing: Standing, batch: int, gpus: int, about: bool
+    ) -> StagePlan:
         with user_errors(f"stage {config.name}"):
-            step = self._step(recipe, config, batch)
+            step = self._step(recipe, config, batch, about)
         training, cut = recipe.training, gpus if recipe.training.sharding == "fsdp2" else 1
 
         accumulating = training.gradient_accumulation_steps > 1
@@ -182,24 +188,54 @@ class Planner:
             evaluations=step.forwards * micro_batches,
         )
 
-    def _step(self, recipe: Recipe, config: StageConfig, batch: int) -> Step:
-        own = to_plain(config) if isinstance(config, TrainingStageConfig) else None
-        if own is not None:
-            own["optimizer"] = own["steps"] = None
-        recomputing = recipe.training.gradient_checkpointing
-        key = json.dumps([own, batch, recomputing, _key(recipe)])
-        if key not in self._steps:
+    def _step(self, recipe: Recipe, config: StageConfig, batch: int, about: bool) -> Step:
+        own: dict[str, Any] | None = None
+        if isinstance(config, TrainingStageConfig):
+            own = {**to_plain(config), "optimizer": None, "steps": None, "latent_frames": None}
+        else:
+            batch = 1
+        key = json.dumps([own, recipe.training.gradient_checkpointing, _key(recipe, size=False)])
+        tried, size = self._steps.setdefault(key, {}), batch * _latents(recipe, config)
+        if size not in tried:
+            if about and (found := between(tried, size)) is not None:
+                return found
             skeleton = recipe.backbone.skeleton()
             if isinstance(config, TrainingStageConfig):
-                self._steps[key] = fake_step(recipe, config, skeleton, batch)
+                tried[size] = fake_step(recipe, config, skeleton, batch)
             else:
-                self._steps[key] = fake_forward(recipe, skeleton)
-        return self._steps[key]
+                tried[size] = fake_forward(recipe, skeleton)
+        return tried[size]
 
 
-def _key(recipe: Recipe) -> str:
-    """What the mixture depends on."""
+def _latents(recipe: Recipe, config: StageConfig) -> int:
+    """Latents of a sample, of one channel; 1 where its size cannot be chosen."""
+    shape = getattr(recipe.backbone, "latent_shape", None)
+    if shape is None:
+        return 1
+    _, frames, height, width = shape()
+    return int(min(frames, getattr(config, "latent_frames", None) or frames) * height * width)
+
+
+def between(tried: Mapping[int, Step], size: int) -> Step | None:
+    """The step of a size by a straight line through two others; None where there are none, or they are not alike."""
+    if len(tried) < 2:
+        return None
+    (low, first), (high, last) = sorted(tried.items())[:: len(tried) - 1]
+    if [moment.where for moment in first.moments] != [moment.where for moment in last.moments]:
+        return None
+    share = (size - low) / (high - low)
+    moments = [
+        replace(one, activations=one.activations + share * (other.activations - one.activations))
+        for one, other in zip(first.moments, last.moments, strict=True)
+    ]
+    return Step(moments, first.flops + share * (last.flops - first.flops), first.forwards)
+
+
+def _key(recipe: Recipe, *, size: bool = True) -> str:
+    """What the mixture depends on; of steps without the size of videos."""
     plain = to_plain(recipe)
+    if not size:
+        plain["backbone"].pop("video", None)
     return json.dumps([plain[part] for part in ("backbone", "trajectory", "experts", "router")])
 
 

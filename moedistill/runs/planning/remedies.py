@@ -98,10 +98,11 @@ class _Search:
         try:
             recipe = load_recipe(self.source, (*self.overrides, *settings), self.plugins)
             gpus = max(number for number in numbers_that_go(recipe) if number <= gpus)
-            peak = max(stage.peak for stage in self.planner.stages(recipe, gpus))
+            peak = max(stage.peak for stage in self.planner.stages(recipe, gpus, about=True))
         except UserError:
             return None
-        cost = "; ".join(dict.fromkeys(change.cost for change in chosen))
+        cost = "; ".join(dict.fromkeys(part for change in chosen for part in change.cost.split("; ")))
+        settings = list(dict.fromkeys(settings))
         return Remedy(settings, gpus, cost, peak, fits(peak, self.made.gpu_memory))
 
 
@@ -115,9 +116,10 @@ def changes(recipe: Recipe, made: Plan) -> Iterator[Change]:
     if not training.gradient_checkpointing:
         yield Change(("training.gradient_checkpointing=true",), "about a third more computing")
     share = training.batch_size // training.gradient_accumulation_steps // gpus
+    single: tuple[str, ...] = ()
     if share > 1:
-        steps = training.batch_size // gpus
-        yield Change((f"training.gradient_accumulation_steps={steps}",), "a sample at a time")
+        single = (f"training.gradient_accumulation_steps={training.batch_size // gpus}",)
+        yield Change(single, "a sample at a time")
     if training.offload.averages is None and any(stage.averages for stage in made.stages):
         yield Change(("training.offload.averages=cpu",), "averages go over the bus at each step")
     lower = [stage.name for stage in stages if getattr(stage.optimizer, "states", "int8") != "int8"]
@@ -131,7 +133,9 @@ def changes(recipe: Recipe, made: Plan) -> Iterator[Change]:
         parent = recipe.experts[name].parent
         start = "" if parent == TEACHER else f", from: {parent}"
         setting = f"experts.{name}={{kind: lora, rank: 128, alpha: 256{start}}}"
-        yield Change((setting,), f"{name} is an adapter, not all weights")
+        # With nothing less tried: an adapter's activations are to be counted, too, and of one sample that is enough.
+        way = f"{name} is an adapter, not all weights"
+        yield Change((*single, setting), f"a sample at a time; {way}" if single else way)
     for stage in stages:
         frames = _frames(recipe, stage)
         if stage.name in failing and frames > 1:
