@@ -50,7 +50,7 @@ def on_step_end(training, metrics):
         own["peak"] = torch.cuda.max_memory_allocated()
     own["times"].append(time.perf_counter())
     own["losses"].append(metrics.get("loss"))
-    FILE.write_text(json.dumps(seen))
+    FILE.write_text(json.dumps(seen), encoding="utf-8")
 """
 
 
@@ -74,35 +74,55 @@ def write_model(folder: Path, tiny: bool) -> None:
     )
 
 
-def write_recipe(file: Path, model: Path, tiny: bool) -> None:
-    """The shipped recipe on this model: synthetic latents, a few steps, no samples."""
+def write_data(folder: Path, tiny: bool) -> None:
+    """Four samples of random numbers, of the recipe's size."""
+    from moedistill import Sample, write_latents
+
+    generator = torch.Generator().manual_seed(0)
+    shape, text, pooled = ((16, 5, 4, 6), (10, 24), 16) if tiny else ((16, 16, 60, 106), (256, 4096), 768)
+
+    def sample() -> Sample:
+        cond = {
+            "prompt_embeds": torch.randn(text, generator=generator).bfloat16(),
+            "prompt_attention_mask": torch.ones(text[0], dtype=torch.bool),
+            "pooled_prompt_embeds": torch.randn(pooled, generator=generator).bfloat16(),
+        }
+        return Sample(torch.randn(shape, generator=generator), cond)
+
+    write_latents(folder, (sample() for _ in range(4)))
+
+
+def write_recipe(file: Path, model: Path, data: Path, tiny: bool) -> None:
+    """The shipped recipe on this model: a few steps, no samples."""
     training = {"log_every": 1, "monitor": None, "num_workers": 0}
     backbone: dict[str, Any] = {"pretrained": str(model)}
+    experts = {name: {"rank": 8, "alpha": 16} for name in ("semantic", "detail")} if tiny else {}
     if tiny:
         backbone["video"] = {"num_frames": 17, "height": 32, "width": 48}
     recipe = {
         "extends": str(RECIPE),
         "backbone": backbone,
-        "data": {"path": None},
+        "data": {"path": str(data)},
+        "experts": experts,
         "training": training,
         "stages": {"semantic": {"steps": 2}, "detail": {"steps": STEPS}, "samples": None, "export": None},
     }
-    file.write_text(json.dumps(recipe))
+    file.write_text(json.dumps(recipe), encoding="utf-8")
 
 
 def run(recipe: Path, settings: list[str], place: Path, device: str) -> dict[str, Any]:
     """What the probe saw of both stages, run by the command."""
     place.mkdir()
-    (place / "probe.py").write_text(PROBE)
+    (place / "probe.py").write_text(PROBE, encoding="utf-8")
     command = [sys.executable, "-m"]
     if any("sharding" in setting for setting in settings):
         command += ["torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m"]
     command += ["moedistill", "run", str(recipe), "--device", device, "--output", str(place / "run")]
     command += ["-p", str(place / "probe.py"), *(item for setting in settings for item in ("--set", setting))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-    seen: dict[str, Any] = json.loads((place / "probe.json").read_text())
+    seen: dict[str, Any] = json.loads((place / "probe.json").read_text(encoding="utf-8"))
     return {**seen, "first line": done.stdout.splitlines()[0]}
 
 
@@ -110,7 +130,7 @@ def planned(recipe: Path, settings: list[str]) -> dict[str, int]:
     """The peak that the plan counts, by stage."""
     command = [sys.executable, "-m", "moedistill", "plan", str(recipe), "--gpus", "1", "--json"]
     command += [item for setting in settings for item in ("--set", setting)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
     return {stage["name"]: stage["peak"] for stage in json.loads(done.stdout)["stages"]}
 
 
@@ -124,9 +144,10 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        model, recipe = Path(folder) / "model", Path(folder) / "recipe.yaml"
+        model, data, recipe = (Path(folder) / name for name in ("model", "data", "recipe.yaml"))
         write_model(model, arguments.tiny)
-        write_recipe(recipe, model, arguments.tiny)
+        write_data(data, arguments.tiny)
+        write_recipe(recipe, model, data, arguments.tiny)
         for number, (name, settings) in enumerate(CASES.items()):
             counted = planned(recipe, settings)
             seen = run(recipe, settings, Path(folder) / f"case-{number}", device)

@@ -35,6 +35,7 @@ def row(made: Plan, seconds: float) -> str:
     change = "" if made.fits else "none that was tried" if enough is None else f"{enough.cost}: {enough.peak / GIB:.1f}"
     parts = [
         made.recipe,
+        made.gpus,
         largest.micro_batch,
         peaks,
         largest.where,
@@ -82,15 +83,25 @@ def main(names: list[str]) -> None:
             continue
         begun = time.process_time()
         try:
-            made = plan_with_remedies(recipe, name, (), plugins)
+            alone = recipe.training.sharding == "fsdp2" or recipe.training.gradient_accumulation_steps > 1
+            made = plan_with_remedies(recipe, name, (), plugins, gpus=None if alone else recipe.training.batch_size)
         except UserError as error:
             print(f"{name}: {error}", flush=True)
             continue
         rows.append(row(made, time.process_time() - begun))
         print(rows[-1], flush=True)
-    columns = ("recipe", "samples at a time", "peaks, GiB", "where", "fits", "what makes it fit, GiB", "CPU seconds")
+    columns = (
+        "recipe",
+        "GPUs",
+        "samples at a time",
+        "peaks, GiB",
+        "where",
+        "fits",
+        "what makes it fit, GiB",
+        "CPU seconds",
+    )
     head = f"| {' | '.join(columns)} |"
-    table = [BEGIN, head, f"|{'---|' * 7}", *rows, *(sizes() if not names else []), END]
+    table = [BEGIN, head, f"|{'---|' * len(columns)}", *rows, *(sizes() if not names else []), END]
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     PAGE.write_text(before + "\n".join(table) + rest.partition(END)[2], encoding="utf-8")

@@ -193,8 +193,7 @@ class WanConfig(DiffusersBackboneConfig):
     def real_network(self) -> dict[str, Any]:
         return {
             **SIZES.get(self.model_name(), LARGE), "attention_head_dim": 128, "freq_dim": 256, "text_dim": 4096,
-            "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "cross_attn_norm": True, "eps": 1e-6,
-            "rope_max_seq_len": 1024,
+            "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2),
         }  # fmt: skip
 
     def patch_size(self) -> tuple[int, int, int]:
