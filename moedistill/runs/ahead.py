@@ -63,12 +63,14 @@ def _try(run: Run, config: StageConfig) -> None:
 
 
 def _check_memory(run: Run, parts: Mapping[int, list[Part]]) -> None:
-    """Refuses a stage whose tensors alone are more than there is.
+    """Refuses a stage whose tensors alone are more than there is; of an accelerator that was seen before loading.
 
     Counted are the mixture's weights, what every trainable has from its first step on, and, with accumulation, all
     gradients, else the largest ones: what stands at one moment. Not counted are activations, buffers of libraries, and
     what others use of the memory, so that much of what is not refused will not fit either.
     """
+    if run.accelerator.device.type != "cpu":
+        return  # where not all of them lie
     there = memory_of(run.accelerator.device)
     held = 0 if there is None else sum(map(size, _tensors(run)))
     accumulating = run.recipe.training.gradient_accumulation_steps > 1
