@@ -162,7 +162,7 @@ class Mixture(nn.Module):
     def place(self, device: torch.device | str, *, idle_on_host: bool = False) -> None:
         """Puts everything on a device. With `idle_on_host` an expert comes there when it is first switched on."""
         device = torch.device(device)
-        self.backbone.placed = device
+        self.backbone.placed = device if idle_on_host else None
         self.to(HOST if idle_on_host else device)
         self._residency = Residency(self.experts, device) if idle_on_host else None
 

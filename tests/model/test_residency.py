@@ -168,3 +168,12 @@ def test_an_8_bit_weight_moves_and_stays_itself():
     residency.move(weight, torch.device("meta"))
     assert linear.weight is weight
     assert {each.device.type for each in held(weight)} == {"meta"}
+
+
+def test_a_mixture_that_is_moved_by_others_knows_where_it_is():
+    training, _ = set_up(resting_recipe())
+    mixture = training.mixture
+    assert mixture.device.type == "cpu"
+    mixture.place("cpu")
+    mixture.to("meta")
+    assert mixture.device.type == "meta"

@@ -11,8 +11,9 @@ from moedistill.model.mixture import Mixture
 from moedistill.recipe.building import to_plain
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.runs.planning.count import GIB, Standing, count
-from moedistill.runs.planning.fake_step import Moment, Step, empty_mixture, fake_forward, fake_step
+from moedistill.runs.planning.fake_step import Moment, Step, empty_mixture, empty_run, fake_forward, fake_step
 from moedistill.stages.rehearsal import Part
+from moedistill.stages.training import Training
 
 CARDS = (24, 32, 40, 48, 80, 141)
 """GiB of memory of GPUs that there are."""
@@ -124,7 +125,7 @@ class Planner:
     """Plans variants of a recipe; what was tried once is not tried again."""
 
     def __init__(self) -> None:
-        self._steps: dict[str, dict[int, Step]] = {}
+        self._steps: dict[str, dict[tuple[int, int], Step]] = {}
         self._mixtures: dict[str, Mixture] = {}
         self._parts: dict[str, dict[str, list[Part]]] = {}
 
@@ -189,15 +190,12 @@ class Planner:
         )
 
     def _step(self, recipe: Recipe, config: StageConfig, batch: int, about: bool) -> Step:
-        own: dict[str, Any] | None = None
-        if isinstance(config, TrainingStageConfig):
-            own = {**to_plain(config), "optimizer": None, "steps": None, "latent_frames": None}
-        else:
-            batch = 1
+        own = self._what_matters(recipe, config) if isinstance(config, TrainingStageConfig) else None
+        batch = batch if own is not None else 1
         key = json.dumps([own, recipe.training.gradient_checkpointing, _key(recipe, size=False)])
-        tried, size = self._steps.setdefault(key, {}), batch * _latents(recipe, config)
+        tried, size = self._steps.setdefault(key, {}), (batch * _latents(recipe, config), batch)
         if size not in tried:
-            if about and (found := between(tried, size)) is not None:
+            if about and (found := between(tried, size[0])) is not None:
                 return found
             skeleton = recipe.backbone.skeleton()
             if isinstance(config, TrainingStageConfig):
@@ -205,6 +203,14 @@ class Planner:
             else:
                 tried[size] = fake_forward(recipe, skeleton)
         return tried[size]
+
+    def _what_matters(self, recipe: Recipe, config: TrainingStageConfig) -> dict[str, Any]:
+        """Of a stage for what its step takes: of its phases, whether a jump from the highest point has a target."""
+        own = {**to_plain(config), **dict.fromkeys(("name", "optimizer", "steps", "latent_frames"))}
+        if "phases" in own:
+            training = Training(empty_run(recipe, self._mixture(recipe)), config)
+            own["phases"] = training.trajectory.points_in(training.segment)[-1] - 1 in config.landings(recipe)
+        return own
 
 
 def _latents(recipe: Recipe, config: StageConfig) -> int:
@@ -216,11 +222,12 @@ def _latents(recipe: Recipe, config: StageConfig) -> int:
     return int(min(frames, getattr(config, "latent_frames", None) or frames) * height * width)
 
 
-def between(tried: Mapping[int, Step], size: int) -> Step | None:
+def between(tried: Mapping[tuple[int, int], Step], size: int) -> Step | None:
     """The step of a size by a straight line through two others; None where there are none, or they are not alike."""
-    if len(tried) < 2:
+    if len({low for low, _ in tried}) < 2:
         return None
-    (low, first), (high, last) = sorted(tried.items())[:: len(tried) - 1]
+    (low, _), (high, _) = ends = min(tried), max(tried)
+    first, last = (tried[end] for end in ends)
     if [moment.where for moment in first.moments] != [moment.where for moment in last.moments]:
         return None
     share = (size - low) / (high - low)
@@ -261,16 +268,18 @@ def plan(recipe: Recipe, *, gpus: int | None = None, gpu_memory: float = 80.0, p
         UserError: a mistake in the recipe, or a number of GPUs that cannot share its batch.
     """
     planner = planner or Planner()
-    tried: dict[int, list[StagePlan]] = {}
     numbers = [gpus] if gpus is not None else numbers_that_go(recipe)
     if recipe.training.sharding == "none":
         numbers = numbers[:1]
-    for number in numbers:
-        tried[number] = planner.stages(recipe, number)
-        if fits(max(stage.peak for stage in tried[number]), gpu_memory):
+    peaks: dict[int, int] = {}
+    # The least at a time first, and the most: then a line is known.
+    for number in dict.fromkeys([numbers[-1], *numbers]):
+        peaks[number] = max(stage.peak for stage in planner.stages(recipe, number, about=True))
+        if not fits(peaks[numbers[-1]], gpu_memory) or (number != numbers[-1] and fits(peaks[number], gpu_memory)):
             break
-    chosen, stages = list(tried.items())[-1]
-    peak = max(stage.peak for stage in stages)
+    chosen = min((number for number in peaks if fits(peaks[number], gpu_memory)), default=numbers[-1])
+    stages = planner.stages(recipe, chosen)
+    peak = peaks[chosen] = max(stage.peak for stage in stages)
     return Plan(
         recipe=recipe.name,
         gpus=chosen,
@@ -279,5 +288,5 @@ def plan(recipe: Recipe, *, gpus: int | None = None, gpu_memory: float = 80.0, p
         fits=fits(peak, gpu_memory),
         stages=stages,
         cards={str(card): fits(peak, card) for card in CARDS},
-        numbers={str(number): max(stage.peak for stage in each) for number, each in tried.items()},
+        numbers={str(number): peaks[number] for number in sorted(peaks)},
     )
