@@ -45,7 +45,7 @@ device_option = click.option("--device", metavar="NAME", help="Where to compute:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="moedistill")
 def cli() -> None:
-    """Distil a video diffusion model into a few-step mixture of experts, one per range of noise levels.
+    """Distil a video diffusion model into a few-step mixture of timestep experts.
 
     \b
     Example:
@@ -113,7 +113,8 @@ def run(
     from moedistill.runs.processes import leaving
 
     with leaving():
-        run_recipe(loaded, **where, smoke=smoke, device=device, plugins=plugins, command=command, force=force)
+        where |= {"force": True} if force else {}
+        run_recipe(loaded, **where, smoke=smoke, device=device, plugins=plugins, command=command)
     return 0
 
 

@@ -171,7 +171,7 @@ def test_the_largest_recipe_for_one_gpu_fits_80_gib(capsys: pytest.CaptureFixtur
 
 
 def test_a_forward_at_the_published_size_computes_what_is_published() -> None:
-    recipe = load_recipe("dcm_hunyuan")
+    recipe = load_recipe("dcm_hunyuan", ["backbone.video.height=720", "backbone.video.width=1280"])
     flops = fake_forward(recipe, recipe.backbone.skeleton()).flops
     assert flops == pytest.approx(11_397e12, rel=0.01)  # 115,200 tokens
 
@@ -191,7 +191,7 @@ def test_a_few_blocks_tell_of_all(wide: None, monkeypatch: pytest.MonkeyPatch) -
 def test_what_cannot_fit_an_accelerator_stops_before_loading(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    recipe = load_recipe("dcm_hunyuan")
+    recipe = load_recipe("dcm_hunyuan", ["training.sharding=none"])
     said = check_before_loading(recipe, 1, 300 * GIB)
     assert re.fullmatch(r"plan: at least 2\d\d\.\d GiB of 300\.0 GiB on each process \(stage semantic\)", said)
     with pytest.raises(UserError, match=r"stage semantic cannot fit: .*kind: lora.*fsdp2.*--force"):
