@@ -56,13 +56,15 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The block runs with the average in place of the live weights. Only what is sharded is copied."""
+        """The block runs with the average in place of the live weights; copied is what lies elsewhere or is sharded."""
         kept = {name: self._exchange(parameter, self._part(name, parameter)) for name, parameter in self._live.items()}
         try:
             yield
         finally:
             for name, parameter in self._live.items():
                 self._exchange(parameter, kept[name])
+            if any(is_sharded(parameter) and parameter.is_cuda for parameter in self._live.values()):
+                torch.cuda.current_stream().synchronize()  # the next gathering reads on a stream of its own
 
     @staticmethod
     @torch.no_grad()

@@ -58,6 +58,7 @@ class Mixture(nn.Module):
         forwards: samples that a network has evaluated so far, on this process; a guided teacher evaluates each twice.
         ema: averages of the experts that were trained with one, by expert.
         sharded: whether networks are cut among processes, which must then call them alike.
+        averages_on_host: whether averages stay there, also those that are used.
 
     Raises:
         ValueError: an expert does not fit the backbone.
@@ -105,7 +106,7 @@ class Mixture(nn.Module):
         self.networks = nn.ModuleList({expert.shared.network: None for expert in self.experts.values()})
         self.active = TEACHER
         self.forwards = 0
-        self.sharded = False
+        self.sharded = self.averages_on_host = False
         self._residency: Residency | None = None
         self.requires_grad_(False)
         if gradient_checkpointing:
@@ -179,14 +180,20 @@ class Mixture(nn.Module):
         self.sharded = True
 
     def fill(self, config: BackboneConfig, seed: int = 0) -> None:
-        """Takes over the pretrained weights, of which each process keeps its part."""
+        """Takes over the pretrained weights, of which each process keeps its part.
+
+        Raises:
+            ValueError: not all of them are given.
+        """
         own = {base: dict(self._teacher(base).shared.weights) for base in self.bases}
 
         def take(base: str, name: str, value: Tensor) -> None:
-            if name in own[base]:
-                fill(own[base][name], value)
+            if (parameter := own[base].pop(name, None)) is not None:
+                fill(parameter, value)
 
         config.give_weights(take, seed)
+        if left := [name for weights in own.values() for name in weights]:
+            raise ValueError(f"{len(left)} of the network's weights are not given, the first {left[0]}")
 
     def settle(self, *training: str) -> None:
         """Between stages: experts to be `training` are float32, the others rest, and all wait for their first use."""
@@ -357,7 +364,7 @@ class Mixture(nn.Module):
                 fill(parameter, weights[key])
         self.initialise(but=experts)
         for name, average in averages.items():
-            self.ema[name] = EMA(self.experts[name].parameters, decay=0.0)
+            self.ema[name] = EMA(self.experts[name].parameters, decay=0.0, on_host=self.averages_on_host)
             self.ema[name].load(average)
 
     @contextmanager

@@ -123,17 +123,23 @@ def _check_room(run: Run, parts: Mapping[int, list[Part]], reached: tuple[int, i
     free = free_bytes(run.output)
     if free is None:
         return
-    saved = {name: sum(map(size, run.mixture.experts[name].parameters.values())) for name in trained}
+    saved = {name: _whole_size(run, name) for name in trained}
     averages: dict[str, int] = {}
     kept = _sizes(run, reached)
     room = free + sum(kept)
     for number, stage in parts.items():
         config = run.recipe.stages[number]
         assert isinstance(config, TrainingStageConfig)
+        states = 0
         for part in stage:
-            if part.expert is not None:
-                saved[part.expert], averages[part.expert] = part.trained, part.averaged
-        one = sum(saved.values()) + sum(averages.values()) + sum(part.state for part in stage)
+            if part.expert is not None:  # of which this process may have a part
+                saved[part.expert] = _whole_size(run, part.expert)
+                share = saved[part.expert] / max(1, part.trained)
+                averages[part.expert] = int(share * part.averaged)
+                states += int(share * part.moments) + part.brought
+            else:
+                states += part.state
+        one = sum(saved.values()) + sum(averages.values()) + states
         every, done = settings.checkpoint_every or config.steps, reached[1] if number == reached[0] else 0
         saves = math.ceil(config.steps / every) - done // every if done < config.steps else 0
         most = (0, 0)
@@ -147,6 +153,11 @@ def _check_room(run: Run, parts: Mapping[int, list[Part]], reached: tuple[int, i
                 f"the newest one being written; {run.output} has room for {_readable(room)}. Choose another --output"
                 + (f", or lower training.keep_checkpoints {settings.keep_checkpoints}" if most[1] > 2 else "")
             )
+
+
+def _whole_size(run: Run, expert: str) -> int:
+    """Bytes of what is trained of an expert, on all processes together."""
+    return sum(each.numel() * each.element_size() for each in run.mixture.experts[expert].parameters.values())
 
 
 def _sizes(run: Run, reached: tuple[int, int]) -> list[int]:

@@ -21,6 +21,7 @@ from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
 from moedistill.runs.asked_sharding import asked_sharding, hidden_from_accelerate
 from moedistill.runtime.devices import find_device
+from moedistill.runtime.shards import can_write_shards
 from moedistill.stages.run import Run
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def build_mixture(
             inference=inference,
             autocast_dtype=None if recipe.backbone.dtype == "float32" else getattr(torch, recipe.backbone.dtype),
         )
+    mixture.averages_on_host = recipe.training.offload.averages is not None and not inference
     # Sampling in one process takes every expert in turn: nothing is idle there.
     if mesh is None:
         mixture.place(device, idle_on_host=recipe.training.offload.idle is not None and not inference)
@@ -235,6 +237,11 @@ def mesh_of(accelerator: "Accelerator") -> "DeviceMesh":
     """The processes among which networks are cut."""
     from torch.distributed.device_mesh import init_device_mesh
 
+    if not can_write_shards():
+        raise UserError(
+            f"training.sharding: fsdp2 needs a torch whose checkpoints are in safetensors, process by process, and "
+            f"{torch.__version__} has none; update torch"
+        )
     processes, replicas = accelerator.num_processes, asked_sharding(os.environ).replicas
     if replicas == 1:
         return init_device_mesh(accelerator.device.type, (processes,))

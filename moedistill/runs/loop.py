@@ -136,7 +136,9 @@ def run(
             click.echo(described(accelerator, recipe.backbone.dtype, sharded=is_sharded(recipe, accelerator)))
         memory = None if smoke else _accelerator_memory(accelerator.device)
         if memory is not None:
-            on_main(accelerator, partial(_tell_least, recipe, accelerator.num_processes, memory, force))
+            sharded = is_sharded(recipe, accelerator)
+            shards = accelerator.num_processes // (asked_sharding(os.environ).replicas if sharded else 1)
+            on_main(accelerator, partial(_tell_least, recipe, shards, memory, force))
         # By one process: a checkpoint that is compared with its sums may have 100 GB.
         begin = partial(
             _begin, recipe, accelerator.num_processes, stack, command,
@@ -394,7 +396,7 @@ class _Runner:
         """After an optimiser step: numbers, a checkpoint, a stop, where they are due."""
         settings = self.recipe.training
         last = training.step == training.steps
-        signum = self._any_rank(self.interruption.signum)
+        signum, written = self._on_any_rank(self.interruption.signum)
         saving = last or signum or (settings.checkpoint_every and training.step % settings.checkpoint_every == 0)
         measuring = monitor is not None and monitor.due()
         logging = last or measuring or training.step % settings.log_every == 0
@@ -405,7 +407,8 @@ class _Runner:
                 self._stop_at(number, training, monitor, error)
             if logging:
                 self._log(number, training, monitor if measuring else None, metrics)
-        self._await_checkpoint(only_if_done=True)
+        if written:
+            self._await_checkpoint()
         if saving:
             self._save(number, training)
         if last or signum:
@@ -461,14 +464,21 @@ class _Runner:
         if self.run.cost and not (file.is_file() and file.read_bytes() == text.encode()):
             write_text(file, text)
 
-    def _any_rank(self, signum: int) -> int:
-        """The signal that any process has got, or 0; all processes must stop at the same step."""
+    def _on_any_rank(self, signum: int) -> tuple[int, bool]:
+        """The signal that any process has got, or 0, and whether a checkpoint that was begun is done with on all.
+
+        All processes must stop, and hear of a failure, at the same step.
+        """
         if self.accelerator.num_processes == 1:
-            return signum
-        flag = torch.tensor(signum, device=self.accelerator.device)
-        return int(self.accelerator.gather(flag).max())
+            return signum, self.saving is not None and self.saving.done()
+        under_way = self.saving is not None and not self.saving.done()
+        flags = torch.tensor([[signum, int(under_way)]], device=self.accelerator.device)
+        most = self.accelerator.gather(flags).amax(0).tolist()
+        return int(most[0]), self.saving is not None and not most[1]
 
     def _where_to_go_on(self) -> str:
+        with suppress(UserError, RuntimeError):  # one that was begun may be there yet; if it fails, it is not named
+            self._await_checkpoint()
         if self.last_checkpoint is None:
             anew = self.command.begin(self.folder)
             return f"nothing is saved yet; begin it anew with: {anew}"
@@ -529,9 +539,9 @@ class _Runner:
             )
         self.saving = Saving(self.checkpoints, name, on_main(self.accelerator, begin), trees, self.group)
 
-    def _await_checkpoint(self, *, only_if_done: bool = False) -> None:
-        """Takes note of a checkpoint that was begun, when it is there; waits for it unless told otherwise."""
-        if self.saving is None or (only_if_done and not self.saving.done()):
+    def _await_checkpoint(self) -> None:
+        """Waits for a checkpoint that was begun, and takes note of it."""
+        if self.saving is None:
             return
         saving, self.saving = self.saving, None
         with self._no_leftovers():

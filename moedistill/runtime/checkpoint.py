@@ -6,6 +6,7 @@ go to `NAME.safetensors`, or, of several processes that each hold a part, all of
 as it was written is refused. A checkpoint of before, without sums, is read as it is.
 """
 
+import errno
 import json
 import os
 import re
@@ -176,6 +177,8 @@ def load_tree(folder: Path, name: str, *, verified: bool = False, pieces: bool =
 def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Writes size and sha256 of every file in a folder to its `sums.json`; of some the sum may be `known`."""
     known = known or {}
+    if unseen := sorted(name for name in known if not (folder / name).is_file()):
+        raise OSError(errno.ESTALE, f"{unseen[0]} was written by another process, and is not seen here")
     files = {
         path.name: {"bytes": size_of(path), "sha256": known.get(path.name) or sum_of(path)}
         for path in sorted(folder.iterdir())

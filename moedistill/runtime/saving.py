@@ -1,12 +1,13 @@
 """A checkpoint that all processes of a run write together while training goes on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from moedistill.errors import WriteError
 from moedistill.runtime.checkpoint import Checkpoints, pack, save_form, write_sums
 from moedistill.runtime.integrity import sum_of
 from moedistill.runtime.shards import shard_name, write_shards
@@ -66,18 +67,41 @@ class Saving:
         from torch import distributed
         from torch.distributed.checkpoint import CheckpointException
 
-        with disk_errors(self.path):
+        sums: dict[str, str] = {}
+
+        def sum_up() -> None:
             try:
                 written.result()
             except CheckpointException as error:
                 raise next((cause for cause, _ in error.failures.values()), error) from error
             own = self._temporary / shard_name(distributed.get_rank())
-            mine = (own.name, sum_of(own)) if own.is_file() else None
-            sums: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(sums, mine, group=self._group)
-            if distributed.get_rank() == 0:
-                for tree, form in self._forms.items():
-                    save_form(self._temporary, tree, form)
-                write_sums(self._temporary, dict(filter(None, sums)))
-                self._checkpoints.finish(self._name)
-        distributed.barrier(group=self._group)
+            if own.is_file():
+                sums[own.name] = sum_of(own)
+
+        def finish() -> None:
+            for tree, form in self._forms.items():
+                save_form(self._temporary, tree, form)
+            write_sums(self._temporary, sums)
+            self._checkpoints.finish(self._name)
+
+        for each in self._on_all(sum_up, sums):
+            sums |= each
+        self._on_all(finish if distributed.get_rank() == 0 else lambda: None, None)
+
+    def _on_all(self, work: Callable[[], None], result: Any) -> list[Any]:
+        """What all processes have as `result` when each has done its `work`; where one fails, all do."""
+        from torch import distributed
+
+        failure: BaseException | None = None
+        try:
+            with disk_errors(self.path):
+                work()
+        except Exception as error:
+            failure = error
+        outcomes: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(outcomes, (result, failure and str(failure)), group=self._group)
+        if failure is not None:
+            raise failure
+        if told := next((message for _, message in outcomes if message is not None), None):
+            raise WriteError(told)
+        return [each for each, _ in outcomes]

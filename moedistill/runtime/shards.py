@@ -4,6 +4,7 @@ The files are those of torch.distributed.checkpoint's safetensors storage: `shar
 from 1, and its header says where in the whole each piece lies. Nothing in them is unpickled.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -42,6 +43,14 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: "ProcessGro
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     begun: Any = async_save(dict(tensors), storage_writer=writer, process_group=group)
     return getattr(begun, "upload_completion", begun)
+
+
+def can_write_shards() -> bool:
+    """Whether the installed torch can do what `write_shards` asks for."""
+    from torch.distributed import checkpoint
+
+    writer = getattr(checkpoint, "HuggingFaceStorageWriter", None)
+    return writer is not None and "save_distributed" in inspect.signature(writer).parameters
 
 
 def has_shards(folder: Path) -> bool:

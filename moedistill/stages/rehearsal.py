@@ -65,6 +65,9 @@ class Rehearsal(Training):
         super().__init__(run, config)
         self._averaged: set[str] = set()
 
+    def _bring(self, expert: str) -> None:
+        """It stays where it is: nothing is computed."""
+
     def _place(self, module: nn.Module) -> None:
         """It stays where it was built."""
 

@@ -21,7 +21,7 @@ from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import TrainingStageConfig
 from moedistill.runtime.randomness import Draws
-from moedistill.runtime.sharding import Pieces, cut_like, is_sharded, whole, whole_tree
+from moedistill.runtime.sharding import Pieces, cut_like, gather_root, is_sharded, whole, whole_tree
 from moedistill.stages.restoring import misfit_of_state
 from moedistill.stages.run import Run
 
@@ -174,7 +174,7 @@ class Training:
                 raise ValueError(f"expert {what!r} is to be trained; {config}.trained_experts() must list it")
             expert = self.mixture.experts[what]
             # Wrapped while its own parameters alone take gradients: only those are exchanged between processes.
-            self.mixture.bring(what)
+            self._bring(what)
             self.mixture.train_only(what)
             trainable = self._prepared(Behaviour(self.mixture, what), expert.parameters, optimizer, updates)
             trainable.expert, trainable.average = what, self._average(what, ema)
@@ -208,6 +208,9 @@ class Training:
                 self.trains(name, loss.critic, loss.optimizer, updates=updates)
             self.terms.append(Term(name, config, loss))
 
+    def _bring(self, expert: str) -> None:
+        self.mixture.bring(expert)
+
     def _place(self, module: nn.Module) -> None:
         module.to(self.device)
 
@@ -233,8 +236,7 @@ class Training:
         if decay is None:
             self.mixture.ema.pop(expert, None)  # of an earlier stage: these weights move on without it
             return None
-        on_host = self.recipe.training.offload.averages is not None
-        average = EMA(self.mixture.experts[expert].parameters, decay, on_host=on_host)
+        average = EMA(self.mixture.experts[expert].parameters, decay, on_host=self.mixture.averages_on_host)
         if self.step:  # resuming
             if expert not in self.mixture.ema:
                 raise ValueError(f"the checkpoint's ema.json is damaged: it has no average of expert {expert!r}")
@@ -379,6 +381,8 @@ class Training:
         kept = [(parameter, parameter.grad) for other in others for parameter in other.parameters.values()]
         for parameter, _ in kept:
             parameter.grad = None
+        if kept and trainable.expert is not None:  # looking at them let go of what the backward pass may want
+            gather_root(self.mixture.experts[trainable.expert].shared.network)
         self.accelerator.backward(loss)
         for parameter, gradient in kept:
             parameter.grad = gradient
@@ -499,8 +503,9 @@ class Training:
                 number: {key: _cut_as(value, own[number]) for key, value in each.items()}
                 for number, each in saved["state"].items()
             }
-            trainable.optimizer.load_state_dict({**saved, "state": moments})
-            trainable.scheduler.load_state_dict(state["trained"][name]["scheduler"])
+            groups = whole_tree(saved["param_groups"])
+            trainable.optimizer.load_state_dict({**saved, "state": moments, "param_groups": groups})
+            trainable.scheduler.load_state_dict(whole_tree(state["trained"][name]["scheduler"]))
             if trainable.bare is not None:
                 held = trainable.bare.state_dict()
                 saved = state["critics"][name]

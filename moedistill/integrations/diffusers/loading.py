@@ -151,12 +151,12 @@ def stored_tensors(
     """
     _check_not_quantised(folder, what)
     own, ignored = network.state_dict(), list(ignored)
-    suffix = f".{variant}.safetensors" if variant is not None else ".safetensors"
-    files = sorted(folder.glob(f"diffusion_pytorch_model*{suffix}"))
-    if variant is None:  # neither fp16's, nor another's
-        files = [file for file in files if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?", file.stem)]
-    if not files:
-        raise ValueError(f"{what}: {folder} has no diffusion_pytorch_model{suffix}; get the whole model's folder")
+    if (index := _index(folder, variant)) is not None:
+        files = sorted({folder / shard for shard in read_json(index)["weight_map"].values()})
+    else:
+        files = [folder / f"diffusion_pytorch_model{f'.{variant}' if variant is not None else ''}.safetensors"]
+    if absent := [file for file in files if not file.is_file()]:
+        raise ValueError(f"{what}: there is no {absent[0]}; get the whole model's folder")
     place: dict[str, Path] = {}
     for file in files:
         try:
@@ -202,16 +202,21 @@ def _without(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     return {name for name in names if not any(pattern.search(name) for pattern in allowed)}
 
 
+def _index(folder: Path, variant: str | None) -> Path | None:
+    """The index of a network of diffusers' that is saved in parts; None where it is not."""
+    first = "diffusion_pytorch_model.safetensors"
+    known = [f"{first}.index.json"]
+    if variant is not None:
+        known = [f"{first}.index.{variant}.json", f"{first}.{variant}.index.json"]  # the second in older folders
+    return next((folder / name for name in known if (folder / name).is_file()), None)
+
+
 def _in_shards(folder: Path, variant: str | None) -> set[str] | None:
     """The names of the tensors in a network of diffusers' that is saved in parts; None where it is not.
 
     Of such a folder diffusers reports what the index says, which need not be what its files have.
     """
-    first = "diffusion_pytorch_model.safetensors"
-    known = [f"{first}.index.json"]
-    if variant is not None:
-        known = [f"{first}.index.{variant}.json", f"{first}.{variant}.index.json"]  # the second in older folders
-    index = next((folder / name for name in known if (folder / name).is_file()), None)
+    index = _index(folder, variant)
     if index is None:
         return None
     names: set[str] = set()

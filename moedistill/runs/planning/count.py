@@ -112,7 +112,7 @@ class _Counter:
 
     def __init__(self, recipe: Recipe, mixture: Mixture, processes: int, known: dict[str, list[Part]]) -> None:
         self.recipe, self.mixture, self.processes, self.known = recipe, mixture, processes, known
-        self.sharded = recipe.training.sharding == "fsdp2"
+        self.sharded = recipe.training.sharding == "fsdp2" and processes > 1
         self.cut = processes if self.sharded else 1
         self.parked = recipe.training.offload.idle == "cpu" and not self.sharded
         self.pretrained = {id(mixture.experts[name].shared) for name in mixture.teachers}
@@ -142,7 +142,7 @@ class _Counter:
         averages, host = sum(own.values()) // cut, 0
         if offload.averages == "cpu":
             averages, host = 0, averages
-        if self.parked:
+        if self.parked or offload.averages == "cpu":
             host += earlier // cut
         else:
             averages += earlier // cut
@@ -206,7 +206,7 @@ class _Counter:
 
     def _gathered(self, networks: Iterable[nn.Module], resting: Mapping[int, int], trained: Iterable[int]) -> int:
         """What FSDP2 has whole at a time: what lies outside of blocks, two of the largest ones, and their gradients."""
-        if not self.sharded or self.processes == 1:
+        if not self.sharded:
             return 0
         of_trained, roots, blocks = set(trained), 0, [0]
         for network in networks:

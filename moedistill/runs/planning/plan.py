@@ -39,7 +39,8 @@ class StagePlan:
             distribution, activations and `gradients_at_peak` are the peak.
         peak: the most on the device.
         where: the part of a step that it is in.
-        host: on the host of each process; while a checkpoint is written, that comes on top in the main one.
+        host: on the host of each process; while a checkpoint is written, that comes on top in the main one, or, of
+            what is sharded, twice its part in each.
         checkpoint: on disk.
         flops: of an optimiser step, on each process.
         evaluations: samples that networks evaluate in it, on each process.
