@@ -258,6 +258,9 @@ class _Runner:
                     self._stages()
             except WriteError as error:
                 raise WriteError(f"{error}; {self._where_to_go_on()}") from error
+            finally:  # what was begun does not go with what stops the run
+                with suppress(UserError, RuntimeError):
+                    self._await_checkpoint()
         self.run.say(f"done{smoke}: {self.folder}")
         return RunResult(self.folder, self.run.metrics, self.run.cost, self.last_checkpoint, self.run.smoke)
 

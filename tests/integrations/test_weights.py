@@ -322,3 +322,19 @@ def test_causes_by_name(tmp_path):
     assert "scaled fp8" in of("scaled_fp8")
     assert "LoRA" in of("blocks.0.attn1.to_q.lora_down.weight")
     assert "incomplete, or of another model" in of("rope.freqs")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("size", ["50KB", "1GB"])
+def test_what_is_read_slice_by_slice_is_what_is_loaded(folder, variant, size):
+    """Saved in parts or not, with a variant or without; other files that lie there are nobody's."""
+    network = backbone_of(folder).build().network
+    for file in (folder / "transformer").glob("*.safetensors*"):
+        file.unlink()
+    network.save_pretrained(folder / "transformer", variant=variant, max_shard_size=size)
+    (folder / "transformer" / "diffusion_pytorch_model-00001-of-00099.safetensors").write_bytes(b"of another")
+    config, given = backbone_of(folder).replace(variant=variant), {}
+    config.give_weights(lambda base, name, tensor: given.setdefault(name, tensor.clone()))
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > (2 if size == "50KB" else 1)
+    assert given.keys() == network.state_dict().keys()
+    assert all(torch.equal(given[name], tensor) for name, tensor in network.state_dict().items())

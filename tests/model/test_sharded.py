@@ -24,6 +24,7 @@ from moedistill.runtime.sharding import whole, whole_tree
 from moedistill.stages.consistency import ConsistencyConfig
 from moedistill.stages.export import ExportConfig
 from moedistill.stages.training import Training
+from moedistill_digits.backbone import DigitsBackboneConfig
 
 EXPERTS = {
     "semantic": {"kind": "full"},
@@ -287,3 +288,18 @@ def test_who_keeps_tensors_instead_works_on_dead_ones():
     assert torch.equal(velocity_of(run.mixture, "semantic", digits_inputs()), start)
     assert isinstance(EMA(run.mixture.experts["semantic"].parameters, 0.5).average["proj_out.weight"], DTensor)
     assert Path(run.output)  # the run itself is none the wiser
+
+
+def test_weights_that_nobody_gives_are_named():
+    class Forgetful(DigitsBackboneConfig):
+        def give_weights(self, take, seed=0):
+            def some(base, name, value):
+                if "to_q" not in name:
+                    take(base, name, value)
+
+            super().give_weights(some, seed)
+
+    mixture = build_mixture(load_recipe(tiny_recipe([distil()])))
+    config = Forgetful(pretrained=None, width=16, num_layers=2, num_heads=2)
+    with pytest.raises(ValueError, match=r"weights are not given, the first blocks\.0\.attn\.to_q"):
+        mixture.fill(config)

@@ -212,6 +212,50 @@ def test_a_process_that_is_lost(runs, tmp_path, kill):
         assert equal(*(load_tree(find_checkpoint(folder), tree) for folder in (runs / "two", tmp_path / "run")))
 
 
+FAULTS = """
+import errno, os, time
+from moedistill import hookimpl
+from moedistill.errors import UserError
+from moedistill.runtime import saving
+
+usual = saving.sum_of
+
+
+def slowly(path):
+    if path.parent.name.endswith("00_semantic_00000002"):
+        if os.environ["FAULT"] == "disk" and os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, "full")
+        time.sleep(1)
+    return usual(path)
+
+
+saving.sum_of = slowly
+
+
+@hookimpl
+def on_step_end(training, metrics):
+    if os.environ["FAULT"] == "later" and (training.config.name, training.step) == ("semantic", 3):
+        raise UserError("something else is wrong" if os.environ["RANK"] == "0" else "")
+"""
+
+
+@pytest.mark.parametrize(("fault", "saved"), [("disk", 1), ("later", 2)])
+def test_a_fault_while_a_checkpoint_is_written(runs, tmp_path, fault, saved):
+    """A disk that one process finds full stops all, with nothing half-written; another fault loses no checkpoint."""
+    (tmp_path / "faults.py").write_text(FAULTS)
+    arguments = ["run", runs / "recipe.yaml", "--device", "cpu", "--output", tmp_path / "run", *SHARDED]
+    group = start_together([*arguments, "-p", tmp_path / "faults.py"], tmp_path, 2, FAULT=fault)
+    codes = [command.exit_code(60) for command in group]
+    assert codes == [2, 2], "\n".join(command.output for command in group)
+    said = " ".join(group[0].output.split())
+    assert "Traceback" not in said
+    if fault == "disk":
+        assert "cannot write" in said
+        assert f"saved is {tmp_path}/run/checkpoints/00_semantic_{saved:08d}" in said
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == [f"00_semantic_{step:08d}" for step in range(1, saved + 1)]
+
+
 # -- what a process holds ---------------------------------------------------------------------------------------------
 
 COUNTER = """

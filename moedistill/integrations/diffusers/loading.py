@@ -158,16 +158,18 @@ def stored_tensors(
     if absent := [file for file in files if not file.is_file()]:
         raise ValueError(f"{what}: there is no {absent[0]}; get the whole model's folder")
     place: dict[str, Path] = {}
+    dtypes: dict[str, str] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as stored:
                 place |= dict.fromkeys(stored.keys(), file)
+                dtypes |= {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{what}: cannot read {file}: {shorten(str(error), 200)}") from error
     missing, left_over = _without(set(own) - set(place), ignored), _without(set(place) - set(own), ignored)
     if missing or left_over:
         raise ValueError(f"{what}: {misfit(type(network), folder, sorted(missing), sorted(left_over))}")
-    if whole := sorted(name for name in _whole_numbers(folder) & set(own) if own[name].is_floating_point()):
+    if whole := sorted(name for name in own if "F" not in dtypes.get(name, "F") and own[name].is_floating_point()):
         raise ValueError(f"{what}: {shorten(', '.join(whole), 200)} is stored in whole numbers; get the weights again")
     for file in files:
         with safe_open(file, "pt") as stored:
