@@ -65,6 +65,7 @@ def recipe_of(*settings: str):
 def counted(recipe, config, steps: int = 2):
     """What real steps take, by the kinds of bytes, where they take the most; and all that stands between steps."""
     mixture, accelerator = build_mixture(recipe), make_accelerator(recipe, "cpu")
+    mixture.settle(*config.trained_experts())
     dataset = SyntheticDataset(mixture.backbone)
     tracker = Tracker(WATCHED)
     for tensor in [*mixture.parameters(), *mixture.buffers()]:
@@ -101,6 +102,7 @@ def counted(recipe, config, steps: int = 2):
         ("detail", [f"experts.semantic={LORA}", "training.gradient_checkpointing=false"]),
         ("detail", [f"experts.semantic={FULL}", "training.gradient_checkpointing=true"]),
         ("detail", [f"experts.semantic={LORA}", "backbone.dtype=bfloat16", "training.gradient_checkpointing=true"]),
+        ("detail", [f"experts.semantic={FULL}", "backbone.dtype=bfloat16", "training.gradient_checkpointing=true"]),
     ],
 )
 def test_a_plan_is_what_a_real_step_takes(
