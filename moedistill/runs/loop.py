@@ -247,7 +247,7 @@ class _Runner:
                 write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
                 self._take_history()
                 self._write_cost()
-            self._tell()
+            self._tell(self.last_checkpoint)
             self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
             for observer in self.observers:
                 self.plugins.manager.register(observer)
@@ -482,18 +482,22 @@ class _Runner:
     def _where_to_go_on(self) -> str:
         with suppress(UserError, RuntimeError):  # one that was begun may be there yet; if it fails, it is not named
             self._await_checkpoint()
-        if self.last_checkpoint is None:
+        return self._going_on_from(self.last_checkpoint)
+
+    def _going_on_from(self, checkpoint: Path | None) -> str:
+        """What is saved, and the command that goes on."""
+        if checkpoint is None:
             anew = self.command.begin(self.folder)
             return f"nothing is saved yet; begin it anew with: {anew}"
-        branch = not belongs_to(self.last_checkpoint, self.folder)
-        newest = self.checkpoints.there()[-1:] == [self.last_checkpoint]
-        on = self.command.go_on(self.folder, None if newest else self.last_checkpoint, branch=branch)
-        return f"saved is {self.last_checkpoint}; go on with: {on}"
+        branch = not belongs_to(checkpoint, self.folder)
+        newest = self.checkpoints.there()[-1:] == [checkpoint]
+        on = self.command.go_on(self.folder, None if newest else checkpoint, branch=branch)
+        return f"saved is {checkpoint}; go on with: {on}"
 
-    def _tell(self) -> None:
+    def _tell(self, checkpoint: Path | None) -> None:
         """Keeps for the launcher, or for this process itself, what is to be said where another one is lost."""
         if self.run.main or launched_here() is None:
-            tell_launcher(self._where_to_go_on())
+            tell_launcher(self._going_on_from(checkpoint))
 
     def _trained(self, number: int) -> set[str]:
         """The experts that stages before `number` train."""
@@ -540,7 +544,8 @@ class _Runner:
             self.group = torch.distributed.new_group(
                 backend="gloo", timeout=timedelta(seconds=self.recipe.training.timeout)
             )
-        self.saving = Saving(self.checkpoints, name, on_main(self.accelerator, begin), trees, self.group)
+        temporary = on_main(self.accelerator, begin)
+        self.saving = Saving(self.checkpoints, name, temporary, trees, self.group, done=self._tell)
 
     def _await_checkpoint(self) -> None:
         """Waits for a checkpoint that was begun, and takes note of it."""
@@ -564,7 +569,7 @@ class _Runner:
 
     def _saved(self, checkpoint: Path) -> None:
         self.last_checkpoint = checkpoint
-        self._tell()
+        self._tell(checkpoint)
         if self.run.main:
             assert self.training is not None
             self.plugins.hook.on_checkpoint(training=self.training, path=checkpoint)

@@ -27,12 +27,20 @@ class Saving:
         temporary: where `Checkpoints.begin` said, seen by all processes.
         trees: as `save_tree` takes them, with tensors that may be sharded; they are copied here.
         group: of all processes, for this alone: it is used while others speak.
+        done: called with the checkpoint once it is there, from another thread.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, name: str, temporary: Path, trees: Mapping[str, Any], group: "ProcessGroup"
+        self,
+        checkpoints: Checkpoints,
+        name: str,
+        temporary: Path,
+        trees: Mapping[str, Any],
+        group: "ProcessGroup",
+        done: Callable[[Path], None],
     ) -> None:
-        self._checkpoints, self._name, self._temporary, self._group = checkpoints, name, temporary, group
+        self._checkpoints, self._name, self._temporary = checkpoints, name, temporary
+        self._group, self._tell = group, done
         tensors: dict[str, Tensor] = {}
         self._forms = {}
         for tree, content in trees.items():
@@ -87,6 +95,7 @@ class Saving:
         for each in self._on_all(sum_up, sums):
             sums |= each
         self._on_all(finish if distributed.get_rank() == 0 else lambda: None, None)
+        self._tell(self.path)
 
     def _on_all(self, work: Callable[[], None], result: Any) -> list[Any]:
         """What all processes have as `result` when each has done its `work`; where one fails, all do."""
