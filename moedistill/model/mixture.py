@@ -168,11 +168,7 @@ class Mixture(nn.Module):
         self._residency = Residency(self.experts, device) if idle_on_host else None
 
     def shard(self, mesh: "DeviceMesh", device: torch.device) -> None:
-        """Cuts all networks, without weights so far, among the processes of a mesh; each then holds any numbers.
-
-        Raises:
-            ValueError: a network is called in a way that cannot be sharded.
-        """
+        """Cuts all networks, without weights so far, among the processes of a mesh; each then holds any numbers."""
         for network in self.networks:
             shard(network, mesh)
             materialise(network, device)

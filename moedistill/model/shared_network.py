@@ -75,7 +75,8 @@ class SharedNetwork:
         for name, dtype in self._resting.items():
             parameter = self.weights[name]
             if parameter.dtype != dtype and not is_sharded(parameter):
-                self._masters[name] = parameter.data.to(HOST)
+                if not parameter.is_meta:
+                    self._masters[name] = parameter.data.to(HOST)
                 parameter.data = parameter.data.to(dtype)
 
     def wake(self) -> None:

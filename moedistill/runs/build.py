@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from torch import nn
 from moedistill.data.base import Dataset, Sample
 from moedistill.data.loading import collate, conditioning_problem, sample_problem
 from moedistill.errors import UserError, shorten, user_errors
+from moedistill.flow.routers import Router
+from moedistill.flow.trajectory import Trajectory
 from moedistill.model.backbone import Backbone, BackboneConfig, SampleLayout
 from moedistill.model.experts import LoRAConfig
 from moedistill.model.mixture import Mixture
@@ -45,30 +48,13 @@ def build_mixture(
     Raises:
         UserError: what is wrong with the recipe but cannot be seen in it.
     """
-    with user_errors("trajectory"):
-        trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
-    with user_errors("router"):
-        router = recipe.router.build(trajectory) if recipe.router else None
+    flow = flow_of(recipe)  # before anything of weight is loaded
     with user_errors("backbone"):
-        teacher_router = recipe.backbone.teacher_router(trajectory)
         if backbone is None:
             backbone = recipe.backbone.skeleton() if mesh is not None else recipe.backbone.build(recipe.seed)
         if mesh is not None:
             _fill_buffers(recipe, backbone)
-    with user_errors("experts"), torch.device("meta") if mesh is not None else nullcontext():
-        _check_ranks(recipe, backbone)
-        mixture = Mixture(
-            backbone,
-            recipe.experts,
-            trajectory=trajectory,
-            router=router,
-            guidance=recipe.backbone.guidance,
-            seed=recipe.seed,
-            gradient_checkpointing=recipe.training.gradient_checkpointing and not inference,
-            teacher_router=teacher_router,
-            inference=inference,
-            autocast_dtype=None if recipe.backbone.dtype == "float32" else getattr(torch, recipe.backbone.dtype),
-        )
+    mixture = attach_experts(recipe, backbone, flow, inference=inference, without_memory=mesh is not None)
     mixture.averages_on_host = recipe.training.offload.averages is not None and not inference
     # Sampling in one process takes every expert in turn: nothing is idle there.
     if mesh is None:
@@ -79,6 +65,53 @@ def build_mixture(
             mixture.fill(recipe.backbone, recipe.seed)
     mixture.initialise()
     return mixture
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What of a recipe says which noise levels there are, and who serves them."""
+
+    trajectory: Trajectory
+    router: Router | None
+    teacher_router: Router | None
+
+
+def flow_of(recipe: Recipe) -> Flow:
+    """A recipe's trajectory and routers.
+
+    Raises:
+        UserError: what is wrong with them but cannot be seen in the recipe.
+    """
+    with user_errors("trajectory"):
+        trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
+    with user_errors("router"):
+        router = recipe.router.build(trajectory) if recipe.router else None
+    with user_errors("backbone"):
+        return Flow(trajectory, router, recipe.backbone.teacher_router(trajectory))
+
+
+def attach_experts(
+    recipe: Recipe, backbone: Backbone, flow: Flow, *, inference: bool = False, without_memory: bool = False
+) -> Mixture:
+    """The recipe's mixture around a backbone; what experts add holds any numbers, or lies on torch's meta device.
+
+    Raises:
+        UserError: an expert does not fit the backbone.
+    """
+    with user_errors("experts"), torch.device("meta") if without_memory else nullcontext():
+        _check_ranks(recipe, backbone)
+        return Mixture(
+            backbone,
+            recipe.experts,
+            trajectory=flow.trajectory,
+            router=flow.router,
+            guidance=recipe.backbone.guidance,
+            seed=recipe.seed,
+            gradient_checkpointing=recipe.training.gradient_checkpointing and not inference,
+            teacher_router=flow.teacher_router,
+            inference=inference,
+            autocast_dtype=None if recipe.backbone.dtype == "float32" else getattr(torch, recipe.backbone.dtype),
+        )
 
 
 def _fill_buffers(recipe: Recipe, backbone: Backbone) -> None:

@@ -17,6 +17,7 @@ from moedistill.model.conditioning import Conditioning
 from moedistill.model.live_parameters import LiveParameters
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe, TrainingStageConfig
+from moedistill.runs.build import attach_experts, flow_of
 from moedistill.runs.planning.depths import at_depth, blocks_of, depths_to_try, extended, stacks
 from moedistill.runs.planning.imagined import Imagined
 from moedistill.runs.planning.tracker import OTHER, Passage, Tracker
@@ -255,21 +256,7 @@ class NoData(Dataset):
 
 def empty_mixture(recipe: Recipe, backbone: Backbone) -> Mixture:
     """The recipe's mixture on a backbone without weights; what experts add has none either."""
-    trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
-    router = recipe.router.build(trajectory) if recipe.router else None
-    teacher_router = recipe.backbone.teacher_router(trajectory)
-    with torch.device("meta"):
-        return Mixture(
-            backbone,
-            recipe.experts,
-            trajectory=trajectory,
-            router=router,
-            guidance=recipe.backbone.guidance,
-            seed=recipe.seed,
-            gradient_checkpointing=recipe.training.gradient_checkpointing,
-            teacher_router=teacher_router,
-            autocast_dtype=None if recipe.backbone.dtype == "float32" else getattr(torch, recipe.backbone.dtype),
-        )
+    return attach_experts(recipe, backbone, flow_of(recipe), without_memory=True)
 
 
 def empty_run(recipe: Recipe, mixture: Mixture) -> Run:
@@ -332,8 +319,8 @@ def _step_at(
     mixture, imagined = empty_mixture(recipe, backbone), Imagined(WATCHED, as_cuda=as_cuda)
     run, stage = empty_run(recipe, mixture), config.build()
     assert isinstance(stage, TrainingStage)
+    mixture.settle(*config.trained_experts())
     with imagined.entered() as tracker, torch.random.fork_rng(devices=[]):
-        _rest(mixture, config.trained_experts())
         imagined.inhabit(mixture, WEIGHTS)
         training = FakeTraining(run, config, imagined, batch)
         stage.setup(training)
@@ -342,19 +329,6 @@ def _step_at(
         with tracker.passage("between"):
             stage.step(training, made)
     return peaks(tracker.passages), float(tracker.flops), mixture.forwards
-
-
-def _rest(mixture: Mixture, trained: Sequence[str]) -> None:
-    """Full experts that are not trained have the dtypes of the base."""
-    bases = [mixture.experts[name].shared for name in mixture.teachers if mixture.experts[name].parent is None]
-    for name, expert in mixture.experts.items():
-        if name in trained or expert.chain or expert.shared in bases:
-            continue
-        for path, parameter in bases[0].weights.items():
-            module, _, last = expert.shared._place_of_weight(path).rpartition(".")
-            own = expert.shared.weights[path]
-            lower = nn.Parameter(own.to(parameter.dtype), own.requires_grad)
-            expert.shared.network.get_submodule(module)._parameters[last] = lower
 
 
 def peaks(passages: Sequence[Passage]) -> Peaks:
