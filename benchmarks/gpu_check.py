@@ -1,6 +1,6 @@
 """What a GPU has to say to the plan: memory of a step against what was counted, and a step under FSDP2 on one GPU.
 
-    python benchmarks/gpu_check.py            about 6 minutes on one GPU with 40 GiB or more
+    python benchmarks/gpu_check.py            made to take less than 8 minutes on one GPU; not run yet
     python benchmarks/gpu_check.py --tiny     the same path with a miniature, on a CPU as well: nothing is measured
 
 A HunyuanVideo of 1.7 billion random weights, of the published widths with fewer blocks, is written to a folder, and
