@@ -6,11 +6,10 @@ import os
 import pytest
 import torch
 from helpers import distil, evaluate, tiny_recipe
-from stored_sets import NAMES, entry, write_index, write_own, write_published
+from stored_sets import NAMES, entry, write_index, write_own, write_published, write_version_1
 
 from moedistill import cli
 from moedistill.data.base import Sample
-from moedistill.data.latents import write_latents
 from moedistill.model.layout import Input, SampleLayout
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.check import check_set
@@ -132,7 +131,9 @@ def test_captions_alone(tmp_path):
     assert report.notes == [
         "1 of 3 samples have a caption only: it will be encoded with the model's text encoder"
     ]  # fmt: skip
-    assert problem(report)[1] == [f"{tmp_path}/latent/{NAMES[2]}: has neither stored text embeddings nor a caption"]
+    assert problem(report)[1] == [
+        f"{tmp_path}/latent/{NAMES[2]}: sample 2 has neither stored text embeddings nor a caption"
+    ]
 
 
 def test_texts_that_make_no_batch(tmp_path, check):
@@ -152,11 +153,12 @@ def test_the_stored_negative_prompt(tmp_path, check):
     negative = {"prompt_embeds": torch.full((5, 8), float("nan")), "prompt_attention_mask": torch.ones(6)}
     write_own(tmp_path, negative=negative)
     places = [found.places for found in check_set(tmp_path).problems]
-    assert places[0] == [f"{tmp_path}/negative.safetensors: prompt_embeds"]
+    [file] = tmp_path.glob("negative-*")
+    assert places[0] == [f"{file}: prompt_embeds"]
     assert [place.rpartition(": ")[2] for place in places[1]] == ["prompt_embeds [6, 8], not [5, 8]"] * 3
-    (tmp_path / "negative.safetensors").unlink()
+    file.unlink()
     report = check_set(tmp_path)
-    assert problem(report)[1] == [f"{tmp_path}/negative.safetensors: is missing"]
+    assert problem(report)[1] == [f"{file}: is missing"]
     assert facts(report)["negative prompt"] == "cannot be read"
 
 
@@ -286,7 +288,7 @@ def test_a_backbone_that_cannot_tell(tmp_path, check, monkeypatch):
 
 def test_the_command(tmp_path, call):
     cond = {"digit": torch.tensor(3), "direction": torch.tensor(1)}
-    write_latents(tmp_path / "set", [Sample(torch.ones(12, 8, 4, 4), cond)] * 9)
+    write_version_1(tmp_path / "set", [Sample(torch.ones(12, 8, 4, 4), cond)] * 9)
     recipe = tmp_path / "recipe.json"
     changes = {"data": {"kind": "latents", "path": str(tmp_path / "set")}, "training.batch_size": 9}
     recipe.write_text(json.dumps(tiny_recipe([distil()], changes)))
@@ -315,11 +317,13 @@ def test_a_report_fits_a_screen(tmp_path):
     publish(tmp_path, entries=entries)
     torch.save(torch.full((4, 3, 2, 2), float("nan")), tmp_path / "latent" / NAMES[0])
     report = check_set(tmp_path)
-    assert [len(found.places) for found in report.problems] == [40, 40, 40]
+    assert [len(found.places) for found in report.problems] == [40, 1, 40]
+    assert report.problems[1].message.startswith("40 samples cannot be read")
+    assert report.problems[1].places[0].endswith("sample 40 gives it no 'latent_path' (as samples 41 to 79)")
     lines = report.lines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 170
-    assert lines.count("    … and 38 more") == 3
+    assert lines.count("    … and 38 more") == 2
     report.facts.clear()
     del report.problems[1:]
     assert report.lines()[-1] == "    … and 30 more"
@@ -333,6 +337,9 @@ BROKEN = [
     b'{"format": "moedistill-latents", "version": 1, "samples": [{"file": "index.json", "shape": [1,1,1,1]}]}',
     b'{"format": "moedistill-latents", "version": 1, "samples": [{"file": "x", "shape": "big"}], "negative": "x"}',
     b'{"format": "moedistill-latents", "version": 1, "samples": [{"file": ".", "shape": [1]}], "negative": "."}',
+    b'{"format": "moedistill-latents", "version": 2, "samples": [{"file": "x", "key": 3, "shape": [1,0,1,1]}]}',
+    b'{"format": "moedistill-latents", "version": 2, "samples": [{"file": ".", "key": "a", "shape": [1,1,1,1]}, 4]}',
+    b'{"format": "moedistill-latents", "version": [2], "samples": []}',
 ]  # fmt: skip
 
 
