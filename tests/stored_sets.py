@@ -3,6 +3,7 @@
 import json
 
 import torch
+from safetensors.torch import save_file
 
 from moedistill.data.base import Sample
 from moedistill.data.latents import write_latents
@@ -45,4 +46,18 @@ def write_index(folder, entries):
 
 def write_own(folder, **options):
     write_latents(folder, (Sample(*tensors(i)) for i in range(3)), **options)
+    return folder
+
+
+def write_version_1(folder, samples, captions=None):
+    """A set of our own layout as it was at first: a file for each sample."""
+    folder.mkdir(exist_ok=True)
+    entries = []
+    for i, sample in enumerate(samples):
+        save_file({"latents": sample.latents, **sample.conditioning}, folder / f"{i:08}.safetensors")
+        entries.append({"file": f"{i:08}.safetensors", "shape": list(sample.latents.shape)})
+        if captions is not None:
+            entries[i]["caption"] = captions[i]
+    index = {"format": "moedistill-latents", "version": 1, "samples": entries, "negative": None}
+    (folder / "index.json").write_text(json.dumps(index))
     return folder

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moedistill.data.latents import LATENTS, SampleError, Store, absent, bad_numbers, open_store
+from moedistill.data.latents import SampleError, Store, absent, open_store
 from moedistill.data.plausible import Spread
+from moedistill.data.storable import LATENTS, bad_numbers
 from moedistill.errors import SCREEN_LINES, counted, shorten
 from moedistill.model import conditioning
 from moedistill.model.layout import SampleLayout, mask_fault
@@ -18,6 +19,8 @@ EXAMPLES = 10
 """How many examples are shown of a kind of problem, if there is room on the screen."""
 NAMES = 8
 """How many conditioning tensors are listed by name."""
+NAMED = 4
+"""How many samples are listed by number, of those that one thing is wrong with."""
 OF_TEXT = ("text", "mask", "pooled")
 """Roles of what a prompt is encoded to."""
 DTYPE_OF = {"mask": torch.bool}
@@ -84,12 +87,15 @@ class Seen:
     """What is known of a sample without its numbers.
 
     Attributes:
+        file: where its latents lie.
+        place: the same, and which sample it is, where many lie in one file.
         latents: their shape (C, T, H, W).
         conditioning: as stored, on the meta device, without a batch dimension.
     """
 
     index: int
     file: str
+    place: str
     latents: Shape
     conditioning: dict[str, Tensor]
 
@@ -133,8 +139,8 @@ def read_set(
     _read_headers(contents, report, found, layout)
     _read_numbers(contents, found, layout, numbers)
     contents.negative, negative = _read_negative(contents, report, found, layout)
-    counts = {"not finite": found.not_finite, "missing": found.missing, "broken": found.broken}
-    report.facts.append(("files", ", ".join(f"{len(places) or 'none'} {what}" for what, places in counts.items())))
+    counts = {"not finite": len(found.not_finite), "missing": len(found.missing), "broken": found.num_broken}
+    report.facts.append(("files", ", ".join(f"{count or 'none'} {what}" for what, count in counts.items())))
     report.problems += found.problems()
     report.facts.append(("negative prompt", negative))
     return contents
@@ -145,20 +151,36 @@ def read_set(
 
 @dataclass
 class _Found:
-    """Where something is wrong, by kind."""
+    """Where something is wrong, by kind.
 
-    missing: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
+    Attributes:
+        missing: numbers of samples by their file.
+        broken: numbers of samples by their file and what is wrong with it.
+    """
+
+    missing: dict[str, list[int]] = field(default_factory=dict)
+    broken: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
     zero: list[str] = field(default_factory=list)
     masked: list[str] = field(default_factory=list)
     odd_masks: list[str] = field(default_factory=list)
 
+    def add_broken(self, error: SampleError, i: int) -> None:
+        self.broken.setdefault((str(error.file), error.reason), []).append(i)
+
+    @property
+    def num_broken(self) -> int:
+        return sum(map(len, self.broken.values()))
+
     def problems(self) -> list[Misfit]:
         again = "make these samples again, or take them out of the index"
+        missing = [f"{file} ({_named(at)})" if len(at) > 1 else file for file, at in self.missing.items()]
+        broken = [
+            f"{file}: sample {first} {reason}" + (f" (as {_named(others)})" if others else "")
+            for (file, reason), (first, *others) in self.broken.items()
+        ]
         kinds = [
-            (self.missing, "files are missing: get or make them again, or take their samples out of the index"),
-            (self.broken, "samples cannot be read: get or make them again, or take them out of the index"),
+            (missing, "files are missing: get or make them again, or take their samples out of the index"),
             (self.not_finite, f"numbers are NaN or infinite: {again}"),
             (self.zero, f"latents are all zero, which is no video: {again}"),
             (
@@ -167,7 +189,19 @@ class _Found:
             ),
             (self.odd_masks, "masks are not ones for a text, and zeros for the padding after it: encode it again"),
         ]
-        return [Misfit(f"{len(places)} {message}", places) for places, message in kinds if places]
+        found = [Misfit(f"{len(places)} {message}", places) for places, message in kinds]
+        cannot = "samples cannot be read: get or make them again, or take them out of the index"
+        found.insert(1, Misfit(f"{self.num_broken} {cannot}", broken))
+        return [misfit for misfit in found if misfit.places]
+
+
+def _named(samples: Sequence[int]) -> str:
+    """Numbers of samples, ascending, in few words."""
+    first, last = samples[0], samples[-1]
+    if len(samples) > NAMED and last - first == len(samples) - 1:
+        return f"samples {first} to {last}"
+    more = f" and {len(samples) - NAMED} more" if len(samples) > NAMED else ""
+    return f"sample{'s' * (len(samples) > 1)} {', '.join(map(str, samples[:NAMED]))}{more}"
 
 
 def _read_headers(contents: Contents, report: Report, found: _Found, layout: SampleLayout | None) -> None:
@@ -180,20 +214,28 @@ def _read_headers(contents: Contents, report: Report, found: _Found, layout: Sam
             caption, files = store.caption(i), store.files(i)
             captions += caption is not None
             gone = [str(file) for file in files if absent(file)]
-            found.missing += gone
+            for file in gone:
+                found.missing.setdefault(file, []).append(i)
             if gone:
                 continue
             latents, cond = store.header(i)
-            masks.look(str(files[0]), cond, found)
+            masks.look(store.place(i), cond, found)
         except SampleError as error:
-            found.broken.append(f"{error.file}: sample {i} {error.reason}")
+            found.add_broken(error, i)
             continue
         if not cond and caption is None:
-            found.broken.append(f"{files[0]}: has neither stored text embeddings nor a caption")
+            found.broken.setdefault((str(files[0]), "has neither stored text embeddings nor a caption"), []).append(i)
         to_encode += not cond and caption is not None
-        for name, value in {LATENTS: latents, **cond}.items():
+        for name, value in (cond if store.text_only else {LATENTS: latents, **cond}).items():
             dtypes.setdefault(name, Counter())[str(value.dtype).removeprefix("torch.")] += 1
-        contents.seen.append(Seen(i, str(files[0]), tuple(latents.shape), conditioning.to(cond, "meta")))
+        contents.seen.append(
+            Seen(i, str(files[0]), store.place(i), tuple(latents.shape), conditioning.to(cond, "meta"))
+        )
+    if store.text_only:
+        report.facts.append(("latents", "none: texts alone"))
+    else:
+        report.facts.append((LATENTS, counted(Counter(str(list(sample.latents)) for sample in contents.seen))))
+        report.facts.append(("latent frames", counted(Counter(sample.latents[1] for sample in contents.seen))))
     report.facts += _facts(contents.seen, dtypes, masks.lengths)
     report.facts.append(("captions", f"{captions}; {to_encode} samples have nothing else"))
     if to_encode:
@@ -233,11 +275,11 @@ def _read_numbers(contents: Contents, found: _Found, layout: SampleLayout | None
         try:
             latents, cond = contents.store.read(sample.index)
         except SampleError as error:
-            found.broken.append(f"{error.file}: sample {sample.index} {error.reason}")
+            found.add_broken(error, sample.index)
             continue
         bad = dict(bad_numbers({LATENTS: latents, **cond}))
         for name, reason in bad.items():
-            (found.zero if "zero" in reason else found.not_finite).append(f"{sample.file}: {name}")
+            (found.zero if "zero" in reason else found.not_finite).append(f"{sample.place}: {name}")
         if not bad:
             contents.spread = contents.spread or Spread(layout.channels if layout is not None else len(latents))
             contents.spread.add(latents)
@@ -257,8 +299,6 @@ def _look_at_padding(contents: Contents, cond: Mapping[str, Tensor], layout: Sam
 def _facts(
     seen: Sequence[Seen], dtypes: Mapping[str, Counter[str]], lengths: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[str, str]]:
-    yield "latents", counted(Counter(str(list(sample.latents)) for sample in seen))
-    yield "latent frames", counted(Counter(sample.latents[1] for sample in seen))
     names = list(dict.fromkeys(name for sample in seen for name in sample.conditioning))
     for name in names[:NAMES]:
         shapes = Counter(str(list(sample.conditioning[name].shape)) for sample in seen if name in sample.conditioning)
@@ -290,7 +330,7 @@ def _read_negative(
         report.problems.append(Misfit("the negative prompt's conditioning is NaN or infinite: make it again", broken))
     _Masks(store, layout).look(file, stored, found)
     _look_at_padding(contents, stored, layout)
-    return Seen(-1, file, (), conditioning.to(stored, "meta")), "stored"
+    return Seen(-1, file, file, (), conditioning.to(stored, "meta")), "stored"
 
 
 def check_batches(
@@ -317,7 +357,7 @@ def check_batches(
         negative = _shapes(_unpacked(unpack, contents.negative.conditioning))
     kept = {name for name, each in layout.conditioning.items() if not each.droppable} if layout is not None else set()
     unequal = [
-        f"{sample.file}: {name} {list(shape)}, not {list(negative[name])}"
+        f"{sample.place}: {name} {list(shape)}, not {list(negative[name])}"
         for sample in contents.seen
         for name, shape in shapes[sample.index].items()
         if name in negative and negative[name] != shape and name not in kept
@@ -332,7 +372,7 @@ def check_batches(
         other = first.setdefault(sample.latents, sample)
         mine, theirs = shapes[sample.index], shapes[other.index]
         if mine != theirs:
-            different.append(f"{sample.file}: {_listed(mine)}; {Path(other.file).name}: {_listed(theirs)}")
+            different.append(f"{sample.place}: {_listed(mine)}; {Path(other.place).name}: {_listed(theirs)}")
     if not different:
         return
     names = {frozenset(shapes[sample.index]) for sample in contents.seen if shapes[sample.index]}
@@ -391,7 +431,7 @@ def layout_problems(
         unfit += [f"{sample.file}: sample {sample.index} {problem}" for problem in problems]
         frames, *size = sample.latents[1:]
         grids = [[min(frames, crop or frames), *size] for crop in crops]
-        odd += [f"{sample.file}: {grid}" for grid in {grid[0]: grid for grid in grids}.values() if grid[0] % step]
+        odd += [f"{sample.place}: {grid}" for grid in {grid[0]: grid for grid in grids}.values() if grid[0] % step]
     if (negative := contents.negative) is not None:
         problems = [*layout.conditioning_problems(_unpacked(unpack, negative.conditioning))]
         unfit += [f"{negative.file}: the negative prompt {problem}" for problem in problems]
@@ -404,4 +444,4 @@ def layout_problems(
 
 def too_short(contents: Contents, lag: int, crop: int | None) -> list[str]:
     """Samples of which, after `crop`, no more than `lag` latent frames are there: file and number."""
-    return [f"{s.file}: {f}" for s in contents.seen if (f := min(s.latents[1], crop or s.latents[1])) <= lag]
+    return [f"{s.place}: {f}" for s in contents.seen if (f := min(s.latents[1], crop or s.latents[1])) <= lag]

@@ -4,41 +4,49 @@ Both hold what the VAE and the text encoders gave, unscaled; `Backbone.prepare` 
 
 The published layout is a `videos2caption.json`, a list of entries with `latent_path`, `prompt_embed_path` and
 `prompt_attention_mask` (names of `.pt` files in the folders `latent/`, `prompt_embed/` and `prompt_attention_mask/`
-beside it) and `caption`. Our own, which `write_latents` makes, is a folder with an `index.json` and one safetensors
-file for each sample, with `latents` `[C, T, H, W]` and every conditioning tensor by its name.
+beside it) and `caption`. Our own, which `write_latents` makes, is a folder with an `index.json` and safetensors files
+of many samples each (`writing` has it precisely), with `latents` `[C, T, H, W]` and every conditioning tensor by its
+name. Of the same layout, version 1, each sample has a file of its own.
 """
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moedistill.components.fields import NonEmptyStr
 from moedistill.data.base import Dataset, DatasetConfig, Sample
+from moedistill.data.storable import (
+    LATENTS,
+    Unusable,
+    bad_numbers,
+    check_stored,
+    check_usable,
+    is_text_only,
+    misshapen,
+)
+from moedistill.data.tensor_files import OpenFiles, TensorFile
+from moedistill.data.writing import FORMAT, INDEX, VERSION, Item, write_set
 from moedistill.errors import shorten
 from moedistill.model import conditioning
-from moedistill.runtime.checkpoint import save_tensors, write_text
 from moedistill.runtime.randomness import Draws
 from moedistill.runtime.reading import LARGEST_INDEX, check_file, read_text, reason
 from moedistill.runtime.signals import Interruption
-from moedistill.runtime.writing import disk_errors, sync
 
 if TYPE_CHECKING:
     from moedistill.model.backbone import Backbone
 
 PUBLISHED_INDEX = "videos2caption.json"
-INDEX = "index.json"
-FORMAT = "moedistill-latents"
-VERSION = 1
-LATENTS = "latents"
+VERSIONS = (1, VERSION)
+"""Of our own layout, that can be read."""
 
 SYNTHETIC_SAMPLES = 8
 
@@ -47,13 +55,6 @@ TEXT_FILES = {
     "prompt_attention_mask": ("prompt_attention_mask", "prompt_attention_mask"),
 }
 """Of each conditioning tensor of a published set: the entry's key with its file name, and the folder it lies in."""
-
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = {
-    **FLOATS, "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64,
-}  # fmt: skip
-"""What tensors may be stored in, by safetensors' names."""
 
 _MISSING: Any = object()
 
@@ -74,10 +75,6 @@ class SampleError(ValueError):
         )
 
 
-class _Unusable(ValueError):
-    """Why a stored tensor cannot be used."""
-
-
 # -- where samples are stored -----------------------------------------------------------------------------------------
 
 
@@ -88,10 +85,12 @@ class Store(ABC):
         index: the index file.
         layout: its kind, for people.
         masks: names of the conditioning tensors that say which tokens of a text count, as far as the layout says so.
+        text_only: whether no sample has latents: all have the shape (C, 0, H, W).
     """
 
     layout: str
     masks: Sequence[str] = ()
+    text_only = False
 
     def __init__(self, index: Path, entries: Sequence[Any]) -> None:
         self.index, self._entries = index, entries
@@ -102,6 +101,14 @@ class Store(ABC):
     @abstractmethod
     def files(self, i: int) -> list[Path]:
         """All files of a sample, the latents' first."""
+
+    def place(self, i: int) -> str:
+        """Where a sample is stored, for messages that do not say which one it is."""
+        return str(self.files(i)[0])
+
+    @abstractmethod
+    def text_files(self, i: int) -> list[Path]:
+        """Those that its conditioning lies in."""
 
     @abstractmethod
     def has_text(self, i: int) -> bool:
@@ -118,6 +125,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents `[C, T, H, W]` and conditioning of a sample, in the dtypes they are stored in."""
+
+    @abstractmethod
+    def read_text(self, i: int) -> dict[str, Tensor]:
+        """Conditioning of a sample alone, in the dtypes it is stored in."""
 
     def negative(self) -> dict[str, Tensor] | None:
         """The negative prompt's conditioning; None if it is not stored."""
@@ -152,7 +163,7 @@ class Store(ABC):
     def _checked(self, i: int, file: Path, latents: Tensor) -> Tensor:
         # Some preprocessing keeps the batch dimension.
         latents = latents[0] if latents.ndim == 5 and len(latents) == 1 else latents
-        problem = _misshapen(latents.shape, latents.dtype)
+        problem = misshapen(latents.shape, latents.dtype)
         if problem:
             raise self._error(i, problem, file)
         return latents
@@ -164,11 +175,10 @@ class Store(ABC):
     def _reading(self, i: int | None, file: Path) -> Iterator[None]:
         sample = "the negative prompt" if i is None else f"sample {i}"
         try:
-            check_file(file)
             yield
         except SampleError:
             raise
-        except _Unusable as error:
+        except Unusable as error:
             raise SampleError(sample, file, str(error)) from error
         except FileNotFoundError as error:
             raise SampleError(sample, file, absent(file)) from error
@@ -186,7 +196,10 @@ class PublishedStore(Store):
     masks = ("prompt_attention_mask",)
 
     def files(self, i: int) -> list[Path]:
-        return [self._latents_file(i), *self._text_files(i).values()]
+        return [self._latents_file(i), *self.text_files(i)]
+
+    def text_files(self, i: int) -> list[Path]:
+        return list(self._text_files(i).values())
 
     def has_text(self, i: int) -> bool:
         return "prompt_embeds" in self._text_files(i)
@@ -200,10 +213,15 @@ class PublishedStore(Store):
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self._load(i, mmap=False)
 
+    def read_text(self, i: int) -> dict[str, Tensor]:
+        return self._text(i, mmap=False)
+
     def _load(self, i: int, *, mmap: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        latents = self._latents(i, mmap=mmap)
+        return self._latents(i, mmap=mmap), self._text(i, mmap=mmap)
+
+    def _text(self, i: int, *, mmap: bool) -> dict[str, Tensor]:
         files = self._text_files(i) if self.has_text(i) else {}
-        return latents, {name: self._tensor(i, name, file, mmap=mmap) for name, file in files.items()}
+        return {name: self._tensor(i, name, file, mmap=mmap) for name, file in files.items()}
 
     def _latents(self, i: int, *, mmap: bool) -> Tensor:
         file = self._latents_file(i)
@@ -212,8 +230,8 @@ class PublishedStore(Store):
     def _tensor(self, i: int, name: str, file: Path, *, mmap: bool) -> Tensor:
         with self._reading(i, file):
             value = _load_pt(file, mmap=mmap)
-            _check_usable(name, value)
-            _check_stored(name, value)
+            check_usable(name, value)
+            check_stored(name, value)
         return value
 
     def _latents_file(self, i: int) -> Path:
@@ -228,44 +246,77 @@ class PublishedStore(Store):
 
 
 class OwnStore(Store):
-    """What `write_latents` wrote."""
+    """What `write_set` wrote, or `write_latents`."""
 
     layout = "moedistill"
 
-    def __init__(self, index: Path, entries: Sequence[Any], negative: str | None) -> None:
-        super().__init__(index, entries)
+    def __init__(self, index: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(index, content["samples"])
+        negative = content.get("negative")
         self._negative = None if negative is None else index.parent / negative
+        self._files = OpenFiles()
+        self.text_only = content["version"] > 1 and all(map(_is_text_only, self._entries))
 
     def files(self, i: int) -> list[Path]:
         return [self._file(i, "file", self.index.parent)]
 
+    def text_files(self, i: int) -> list[Path]:
+        return self.files(i)
+
+    def place(self, i: int) -> str:
+        return super().place(i) if self._key(i) is None else f"{super().place(i)} (sample {i})"
+
     def has_text(self, i: int) -> bool:
-        [file] = self.files(i)
-        with self._reading(i, file), safe_open(file, "pt") as tensors:
-            return any(name != LATENTS for name in tensors.keys())  # noqa: SIM118 (it is no mapping)
+        with self._opened(i) as (file, key):
+            return any(name != LATENTS for name in file.names(key))
 
     def shape(self, i: int) -> tuple[int, ...]:
         shape = self._value(i, "shape")
+        if self.text_only:
+            return tuple(shape)
         if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
             raise self._error(i, f"has shape: {shorten(repr(shape), 60)}, which must be a list of four sizes")
         shape = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
-        problem = _misshapen(shape)
+        problem = misshapen(shape)
         if problem:
             raise self._error(i, problem)
         return tuple(shape)
 
     def header(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._load(i, _map_safetensors)
+        with self._opened(i) as (file, key):
+            tensors = file.tensors(key)
+        return self._split(i, tensors)
 
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._load(i, _load_safetensors)
+        with self._opened(i) as (file, key):
+            tensors = {name: value.clone() for name, value in file.tensors(key).items()}
+        return self._split(i, tensors)
 
-    def _load(self, i: int, load: Callable[[Path], dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        [file] = self.files(i)
+    def read_text(self, i: int) -> dict[str, Tensor]:
+        with self._opened(i) as (file, key):
+            return {name: value.clone() for name, value in file.tensors(key).items() if name != LATENTS}
+
+    @contextmanager
+    def _opened(self, i: int) -> Iterator[tuple[TensorFile, str | None]]:
+        """The file of a sample, and the key of its tensors there."""
+        [file], key = self.files(i), self._key(i)
         with self._reading(i, file):
-            tensors = load(file)
+            yield self._files.open(file), key
+
+    def _key(self, i: int) -> str | None:
+        key = self._value(i, "key", None)
+        if key is not None and (not isinstance(key, str) or not key or "/" in key):
+            raise self._error(i, f"has key: {shorten(repr(key), 60)}, which must be text without a slash")
+        return key
+
+    def _split(self, i: int, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents and conditioning."""
+        [file], key = self.files(i), self._key(i)
+        if LATENTS not in tensors and self.text_only:
+            return torch.empty(self.shape(i)), tensors
         if LATENTS not in tensors:
-            raise self._error(i, f"has no tensor {LATENTS!r}", file)
+            name = LATENTS if key is None else f"{key}/{LATENTS}"
+            raise self._error(i, f"has no tensor {name!r}", file)
         latents = self._checked(i, file, tensors.pop(LATENTS))
         if tuple(latents.shape) != self.shape(i):
             problem = f"has latents {list(latents.shape)}, but the index says {list(self.shape(i))}"
@@ -276,7 +327,7 @@ class OwnStore(Store):
         if self._negative is None:
             return None
         with self._reading(None, self._negative):
-            return _load_safetensors(self._negative)
+            return {name: value.clone() for name, value in self._files.open(self._negative).tensors(None).items()}
 
     def negative_file(self) -> Path | None:
         return self._negative
@@ -298,7 +349,8 @@ def open_store(path: str | Path) -> Store:
     if isinstance(content, list):
         store: Store = PublishedStore(index, content)
     else:
-        store = OwnStore(index, *_own_index(index, content))
+        _check_own_index(index, content)
+        store = OwnStore(index, content)
     if not len(store):
         raise ValueError(f"{index} lists no samples; give a set that has some")
     return store
@@ -323,29 +375,33 @@ def find_index(path: str | Path) -> Path:
     return found[0]
 
 
-def _own_index(index: Path, content: Any) -> tuple[list[Any], str | None]:
-    """Entries, and the file of the negative prompt."""
+def _check_own_index(index: Path, content: Any) -> None:
+    """ValueError where it is no index of our own layout."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{index} is neither a list of samples, as {PUBLISHED_INDEX}, nor an index with format: {FORMAT}"
         )
-    if content.get("version") != VERSION:
-        raise ValueError(f"{index} has version {content.get('version')!r}, this moedistill reads {VERSION}; update it")
+    if content.get("version") not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise ValueError(f"{index} has version {content.get('version')!r}, this moedistill reads {known}; update it")
     samples, negative = content.get("samples"), content.get("negative")
     if not isinstance(samples, list) or not (negative is None or (isinstance(negative, str) and negative)):
         raise ValueError(f"{index}: samples must be a list, and negative a file's name or null; make the set again")
-    return samples, negative
+    of_text = [i for i, entry in enumerate(samples) if content["version"] > 1 and _is_text_only(entry)]
+    if of_text and len(of_text) < len(samples):
+        raise ValueError(
+            f"{index}: {len(of_text)} of {len(samples)} samples have no latents (the first is sample {of_text[0]}); "
+            "make a set with latents, and one of texts alone"
+        )
 
 
-def _misshapen(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> str:
-    """What is wrong with latents; nothing, if nothing is."""
-    if len(shape) != 4 or 0 in shape:
-        return f"has latents {list(shape)}, which must be [C, T, H, W]"
-    return "" if dtype.is_floating_point else f"has latents of {dtype}, which must be floating-point numbers"
+def _is_text_only(entry: Any) -> bool:
+    return isinstance(entry, dict) and is_text_only(entry.get("shape"))
 
 
 def _load_pt(file: Path, *, mmap: bool = False) -> Tensor:
     """The one tensor in a `.pt` file, on the CPU; with `mmap` its numbers are not read, if its format allows that."""
+    check_file(file)
     try:
         value = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except RuntimeError as error:
@@ -355,45 +411,6 @@ def _load_pt(file: Path, *, mmap: bool = False) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"it holds a {type(value).__name__}, not a tensor")
     return value.detach()
-
-
-def _load_safetensors(file: Path) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in _map_safetensors(file).items()}
-
-
-def _map_safetensors(file: Path) -> dict[str, Tensor]:
-    """The file's tensors, mapped: what is not used of them is not read. _Unusable for a dtype that is not taken."""
-    with safe_open(file, "pt") as tensors:
-        names = list(tensors.keys())
-        for name in names:
-            if (dtype := tensors.get_slice(name).get_dtype()) not in DTYPES:
-                raise _Unusable(_other_dtype(name, dtype))
-        return {name: tensors.get_tensor(name) for name in names}
-
-
-def _check_usable(name: str, value: Tensor) -> None:
-    """_Unusable for a tensor that is not plain numbers, as one out of a `.pt` file may be."""
-    if value.layout != torch.strided or value.is_nested:
-        raise _Unusable(f"has {name} that are sparse or nested; store a dense tensor")
-    if value.device.type == "meta":
-        raise _Unusable(f"has {name} {list(value.shape)} without numbers (a meta tensor); make it again")
-    if value.dtype not in DTYPES.values():
-        raise _Unusable(_other_dtype(name, str(value.dtype)))
-
-
-def _check_stored(name: str, value: Tensor) -> None:
-    """_Unusable for a tensor that is larger than what its file holds."""
-    stored, claimed = value.untyped_storage().nbytes(), value.numel() * value.element_size()
-    if claimed > stored:
-        raise _Unusable(
-            f"has {name} {list(value.shape)}, {claimed:,} bytes, of which {stored:,} are stored (an expanded tensor); "
-            "store a contiguous copy"
-        )
-
-
-def _other_dtype(name: str, dtype: str) -> str:
-    wanted = ", ".join(str(one).removeprefix("torch.") for one in FLOATS.values())
-    return f"has {shorten(name, 60)} of {dtype}; it must be of {wanted}, or of whole numbers"
 
 
 def absent(file: Path) -> str:
@@ -427,53 +444,43 @@ def write_latents(
         ValueError: the folder holds a set already, or a sample is not as it must be.
     """
     folder = Path(folder)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX).exists():
         raise ValueError(f"{folder} holds a set already; choose another folder, or remove its {INDEX}")
-    entries = []
+    write_set(folder, _items(samples, captions), negative=negative)
+
+
+def _items(samples: Iterable[Sample], captions: Sequence[str] | None) -> Iterator[Item]:
     for i, (sample, caption) in enumerate(zip_longest(samples, captions or (), fillvalue=None)):
         if sample is None or (captions is not None and caption is None):
             raise ValueError(f"sample {i} has no {'latents' if sample is None else 'caption'}: give one for each")
-        problem = _misshapen(sample.latents.shape, sample.latents.dtype)
-        if not problem and LATENTS in sample.conditioning:
-            problem = f"has a conditioning tensor {LATENTS!r}, the name of the latents; choose another"
-        if not problem and not sample.conditioning and caption is None:
-            problem = "has neither conditioning nor a caption; give one of them"
-        problem = problem or _unlearnable({**sample.conditioning, LATENTS: sample.latents})
-        if problem:
-            raise ValueError(f"sample {i} {problem}")
-        entry = {"file": f"{i:08}.safetensors", "shape": list(sample.latents.shape)}
-        _write_safetensors(folder / str(entry["file"]), {LATENTS: sample.latents, **sample.conditioning})
-        entries.append(entry if caption is None else {**entry, "caption": caption})
-    if not entries:
-        raise ValueError(f"there are no samples to write to {folder}")
-    name = None
-    if negative is not None:
-        name = "negative.safetensors"
-        _write_safetensors(folder / name, negative)
-    sync(folder)
-    index = {"format": FORMAT, "version": VERSION, "samples": entries, "negative": name}
-    write_text(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False))
-
-
-def _unlearnable(tensors: Mapping[str, Tensor]) -> str:
-    """Why a sample cannot be learned from; nothing, if it can."""
-    try:
-        for name, value in tensors.items():
-            _check_usable(name, value)
-    except _Unusable as error:
-        return str(error)
-    return next((f"has {name} that are {reason}" for name, reason in bad_numbers(tensors)), "")
-
-
-def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Clones: what is a view of something larger, or of the same tensor as another, cannot be saved.
-    save_tensors(file, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
-    sync(file)
+        if LATENTS in sample.conditioning:
+            raise ValueError(f"sample {i} has a conditioning tensor {LATENTS!r}, the latents' name; choose another")
+        tensors = {LATENTS: sample.latents, **sample.conditioning}
+        yield Item({} if caption is None else {"caption": caption}, partial(dict, tensors))
 
 
 # -- datasets ---------------------------------------------------------------------------------------------------------
+
+
+class StoredTexts:
+    """The conditioning of stored samples as the model takes it. Captions without any are encoded here, once.
+
+    Raises:
+        ValueError: an entry of the index is broken, a file is missing, or a caption cannot be encoded.
+    """
+
+    def __init__(self, store: Store, backbone: "Backbone") -> None:
+        self._store, self._unpack = store, backbone.unpack
+        self._captions = captions_to_encode(store)
+        self._encoded = _encode(backbone, list(dict.fromkeys(self._captions.values())))
+
+    def of(self, i: int, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """That of sample `i`, without a batch dimension, of which `stored` was read."""
+        if i in self._captions:
+            return self._encoded[self._captions[i]]
+        # Here, not in `prepare`: what is padded to one length can be batched.
+        batch = self._unpack({name: value[None] for name, value in stored.items()})
+        return {name: value[0] for name, value in batch.items()}
 
 
 class LatentsDataset(Dataset):
@@ -484,11 +491,11 @@ class LatentsDataset(Dataset):
     """
 
     def __init__(self, store: Store, backbone: "Backbone") -> None:
-        self._store, self._unpack = store, backbone.unpack
+        self._store = store
         self._shapes: dict[int, tuple[int, ...]] = {}
-        captions = [_caption_to_encode(store, i) for i in range(len(store))]
-        self._captions = {i: caption for i, caption in enumerate(captions) if caption is not None}
-        self._encoded = _encode(backbone, list(dict.fromkeys(self._captions.values())))
+        for i in range(len(store)):
+            check_files(i, store.files(i))
+        self._texts = StoredTexts(store, backbone)
         self._negative = store.negative()
 
     def __len__(self) -> int:
@@ -497,13 +504,8 @@ class LatentsDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         latents, cond = self._store.read(index)
         latents = latents.float()
-        for name, fault in bad_numbers({LATENTS: latents, **cond}):
-            raise SampleError(f"sample {index}", self._store.files(index)[0], f"has {name} that are {fault}")
-        if index in self._captions:
-            return Sample(latents, self._encoded[self._captions[index]])
-        # Here, not in `prepare`: what is padded to one length can be batched.
-        batch = self._unpack({name: value[None] for name, value in cond.items()})
-        return Sample(latents, {name: value[0] for name, value in batch.items()})
+        check_numbers(self._store, index, {LATENTS: latents, **cond})
+        return Sample(latents, self._texts.of(index, cond))
 
     def shape(self, index: int) -> tuple[int, ...]:
         if index not in self._shapes:
@@ -517,26 +519,31 @@ class LatentsDataset(Dataset):
         return self._negative
 
 
-def bad_numbers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Which of a sample's tensors cannot be learned from, and why."""
-    for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            yield name, "NaN or infinite"
-        elif name == LATENTS and not value.any():
-            yield name, "all zero, which is no video"
+def check_numbers(store: Store, i: int, tensors: Mapping[str, Tensor]) -> None:
+    """SampleError where a sample's tensors cannot be learned from."""
+    for name, fault in bad_numbers(tensors):
+        file = (store.files(i) if LATENTS in tensors else store.text_files(i))[0]
+        raise SampleError(f"sample {i}", file, f"has {name} that are {fault}")
 
 
-def _caption_to_encode(store: Store, i: int) -> str | None:
-    """The caption of a sample that has no conditioning; None if it has. Its files are there."""
-    for file in store.files(i):
+def captions_to_encode(store: Store) -> dict[int, str]:
+    """By sample, the captions of those that have no conditioning; SampleError where one has neither."""
+    captions = {}
+    for i in range(len(store)):
+        check_files(i, store.text_files(i))
+        caption = store.caption(i)
+        if not store.has_text(i):
+            if caption is None:
+                raise SampleError(f"sample {i}", store.index, "has neither stored text embeddings nor a caption")
+            captions[i] = caption
+    return captions
+
+
+def check_files(i: int, files: Iterable[Path]) -> None:
+    """SampleError where one of a sample's files is not there."""
+    for file in files:
         if reason := absent(file):
             raise SampleError(f"sample {i}", file, reason)
-    caption = store.caption(i)
-    if store.has_text(i):
-        return None
-    if caption is None:
-        raise SampleError(f"sample {i}", store.files(i)[0], "has neither stored text embeddings nor a caption")
-    return caption
 
 
 def _encode(backbone: "Backbone", prompts: list[str]) -> dict[str, dict[str, Tensor]]:
@@ -586,11 +593,20 @@ class LatentsConfig(DatasetConfig):
     path: NonEmptyStr | None
 
     def build(self, backbone: "Backbone") -> Dataset:
-        return SyntheticDataset(backbone) if self.path is None else LatentsDataset(open_store(self.path), backbone)
+        return SyntheticDataset(backbone) if self.path is None else LatentsDataset(self._open(self.path), backbone)
 
     def look_ahead(self) -> None:
         if self.path is not None:
-            open_store(self.path)
+            self._open(self.path)
+
+    def _open(self, path: str) -> Store:
+        store = open_store(path)
+        if store.text_only:
+            raise ValueError(
+                f"{store.index} is a set of texts alone, which cannot be trained on; give a set with latents, or read "
+                "it with data: {kind: prompts}"
+            )
+        return store
 
     def tiny(self) -> "LatentsConfig":
         return self.replace(path=None)

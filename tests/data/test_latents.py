@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
+from functools import partial
 
 import pytest
 import torch
 from helpers import digits_backbone, distil, evaluate, tiny_recipe
 from safetensors.torch import load_file, save_file
-from stored_sets import NAMES, SHAPES, entry, tensors, write_index, write_own, write_published
+from stored_sets import NAMES, SHAPES, entry, tensors, write_index, write_own, write_published, write_version_1
 
-from moedistill.data import latents as latents_module
+from moedistill.data import tensor_files
 from moedistill.data.base import Sample
 from moedistill.data.latents import LatentsConfig, open_store, write_latents
 from moedistill.data.loading import collate, load_batches
 from moedistill.data.prompts import PromptsConfig, read_prompts
+from moedistill.data.writing import Item, write_set
 from moedistill.errors import RecipeError, UserError
 from moedistill.model.conditioning import stack
 from moedistill.recipe.loading import load_recipe
@@ -44,6 +47,10 @@ def build(path, backbone=None):
     return LatentsConfig(path=str(path)).build(backbone or Encoder())
 
 
+def own_samples():
+    return [Sample(*tensors(i)) for i in range(3)]
+
+
 def same(one, other):
     return one.dtype == other.dtype and torch.equal(one, other)
 
@@ -51,10 +58,12 @@ def same(one, other):
 # -- what is read -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["published", "batch of one", "old format", "own"])
+@pytest.mark.parametrize("layout", ["published", "batch of one", "old format", "own", "version 1"])
 def test_samples_are_what_was_stored(tmp_path, layout):
     if layout == "own":
         path = write_own(tmp_path / "set")
+    elif layout == "version 1":
+        path = write_version_1(tmp_path / "set", own_samples())
     else:
         path = write_published(tmp_path / "set", layout == "batch of one", zipped=layout != "old format")
     for dataset in (build(path), build(tmp_path / "set")):
@@ -79,7 +88,7 @@ def test_shapes_come_from_headers_alone(tmp_path, monkeypatch):
     assert loads == []
     assert [dataset.shape(i) for i in (0, 1, 2, 0, 1)] == [*SHAPES, *SHAPES[:2]]
     assert [(options["mmap"], options["weights_only"]) for options in loads] == [(True, True)] * 3  # and once each
-    monkeypatch.setattr(latents_module, "safe_open", None)
+    monkeypatch.setattr(tensor_files, "safe_open", None)
     assert [open_store(own).shape(i) for i in range(3)] == SHAPES
 
 
@@ -144,16 +153,16 @@ def test_the_negative_prompt_is_stored(tmp_path):
     dataset = build(write_own(tmp_path, negative=negative, captions=["x", "y", "z"]))
     assert same(dataset.null_conditioning()["prompt_embeds"], negative["prompt_embeds"])
     index = json.loads((tmp_path / "index.json").read_text())
-    assert index["negative"] == "negative.safetensors"
+    assert re.fullmatch(r"negative-[0-9a-f]{12}\.safetensors", index["negative"])
     assert [sample["caption"] for sample in index["samples"]] == ["x", "y", "z"]
-    assert (index["format"], index["version"]) == ("moedistill-latents", 1)
+    assert (index["format"], index["version"]) == ("moedistill-latents", 2)
 
 
 def test_views_are_stored_by_themselves(tmp_path):
     whole = torch.arange(2 * 4 * 3 * 2 * 2.0).view(2, 4, 3, 2, 2)
     write_latents(tmp_path, [Sample(half.transpose(2, 3), {"a": half[0, 0], "b": half[0, 0]}) for half in whole])
     assert torch.equal(build(tmp_path)[1].latents, whole[1].transpose(2, 3))
-    assert max(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 600
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 1100
 
 
 def test_a_set_is_complete_or_has_no_index(tmp_path):
@@ -163,11 +172,12 @@ def test_a_set_is_complete_or_has_no_index(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_latents(tmp_path, stops())
-    assert (tmp_path / "00000000.safetensors").exists()
+    (tmp_path / "samples-00000-0123456789ab.safetensors").touch()  # a whole shard was written before
     with pytest.raises(ValueError, match=r"neither videos2caption.json nor index.json; its index.json is written last"):
         build(tmp_path)
-    write_own(tmp_path)  # what was left over is written anew
+    write_own(tmp_path)
     assert len(build(tmp_path)) == 3
+    assert len(list(tmp_path.iterdir())) == 2  # what was left over is gone
     with pytest.raises(ValueError, match=r"holds a set already; choose another folder, or remove its index.json"):
         write_own(tmp_path)
 
@@ -179,7 +189,7 @@ def test_a_set_is_complete_or_has_no_index(tmp_path):
         ([Sample(torch.ones(3, 2, 2), {"a": torch.ones(1)})], None, r"sample 0 has latents \[3, 2, 2\]"),
         ([Sample(torch.ones(1, 1, 1, 1).long(), {"a": torch.ones(1)})], None, "latents of torch.int64"),
         ([Sample(torch.ones(1, 1, 1, 1), {})], None, "neither conditioning nor a caption"),
-        ([Sample(torch.ones(1, 1, 1, 1), {"latents": torch.ones(1)})], None, "the name of the latents"),
+        ([Sample(torch.ones(1, 1, 1, 1), {"latents": torch.ones(1)})], None, "the latents' name"),
         ([Sample(*tensors(0)), Sample(*tensors(1))], ["one"], "sample 1 has no caption"),
         ([Sample(*tensors(0))], ["one", "two"], "sample 1 has no latents"),
     ],
@@ -203,7 +213,7 @@ def test_what_cannot_be_written(tmp_path, samples, captions, message):
         ("[]", "lists no samples"),
         ("7", "neither a list of samples"),
         ('{"format": "other"}', "neither a list of samples"),
-        ('{"format": "moedistill-latents", "version": 2}', "has version 2, this moedistill reads 1"),
+        ('{"format": "moedistill-latents", "version": 3}', "has version 3, this moedistill reads 1 and 2; update"),
         ('{"format": "moedistill-latents", "version": 1, "samples": {}}', "samples must be a list"),
         ('{"format": "moedistill-latents", "version": 1, "samples": [], "negative": 3}', "negative a file's name"),
         ('["x"]', "sample 0: .* has 'x' where a sample's keys must be"),
@@ -240,15 +250,16 @@ def test_a_damaged_file_is_named(tmp_path, content):
         with pytest.raises(ValueError, match=rf"sample 1: .*/{folder}/video.1.pt cannot be read"):
             dataset[1]
         torch.save(tensors(1)[0], tmp_path / "set" / folder / NAMES[1])
-    own = write_own(tmp_path / "own")
+    own = write_version_1(tmp_path / "own", own_samples())
     dataset = build(own)
+    dataset[1]
     (own / "00000001.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"sample 1: .*00000001.safetensors cannot be read"):
         dataset[1]
 
 
 def test_a_file_that_vanishes_and_one_that_does_not_agree_with_the_index(tmp_path):
-    dataset = build(write_own(tmp_path))
+    dataset = build(write_version_1(tmp_path, own_samples()))
     (tmp_path / "00000000.safetensors").unlink()
     save_file({"latents": torch.ones(4, 4, 2, 2)}, tmp_path / "00000001.safetensors")
     save_file({"text": torch.ones(1)}, tmp_path / "00000002.safetensors")
@@ -366,6 +377,53 @@ def test_prompts_are_samples_without_frames(tmp_path):
     assert len(PromptsConfig(path=None).build(Encoder())) == 8
 
 
+@pytest.mark.parametrize("layout", ["published", "own", "texts alone"])
+def test_prompts_of_a_set_are_used_as_they_are_stored(tmp_path, layout):
+    """Without a look at its latents; captions that have nothing else are encoded."""
+    text, negative = {"prompt_embeds": torch.randn(6, 1)}, {"prompt_embeds": torch.randn(6, 1)}
+    if layout == "published":
+        bare = {"prompt_embed_path": None, "prompt_attention_mask": None}
+        write_published(tmp_path, entries=[{**entry(0), "latent_path": "none"}, entry(1, **bare, caption="sea")])
+        text = tensors(0)[1]
+    elif layout == "own":
+        samples = [Sample(tensors(0)[0], text), Sample(tensors(1)[0], {})]
+        write_latents(tmp_path, samples, captions=["hill", "sea"], negative=negative)
+    else:
+        stored = [({"caption": "hill"}, text), ({"caption": "sea"}, {})]
+        items = [Item({"shape": [4, 0, 2, 2], **keys}, partial(dict, tensors)) for keys, tensors in stored]
+        write_set(tmp_path, items, negative=negative)
+    encoder = Encoder()
+    config = PromptsConfig(path=str(tmp_path))
+    config.look_ahead()
+    dataset = config.build(encoder)
+    assert len(dataset) == 2
+    assert encoder.asked == [["sea"]]
+    assert dataset[0].latents.shape == dataset.shape(1) == (4, 0, 2, 6)
+    assert all(same(dataset[0].conditioning[name], text[name]) for name in text)
+    assert dataset[1].conditioning["length"] == 3
+    if layout != "published":
+        assert read_prompts(tmp_path) == ["hill", "sea"]
+        assert same(dataset.null_conditioning()["prompt_embeds"], negative["prompt_embeds"])
+
+
+def test_what_is_wrong_with_a_set_of_prompts(tmp_path):
+    config = PromptsConfig(path=str(tmp_path))
+    bad = {"prompt_embeds": torch.ones(6, 1)}
+    write_set(tmp_path, [Item({"shape": [4, 0, 2, 2]}, lambda: bad)])
+    [shard] = tmp_path.glob("samples-*")
+    save_file({"0000/prompt_embeds": torch.full((6, 1), float("nan"))}, shard)
+    with pytest.raises(ValueError, match=r"^sample 0: .*samples-.* has prompt_embeds that are NaN or infinite"):
+        config.build(Encoder())[0]
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"^sample 0: .*samples-.* is missing"):
+        config.look_ahead()
+    write_index(tmp_path / "..", [{"caption": "of no video"}, {"latent_path": "a"}])
+    with pytest.raises(
+        ValueError, match=r"^sample 1: .*2caption.json has neither stored text embeddings nor a caption"
+    ):
+        PromptsConfig(path=str(tmp_path / ".." / "videos2caption.json")).look_ahead()
+
+
 def test_prompts_cannot_be_trained_on(tmp_path):
     data = {"data": {"kind": "prompts", "path": str(tmp_path / "prompts")}}
     with pytest.raises(RecipeError, match=r"'prompts' has no latents, which stages.0 needs[\s\S]*kind: latents"):
@@ -394,7 +452,7 @@ def test_training_on_stored_latents_equals_training_on_their_source(tmp_path):
 
 def test_a_run_on_a_broken_set_exits_cleanly(tmp_path):
     source = DigitsConfig(styles_per_digit=1).build(None)
-    write_latents(tmp_path / "set", [source[i] for i in range(4)])
+    write_version_1(tmp_path / "set", [source[i] for i in range(4)])
     recipe = tiny_recipe([distil()], {"data": {"kind": "latents", "path": str(tmp_path / "set")}})
     (tmp_path / "set" / "00000002.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match=r"^data.path: .*\n.*1 samples cannot be read.*\n.*t be read .SafetensorError"):

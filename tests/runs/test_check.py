@@ -6,11 +6,11 @@ import os
 import pytest
 import torch
 from helpers import distil, evaluate, tiny_recipe
-from stored_sets import NAMES, entry, write_index, write_own, write_published
+from stored_sets import NAMES, entry, tensors, write_index, write_own, write_published, write_version_1
 
 from moedistill import cli
 from moedistill.data.base import Sample
-from moedistill.data.latents import write_latents
+from moedistill.data.writing import Item, write_set
 from moedistill.model.layout import Input, SampleLayout
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.check import check_set
@@ -124,6 +124,30 @@ def test_all_that_is_missing_broken_and_not_a_number(tmp_path):
     ]
 
 
+def test_a_set_of_texts_alone(tmp_path, check):
+    _, text = tensors(0)
+    write_set(tmp_path, [Item({"shape": [4, 0, 2, 2]}, lambda: text)] * 3)
+    report = check_set(tmp_path)
+    assert facts(report)["latents"] == "none: texts alone"
+    assert "latent frames" not in facts(report)
+    assert "latents" not in facts(report)["dtypes"]
+    assert facts(report)["prompt_embeds"] == "[6, 8] × 3"
+    assert report.fits
+    prompts = {"data": {"kind": "prompts", "path": str(tmp_path)}}
+    fitting = check(evaluate(), changes=prompts)
+    assert (fitting.problems, fitting.notes, fitting.warnings) == ([], [], [])
+    other = SampleLayout(4, (1, 2, 2), {"prompt_embeds": Input("text", (6, 9))})
+    assert len(problem(check(evaluate(), changes=prompts, layout=other))[1]) == 3
+    videos = {"pictures": Input("video", (3, None, None, None), droppable=False)}
+    for frames, fits in ((2, True), (3, False)):
+        latents = (3, frames, 2, 2)
+        cond = {"pictures": torch.ones(1, 3, 2, 2, 2)}
+        assert (not list(SampleLayout(3, (1, 1, 1), videos).conditioning_problems(cond, latents))) == fits
+        assert not list(SampleLayout(3, (1, 1, 1), videos).conditioning_problems(cond, (3, 0, 2, 2)))
+    message, _ = problem(check(evaluate(), changes={"data": {"kind": "latents", "path": str(tmp_path)}}))
+    assert message == "the set is of texts alone, which can be sampled from with kind: prompts"
+
+
 def test_captions_alone(tmp_path):
     bare = {"prompt_embed_path": None, "prompt_attention_mask": None}
     publish(tmp_path, entries=[entry(0, **bare), entry(1), entry(2, **bare, caption=None)])
@@ -132,7 +156,9 @@ def test_captions_alone(tmp_path):
     assert report.notes == [
         "1 of 3 samples have a caption only: it will be encoded with the model's text encoder"
     ]  # fmt: skip
-    assert problem(report)[1] == [f"{tmp_path}/latent/{NAMES[2]}: has neither stored text embeddings nor a caption"]
+    assert problem(report)[1] == [
+        f"{tmp_path}/latent/{NAMES[2]}: sample 2 has neither stored text embeddings nor a caption"
+    ]
 
 
 def test_texts_that_make_no_batch(tmp_path, check):
@@ -152,11 +178,12 @@ def test_the_stored_negative_prompt(tmp_path, check):
     negative = {"prompt_embeds": torch.full((5, 8), float("nan")), "prompt_attention_mask": torch.ones(6)}
     write_own(tmp_path, negative=negative)
     places = [found.places for found in check_set(tmp_path).problems]
-    assert places[0] == [f"{tmp_path}/negative.safetensors: prompt_embeds"]
+    [file] = tmp_path.glob("negative-*")
+    assert places[0] == [f"{file}: prompt_embeds"]
     assert [place.rpartition(": ")[2] for place in places[1]] == ["prompt_embeds [6, 8], not [5, 8]"] * 3
-    (tmp_path / "negative.safetensors").unlink()
+    file.unlink()
     report = check_set(tmp_path)
-    assert problem(report)[1] == [f"{tmp_path}/negative.safetensors: is missing"]
+    assert problem(report)[1] == [f"{file}: is missing"]
     assert facts(report)["negative prompt"] == "cannot be read"
 
 
@@ -253,7 +280,7 @@ def test_notes_on_the_recipe(tmp_path, check):
     assert check(changes=other).notes == [f"the recipe's data.path is {tmp_path / 'latent'}, not {tmp_path}"]
     assert "data.path is null" in check(changes={"data.path": None}).notes[0]
     digits = check(changes={"data": {"kind": "digits"}})
-    assert digits.notes == ["the recipe's data are not of kind latents but digits"]
+    assert digits.notes == ["the recipe's data are not of kind latents or prompts but digits"]
     assert all(report.fits for report in (batch, digits, check(changes=guided)))
 
 
@@ -286,7 +313,7 @@ def test_a_backbone_that_cannot_tell(tmp_path, check, monkeypatch):
 
 def test_the_command(tmp_path, call):
     cond = {"digit": torch.tensor(3), "direction": torch.tensor(1)}
-    write_latents(tmp_path / "set", [Sample(torch.ones(12, 8, 4, 4), cond)] * 9)
+    write_version_1(tmp_path / "set", [Sample(torch.ones(12, 8, 4, 4), cond)] * 9)
     recipe = tmp_path / "recipe.json"
     changes = {"data": {"kind": "latents", "path": str(tmp_path / "set")}, "training.batch_size": 9}
     recipe.write_text(json.dumps(tiny_recipe([distil()], changes)))
@@ -315,11 +342,13 @@ def test_a_report_fits_a_screen(tmp_path):
     publish(tmp_path, entries=entries)
     torch.save(torch.full((4, 3, 2, 2), float("nan")), tmp_path / "latent" / NAMES[0])
     report = check_set(tmp_path)
-    assert [len(found.places) for found in report.problems] == [40, 40, 40]
+    assert [len(found.places) for found in report.problems] == [40, 1, 40]
+    assert report.problems[1].message.startswith("40 samples cannot be read")
+    assert report.problems[1].places[0].endswith("sample 40 gives it no 'latent_path' (as samples 41 to 79)")
     lines = report.lines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 170
-    assert lines.count("    … and 38 more") == 3
+    assert lines.count("    … and 38 more") == 2
     report.facts.clear()
     del report.problems[1:]
     assert report.lines()[-1] == "    … and 30 more"
@@ -333,6 +362,9 @@ BROKEN = [
     b'{"format": "moedistill-latents", "version": 1, "samples": [{"file": "index.json", "shape": [1,1,1,1]}]}',
     b'{"format": "moedistill-latents", "version": 1, "samples": [{"file": "x", "shape": "big"}], "negative": "x"}',
     b'{"format": "moedistill-latents", "version": 1, "samples": [{"file": ".", "shape": [1]}], "negative": "."}',
+    b'{"format": "moedistill-latents", "version": 2, "samples": [{"file": "x", "key": 3, "shape": [1,0,1,1]}]}',
+    b'{"format": "moedistill-latents", "version": 2, "samples": [{"file": ".", "key": "a", "shape": [1,1,1,1]}, 4]}',
+    b'{"format": "moedistill-latents", "version": [2], "samples": []}',
 ]  # fmt: skip
 
 

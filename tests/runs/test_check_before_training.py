@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import distil
 from safetensors.torch import save_file
-from stored_sets import entry, write_index
+from stored_sets import entry, write_index, write_version_1
 
 from moedistill import cli
 from moedistill.data.base import Sample
@@ -179,7 +179,7 @@ def test_a_hostile_file_is_a_finding_and_stops_a_run(tmp_path, kind):
 
 def test_hostile_safetensors_are_findings(tmp_path):
     sample = Sample(torch.ones(16, *GRID), {"prompt_embeds": torch.ones(12, 24)})
-    write_latents(tmp_path / "set", [sample] * 2)
+    write_version_1(tmp_path / "set", [sample] * 2)
     tensors = {"latents": torch.ones(16, *GRID), "prompt_embeds": torch.ones(12, 24)}
     bad = tmp_path / "set" / "00000001.safetensors"
     save_file({**tensors, "x" * 5000: torch.ones(1)}, bad)
@@ -210,7 +210,7 @@ def test_bad_numbers_are_not_written_and_named_where_they_are_drawn(tmp_path, la
     text = {"prompt_embeds": torch.ones(12, 24)}
     with pytest.raises(ValueError, match=rf"sample 0 has latents that are {reason}"):
         write_latents(tmp_path / "a", [Sample(latents, text)])
-    write_latents(tmp_path / "b", [Sample(torch.ones(16, *GRID), text)] * 2)
+    write_version_1(tmp_path / "b", [Sample(torch.ones(16, *GRID), text)] * 2)
     save_file({"latents": latents, **text}, tmp_path / "b" / "00000001.safetensors")
     dataset = LatentsConfig(path=str(tmp_path / "b")).build(WanConfig(pretrained=None).tiny().build())
     with pytest.raises(ValueError, match=rf"^sample 1: .*00000001\.safetensors has latents that are {reason}"):
@@ -374,7 +374,8 @@ def test_the_negative_prompt_is_looked_at_as_samples_are(tmp_path):
     cond = {**negative, "prompt_attention_mask": ~mask}
     write_latents(tmp_path / "a", [Sample(torch.randn(16, *GRID), cond)] * 2, negative=negative)
     report = check(tmp_path / "a")
-    assert places(report) == [f"{tmp_path}/a/negative.safetensors: prompt_attention_mask"]
+    [file] = (tmp_path / "a").glob("negative-*")
+    assert places(report) == [f"{file}: prompt_attention_mask"]
     wan_set(tmp_path / "b", torch.ones(4, 24), negative={"prompt_embeds": torch.zeros(12, 24)})
     [said] = check(tmp_path / "b", "wan").warnings
     assert said == "prompt_embeds of 1 samples, of 2 that were read, is all zero: what is no text at all"
@@ -457,9 +458,10 @@ def test_frames_of_padding_are_no_other_size(tmp_path):
 
 def test_a_sample_that_cannot_be_learned_from_says_how_to_go_on(tmp_path):
     """Of twelve, the run has looked at eight: it meets the other one when it is drawn."""
-    folder = wan_set(tmp_path / "set", *[torch.ones(4, 24)] * 12)
-    save_file({"latents": torch.full((16, *GRID), float("nan")), "prompt_embeds": torch.ones(4, 24)},
-              folder / "00000011.safetensors")  # fmt: skip
+    text = {"prompt_embeds": torch.ones(4, 24)}
+    samples = [Sample(as_the_vae_gives(torch.randn(16, *GRID)), text) for _ in range(12)]
+    samples[11].latents.fill_(float("nan"))
+    folder = write_version_1(tmp_path / "set", samples)
     stages = [distil(steps=12)]
     with pytest.raises(UserError) as error:
         run({**recipe_on(folder, "wan"), "stages": stages}, output=tmp_path / "run", device="cpu")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import distil, tiny_recipe
 from safetensors.torch import save_file
+from stored_sets import write_version_1
 
 from moedistill.components.plugins import load_plugins
 from moedistill.data.base import Sample
-from moedistill.data.latents import LatentsDataset, write_latents
+from moedistill.data.latents import LatentsDataset
 from moedistill.data.loading import batch_of_step
 from moedistill.errors import UserError
 from moedistill.losses.base import Loss, LossConfig
@@ -167,7 +168,7 @@ def test_the_file_of_a_sample_at_fault(tmp_path, monkeypatch):
     """Of a stored set the dataset names the file itself, when the sample is drawn."""
     backbone = DigitsBackboneConfig(pretrained=None, width=16, num_layers=2, num_heads=2).build()
     cond = {name: value[0] for name, value in backbone.encode(["3 up"]).items()}
-    write_latents(tmp_path / "set", [Sample(torch.randn(backbone.latent_shape()), cond) for _ in range(4)])
+    write_version_1(tmp_path / "set", [Sample(torch.randn(backbone.latent_shape()), cond) for _ in range(4)])
     usual, larger = LatentsDataset.__getitem__, 1e30
 
     def spoilt(self, index):
