@@ -226,11 +226,16 @@ def _read_headers(contents: Contents, report: Report, found: _Found, layout: Sam
         if not cond and caption is None:
             found.broken.setdefault((str(files[0]), "has neither stored text embeddings nor a caption"), []).append(i)
         to_encode += not cond and caption is not None
-        for name, value in {LATENTS: latents, **cond}.items():
+        for name, value in (cond if store.text_only else {LATENTS: latents, **cond}).items():
             dtypes.setdefault(name, Counter())[str(value.dtype).removeprefix("torch.")] += 1
         contents.seen.append(
             Seen(i, str(files[0]), store.place(i), tuple(latents.shape), conditioning.to(cond, "meta"))
         )
+    if store.text_only:
+        report.facts.append(("latents", "none: texts alone"))
+    else:
+        report.facts.append((LATENTS, counted(Counter(str(list(sample.latents)) for sample in contents.seen))))
+        report.facts.append(("latent frames", counted(Counter(sample.latents[1] for sample in contents.seen))))
     report.facts += _facts(contents.seen, dtypes, masks.lengths)
     report.facts.append(("captions", f"{captions}; {to_encode} samples have nothing else"))
     if to_encode:
@@ -294,8 +299,6 @@ def _look_at_padding(contents: Contents, cond: Mapping[str, Tensor], layout: Sam
 def _facts(
     seen: Sequence[Seen], dtypes: Mapping[str, Counter[str]], lengths: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[str, str]]:
-    yield "latents", counted(Counter(str(list(sample.latents)) for sample in seen))
-    yield "latent frames", counted(Counter(sample.latents[1] for sample in seen))
     names = list(dict.fromkeys(name for sample in seen for name in sample.conditioning))
     for name in names[:NAMES]:
         shapes = Counter(str(list(sample.conditioning[name].shape)) for sample in seen if name in sample.conditioning)

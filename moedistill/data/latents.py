@@ -107,6 +107,10 @@ class Store(ABC):
         return str(self.files(i)[0])
 
     @abstractmethod
+    def text_files(self, i: int) -> list[Path]:
+        """Those that its conditioning lies in."""
+
+    @abstractmethod
     def has_text(self, i: int) -> bool:
         """Whether conditioning is stored with the sample."""
 
@@ -121,6 +125,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents `[C, T, H, W]` and conditioning of a sample, in the dtypes they are stored in."""
+
+    @abstractmethod
+    def read_text(self, i: int) -> dict[str, Tensor]:
+        """Conditioning of a sample alone, in the dtypes it is stored in."""
 
     def negative(self) -> dict[str, Tensor] | None:
         """The negative prompt's conditioning; None if it is not stored."""
@@ -188,7 +196,10 @@ class PublishedStore(Store):
     masks = ("prompt_attention_mask",)
 
     def files(self, i: int) -> list[Path]:
-        return [self._latents_file(i), *self._text_files(i).values()]
+        return [self._latents_file(i), *self.text_files(i)]
+
+    def text_files(self, i: int) -> list[Path]:
+        return list(self._text_files(i).values())
 
     def has_text(self, i: int) -> bool:
         return "prompt_embeds" in self._text_files(i)
@@ -202,10 +213,15 @@ class PublishedStore(Store):
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self._load(i, mmap=False)
 
+    def read_text(self, i: int) -> dict[str, Tensor]:
+        return self._text(i, mmap=False)
+
     def _load(self, i: int, *, mmap: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        latents = self._latents(i, mmap=mmap)
+        return self._latents(i, mmap=mmap), self._text(i, mmap=mmap)
+
+    def _text(self, i: int, *, mmap: bool) -> dict[str, Tensor]:
         files = self._text_files(i) if self.has_text(i) else {}
-        return latents, {name: self._tensor(i, name, file, mmap=mmap) for name, file in files.items()}
+        return {name: self._tensor(i, name, file, mmap=mmap) for name, file in files.items()}
 
     def _latents(self, i: int, *, mmap: bool) -> Tensor:
         file = self._latents_file(i)
@@ -244,6 +260,9 @@ class OwnStore(Store):
     def files(self, i: int) -> list[Path]:
         return [self._file(i, "file", self.index.parent)]
 
+    def text_files(self, i: int) -> list[Path]:
+        return self.files(i)
+
     def place(self, i: int) -> str:
         return super().place(i) if self._key(i) is None else f"{super().place(i)} (sample {i})"
 
@@ -272,6 +291,10 @@ class OwnStore(Store):
         with self._opened(i) as (file, key):
             tensors = {name: value.clone() for name, value in file.tensors(key).items()}
         return self._split(i, tensors)
+
+    def read_text(self, i: int) -> dict[str, Tensor]:
+        with self._opened(i) as (file, key):
+            return {name: value.clone() for name, value in file.tensors(key).items() if name != LATENTS}
 
     @contextmanager
     def _opened(self, i: int) -> Iterator[tuple[TensorFile, str | None]]:
@@ -439,6 +462,27 @@ def _items(samples: Iterable[Sample], captions: Sequence[str] | None) -> Iterato
 # -- datasets ---------------------------------------------------------------------------------------------------------
 
 
+class StoredTexts:
+    """The conditioning of stored samples as the model takes it. Captions without any are encoded here, once.
+
+    Raises:
+        ValueError: an entry of the index is broken, a file is missing, or a caption cannot be encoded.
+    """
+
+    def __init__(self, store: Store, backbone: "Backbone") -> None:
+        self._store, self._unpack = store, backbone.unpack
+        self._captions = captions_to_encode(store)
+        self._encoded = _encode(backbone, list(dict.fromkeys(self._captions.values())))
+
+    def of(self, i: int, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """That of sample `i`, without a batch dimension, of which `stored` was read."""
+        if i in self._captions:
+            return self._encoded[self._captions[i]]
+        # Here, not in `prepare`: what is padded to one length can be batched.
+        batch = self._unpack({name: value[None] for name, value in stored.items()})
+        return {name: value[0] for name, value in batch.items()}
+
+
 class LatentsDataset(Dataset):
     """Stored samples: latents as float32, conditioning as it is stored. Captions without it are encoded here, once.
 
@@ -447,11 +491,11 @@ class LatentsDataset(Dataset):
     """
 
     def __init__(self, store: Store, backbone: "Backbone") -> None:
-        self._store, self._unpack = store, backbone.unpack
+        self._store = store
         self._shapes: dict[int, tuple[int, ...]] = {}
-        captions = [_caption_to_encode(store, i) for i in range(len(store))]
-        self._captions = {i: caption for i, caption in enumerate(captions) if caption is not None}
-        self._encoded = _encode(backbone, list(dict.fromkeys(self._captions.values())))
+        for i in range(len(store)):
+            check_files(i, store.files(i))
+        self._texts = StoredTexts(store, backbone)
         self._negative = store.negative()
 
     def __len__(self) -> int:
@@ -460,13 +504,8 @@ class LatentsDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         latents, cond = self._store.read(index)
         latents = latents.float()
-        for name, fault in bad_numbers({LATENTS: latents, **cond}):
-            raise SampleError(f"sample {index}", self._store.files(index)[0], f"has {name} that are {fault}")
-        if index in self._captions:
-            return Sample(latents, self._encoded[self._captions[index]])
-        # Here, not in `prepare`: what is padded to one length can be batched.
-        batch = self._unpack({name: value[None] for name, value in cond.items()})
-        return Sample(latents, {name: value[0] for name, value in batch.items()})
+        check_numbers(self._store, index, {LATENTS: latents, **cond})
+        return Sample(latents, self._texts.of(index, cond))
 
     def shape(self, index: int) -> tuple[int, ...]:
         if index not in self._shapes:
@@ -480,17 +519,31 @@ class LatentsDataset(Dataset):
         return self._negative
 
 
-def _caption_to_encode(store: Store, i: int) -> str | None:
-    """The caption of a sample that has no conditioning; None if it has. Its files are there."""
-    for file in store.files(i):
+def check_numbers(store: Store, i: int, tensors: Mapping[str, Tensor]) -> None:
+    """SampleError where a sample's tensors cannot be learned from."""
+    for name, fault in bad_numbers(tensors):
+        file = (store.files(i) if LATENTS in tensors else store.text_files(i))[0]
+        raise SampleError(f"sample {i}", file, f"has {name} that are {fault}")
+
+
+def captions_to_encode(store: Store) -> dict[int, str]:
+    """By sample, the captions of those that have no conditioning; SampleError where one has neither."""
+    captions = {}
+    for i in range(len(store)):
+        check_files(i, store.text_files(i))
+        caption = store.caption(i)
+        if not store.has_text(i):
+            if caption is None:
+                raise SampleError(f"sample {i}", store.index, "has neither stored text embeddings nor a caption")
+            captions[i] = caption
+    return captions
+
+
+def check_files(i: int, files: Iterable[Path]) -> None:
+    """SampleError where one of a sample's files is not there."""
+    for file in files:
         if reason := absent(file):
             raise SampleError(f"sample {i}", file, reason)
-    caption = store.caption(i)
-    if store.has_text(i):
-        return None
-    if caption is None:
-        raise SampleError(f"sample {i}", store.files(i)[0], "has neither stored text embeddings nor a caption")
-    return caption
 
 
 def _encode(backbone: "Backbone", prompts: list[str]) -> dict[str, dict[str, Tensor]]:

@@ -116,11 +116,16 @@ class SampleLayout:
                 yield f"has {name} of {cond[name].dtype}; the model takes floating-point numbers"
             elif each.whole and cond[name].is_floating_point():
                 yield f"has {name} of {cond[name].dtype}; the model takes whole numbers"
-            elif each.role == "video" and latents is not None and shape[1:] != tuple(latents[1:]):
+            elif each.role == "video" and latents is not None and not _same_grid(shape, latents):
                 yield f"has {name} {list(shape)} for latents {list(latents)}; (T, H, W) must be the same"
             elif text is not None and text.ndim > 1 and shape[0] != text.shape[1]:
                 tokens = f"{text.shape[1]} tokens of {each.masks}"
                 yield f"has {name} with {shape[0]} places for {tokens}; encode both at once"
+
+
+def _same_grid(video: Sequence[int], latents: Sequence[int]) -> bool:
+    """Whether (T, H, W) are the same; a sample of text alone has no frames, and may be for any number."""
+    return tuple(video[2:]) == tuple(latents[2:]) and latents[1] in (0, video[1])
 
 
 def mask_fault(mask: "Tensor", *, may_be_empty: bool = False) -> tuple[int, str] | None:

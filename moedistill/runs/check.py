@@ -15,6 +15,7 @@ from moedistill.data.check import (
 )
 from moedistill.data.latents import LatentsConfig, find_index
 from moedistill.data.plausible import can_be_told, padding_warning, size_warning, spread_warning
+from moedistill.data.prompts import PromptsConfig
 from moedistill.errors import SCREEN_LINES, UserError, counted, shorten
 from moedistill.model.backbone import BackboneConfig
 from moedistill.model.latent_video import LatentVideoConfig
@@ -82,6 +83,8 @@ def _layout(recipe: Recipe, report: Report) -> SampleLayout | None:
 
 def _compare(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleLayout | None, report: Report) -> None:
     backbone = recipe.backbone
+    if contents.store.text_only and isinstance(recipe.data, LatentsConfig):
+        report.problems.append(Misfit("the set is of texts alone, which can be sampled from with kind: prompts", []))
     if layout is not None:
         report.problems += layout_problems(contents, layout, backbone.kind, backbone.unpack, _crops(recipe))
     report.problems += _too_short(contents, recipe)
@@ -106,7 +109,7 @@ def _warnings(contents: Contents, backbone: BackboneConfig, report: Report) -> I
             report.notes.append(
                 "this VAE gives about mean 0 and deviation 1: whether the latents were scaled already cannot be told"
             )
-    if isinstance(backbone, LatentVideoConfig):
+    if isinstance(backbone, LatentVideoConfig) and not contents.store.text_only:
         video, compression = backbone.video, (backbone.temporal_compression, backbone.spatial_compression)
         frames = {backbone.latent_shape()[1], (video.num_frames - 1) // compression[0] + 1}  # padded or not
         shapes = [sample.latents for sample in contents.seen]
@@ -138,8 +141,8 @@ def _too_short(contents: Contents, recipe: Recipe) -> Iterator[Misfit]:
 def _notes(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleLayout | None) -> Iterator[str]:
     data, batch = recipe.data, recipe.training.batch_size
     configured = getattr(data, "path", None)
-    if data is None or data.kind != "latents":
-        yield f"the recipe's data are not of kind latents but {data.kind if data else 'missing'}"
+    if not isinstance(data, LatentsConfig | PromptsConfig):
+        yield f"the recipe's data are not of kind latents or prompts but {data.kind if data else 'missing'}"
     elif configured is None or not _same(configured, contents.store.index):
         yield f"the recipe's data.path is {configured or 'null'}, not {path}"
     counts = Counter(str(list(sample.latents)) for sample in contents.seen)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from moedistill.data.base import Sample
 from moedistill.data.latents import LatentsConfig, open_store, write_latents
 from moedistill.data.loading import collate, load_batches
 from moedistill.data.prompts import PromptsConfig, read_prompts
+from moedistill.data.writing import Item, write_set
 from moedistill.errors import RecipeError, UserError
 from moedistill.model.conditioning import stack
 from moedistill.recipe.loading import load_recipe
@@ -373,6 +375,53 @@ def test_prompts_are_samples_without_frames(tmp_path):
     assert (cond["digit"].tolist(), cond["direction"].tolist()) == ([3, 7], [0, 3])
     assert dataset.shape(1) == (12, 0, 4, 4)
     assert len(PromptsConfig(path=None).build(Encoder())) == 8
+
+
+@pytest.mark.parametrize("layout", ["published", "own", "texts alone"])
+def test_prompts_of_a_set_are_used_as_they_are_stored(tmp_path, layout):
+    """Without a look at its latents; captions that have nothing else are encoded."""
+    text, negative = {"prompt_embeds": torch.randn(6, 1)}, {"prompt_embeds": torch.randn(6, 1)}
+    if layout == "published":
+        bare = {"prompt_embed_path": None, "prompt_attention_mask": None}
+        write_published(tmp_path, entries=[{**entry(0), "latent_path": "none"}, entry(1, **bare, caption="sea")])
+        text = tensors(0)[1]
+    elif layout == "own":
+        samples = [Sample(tensors(0)[0], text), Sample(tensors(1)[0], {})]
+        write_latents(tmp_path, samples, captions=["hill", "sea"], negative=negative)
+    else:
+        stored = [({"caption": "hill"}, text), ({"caption": "sea"}, {})]
+        items = [Item({"shape": [4, 0, 2, 2], **keys}, partial(dict, tensors)) for keys, tensors in stored]
+        write_set(tmp_path, items, negative=negative)
+    encoder = Encoder()
+    config = PromptsConfig(path=str(tmp_path))
+    config.look_ahead()
+    dataset = config.build(encoder)
+    assert len(dataset) == 2
+    assert encoder.asked == [["sea"]]
+    assert dataset[0].latents.shape == dataset.shape(1) == (4, 0, 2, 6)
+    assert all(same(dataset[0].conditioning[name], text[name]) for name in text)
+    assert dataset[1].conditioning["length"] == 3
+    if layout != "published":
+        assert read_prompts(tmp_path) == ["hill", "sea"]
+        assert same(dataset.null_conditioning()["prompt_embeds"], negative["prompt_embeds"])
+
+
+def test_what_is_wrong_with_a_set_of_prompts(tmp_path):
+    config = PromptsConfig(path=str(tmp_path))
+    bad = {"prompt_embeds": torch.ones(6, 1)}
+    write_set(tmp_path, [Item({"shape": [4, 0, 2, 2]}, lambda: bad)])
+    [shard] = tmp_path.glob("samples-*")
+    save_file({"0000/prompt_embeds": torch.full((6, 1), float("nan"))}, shard)
+    with pytest.raises(ValueError, match=r"^sample 0: .*samples-.* has prompt_embeds that are NaN or infinite"):
+        config.build(Encoder())[0]
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"^sample 0: .*samples-.* is missing"):
+        config.look_ahead()
+    write_index(tmp_path / "..", [{"caption": "of no video"}, {"latent_path": "a"}])
+    with pytest.raises(
+        ValueError, match=r"^sample 1: .*2caption.json has neither stored text embeddings nor a caption"
+    ):
+        PromptsConfig(path=str(tmp_path / ".." / "videos2caption.json")).look_ahead()
 
 
 def test_prompts_cannot_be_trained_on(tmp_path):

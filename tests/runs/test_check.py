@@ -6,10 +6,11 @@ import os
 import pytest
 import torch
 from helpers import distil, evaluate, tiny_recipe
-from stored_sets import NAMES, entry, write_index, write_own, write_published, write_version_1
+from stored_sets import NAMES, entry, tensors, write_index, write_own, write_published, write_version_1
 
 from moedistill import cli
 from moedistill.data.base import Sample
+from moedistill.data.writing import Item, write_set
 from moedistill.model.layout import Input, SampleLayout
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.check import check_set
@@ -121,6 +122,30 @@ def test_all_that_is_missing_broken_and_not_a_number(tmp_path):
     assert found["4 numbers are NaN or infinite"] == [
         f"{folder}/latent/{NAMES[0]}: {name}" for name in ("latents", "prompt_embeds") * 2
     ]
+
+
+def test_a_set_of_texts_alone(tmp_path, check):
+    _, text = tensors(0)
+    write_set(tmp_path, [Item({"shape": [4, 0, 2, 2]}, lambda: text)] * 3)
+    report = check_set(tmp_path)
+    assert facts(report)["latents"] == "none: texts alone"
+    assert "latent frames" not in facts(report)
+    assert "latents" not in facts(report)["dtypes"]
+    assert facts(report)["prompt_embeds"] == "[6, 8] × 3"
+    assert report.fits
+    prompts = {"data": {"kind": "prompts", "path": str(tmp_path)}}
+    fitting = check(evaluate(), changes=prompts)
+    assert (fitting.problems, fitting.notes, fitting.warnings) == ([], [], [])
+    other = SampleLayout(4, (1, 2, 2), {"prompt_embeds": Input("text", (6, 9))})
+    assert len(problem(check(evaluate(), changes=prompts, layout=other))[1]) == 3
+    videos = {"pictures": Input("video", (3, None, None, None), droppable=False)}
+    for frames, fits in ((2, True), (3, False)):
+        latents = (3, frames, 2, 2)
+        cond = {"pictures": torch.ones(1, 3, 2, 2, 2)}
+        assert (not list(SampleLayout(3, (1, 1, 1), videos).conditioning_problems(cond, latents))) == fits
+        assert not list(SampleLayout(3, (1, 1, 1), videos).conditioning_problems(cond, (3, 0, 2, 2)))
+    message, _ = problem(check(evaluate(), changes={"data": {"kind": "latents", "path": str(tmp_path)}}))
+    assert message == "the set is of texts alone, which can be sampled from with kind: prompts"
 
 
 def test_captions_alone(tmp_path):
@@ -255,7 +280,7 @@ def test_notes_on_the_recipe(tmp_path, check):
     assert check(changes=other).notes == [f"the recipe's data.path is {tmp_path / 'latent'}, not {tmp_path}"]
     assert "data.path is null" in check(changes={"data.path": None}).notes[0]
     digits = check(changes={"data": {"kind": "digits"}})
-    assert digits.notes == ["the recipe's data are not of kind latents but digits"]
+    assert digits.notes == ["the recipe's data are not of kind latents or prompts but digits"]
     assert all(report.fits for report in (batch, digits, check(changes=guided)))
 
 
