@@ -127,7 +127,7 @@ class Store(ABC):
         """Latents `[C, T, H, W]` and conditioning of a sample, in the dtypes they are stored in."""
 
     @abstractmethod
-    def read_text(self, i: int) -> dict[str, Tensor]:
+    def read_conditioning(self, i: int) -> dict[str, Tensor]:
         """Conditioning of a sample alone, in the dtypes it is stored in."""
 
     def negative(self) -> dict[str, Tensor] | None:
@@ -213,7 +213,7 @@ class PublishedStore(Store):
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self._load(i, mmap=False)
 
-    def read_text(self, i: int) -> dict[str, Tensor]:
+    def read_conditioning(self, i: int) -> dict[str, Tensor]:
         return self._text(i, mmap=False)
 
     def _load(self, i: int, *, mmap: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -292,7 +292,7 @@ class OwnStore(Store):
             tensors = {name: value.clone() for name, value in file.tensors(key).items()}
         return self._split(i, tensors)
 
-    def read_text(self, i: int) -> dict[str, Tensor]:
+    def read_conditioning(self, i: int) -> dict[str, Tensor]:
         with self._opened(i) as (file, key):
             return {name: value.clone() for name, value in file.tensors(key).items() if name != LATENTS}
 
