@@ -3,14 +3,17 @@
 Everything but the sizes is as published: the classes, the text's length, the VAE's compression, the scheduler.
 """
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
@@ -21,13 +24,15 @@ from transformers import (
 )
 
 FAMILIES = ("wan", "wan22", "hunyuan_video", "cogvideox_2b", "cogvideox_5b")
+FROM_IMAGES = ("wan_i2v", "wan_flf2v", "wan22_i2v", "cogvideox_5b_i2v", "cogvideox_1.5_i2v")
+"""Image-to-video, one of them from the first and the last frame."""
 PROMPT = "a dog runs"
 TEXT_WIDTH = 24
 POOLED_WIDTH = 16
 
 
 def save_pipeline(folder, family):
-    """Writes the pipeline of one of `FAMILIES` to `folder`, which it returns; the same weights at every call."""
+    """Writes a pipeline to `folder`, which it returns: one of `FAMILIES`, of `FROM_IMAGES`, or ltx; always the same."""
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -37,8 +42,18 @@ def save_pipeline(folder, family):
 
 def make_pipeline(family):
     """A stock pipeline with random weights, float32, in evaluation mode."""
-    pipeline = {"wan": wan, "wan22": wan22, "hunyuan_video": hunyuan_video}.get(family)
-    pipeline = pipeline() if pipeline else cogvideox(family.removeprefix("cogvideox_"))
+    made = {
+        "wan": wan,
+        "wan22": wan22,
+        "wan_i2v": wan_from_images,
+        "wan_flf2v": partial(wan_from_images, frames=2),
+        "wan22_i2v": wan22_from_images,
+        "hunyuan_video": hunyuan_video,
+        "ltx": ltx,
+        "cogvideox_5b_i2v": partial(cogvideox_from_images, "5b"),
+        "cogvideox_1.5_i2v": partial(cogvideox_from_images, "1.5-5b"),
+    }
+    pipeline = made[family]() if family in made else cogvideox(family.removeprefix("cogvideox_"))
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()
@@ -49,18 +64,18 @@ def make_pipeline(family):
 # -- families ---------------------------------------------------------------------------------------------------------
 
 
-def wan(**options):
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+def wan(pipeline_class="WanPipeline", **options):
+    import diffusers
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
-    return WanPipeline(
+    return getattr(diffusers, pipeline_class)(
         tokenizer=t5_tokenizer(),
         text_encoder=UMT5EncoderModel(UMT5Config(**_t5())),
         vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        transformer=_wan_transformer(),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
-        **options,
+        **{"transformer": _wan_transformer(), **options},
     )
 
 
@@ -68,11 +83,59 @@ def wan22():
     return wan(transformer_2=_wan_transformer(), boundary_ratio=0.875)
 
 
-def _wan_transformer():
+def wan_from_images(frames=1):
+    """Wan 2.1, with CLIP; of two frames it is told the place of each token of their images."""
+    told = {"image_dim": 8, "added_kv_proj_dim": 32, "pos_embed_seq_len": 514 if frames == 2 else None}
+    clip = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
+    return wan(
+        "WanImageToVideoPipeline",
+        transformer=_wan_transformer(in_channels=36, **told),
+        image_encoder=CLIPVisionModel(CLIPVisionConfig(**clip, image_size=224, patch_size=14)),
+        image_processor=CLIPImageProcessor(),
+    )
+
+
+def wan22_from_images():
+    transformers = {name: _wan_transformer(in_channels=36) for name in ("transformer", "transformer_2")}
+    return wan("WanImageToVideoPipeline", **transformers, boundary_ratio=0.875)
+
+
+def _wan_transformer(**options):
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=64, freq_dim=32, text_dim=TEXT_WIDTH
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=64, freq_dim=32, text_dim=TEXT_WIDTH,
+        **options,
+    )  # fmt: skip
+
+
+def ltx():
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    widths, layers = (8, 8, 8, 8), (1, 1, 1, 1, 1)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=widths, decoder_block_out_channels=widths, layers_per_block=layers,
+        decoder_layers_per_block=layers,
+    )  # fmt: skip
+    vae.latents_mean += torch.linspace(-0.5, 0.5, 8)
+    vae.latents_std += torch.linspace(-0.5, 0.5, 8)
+    return LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024,
+            max_image_seq_len=4096, shift_terminal=0.1,
+        ),
+        vae=vae,
+        text_encoder=T5EncoderModel(T5Config(**_t5())),
+        tokenizer=t5_tokenizer(),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+            num_layers=2, caption_channels=TEXT_WIDTH,
+        ),
     )  # fmt: skip
 
 
@@ -102,30 +165,32 @@ def hunyuan_video():
     )  # fmt: skip
 
 
-def cogvideox(model):
-    from diffusers import (
-        AutoencoderKLCogVideoX,
-        CogVideoXDDIMScheduler,
-        CogVideoXPipeline,
-        CogVideoXTransformer3DModel,
-    )
+def cogvideox_from_images(model):
+    return cogvideox(model, "CogVideoXImageToVideoPipeline", in_channels=32)
 
-    return CogVideoXPipeline(
+
+def cogvideox(model, pipeline_class="CogVideoXPipeline", **options):
+    import diffusers
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
+    if model == "1.5-5b":
+        options |= {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 16 if "in_channels" in options else None}
+    return getattr(diffusers, pipeline_class)(
         tokenizer=t5_tokenizer(),
         text_encoder=T5EncoderModel(T5Config(**_t5())),
         vae=AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
             latent_channels=16, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2,
-            scaling_factor={"2b": 1.15258426, "5b": 0.7}[model],
+            scaling_factor=1.15258426 if model == "2b" else 0.7, invert_scale_latents=model == "1.5-5b",
         ),
         transformer=CogVideoXTransformer3DModel(
             num_attention_heads=2, attention_head_dim=16, num_layers=2, time_embed_dim=16, text_embed_dim=TEXT_WIDTH,
             sample_width=6, sample_height=4, sample_frames=17, max_text_seq_length=226,
-            use_rotary_positional_embeddings=model == "5b",
+            use_rotary_positional_embeddings=model != "2b", **options,
         ),
         scheduler=CogVideoXDDIMScheduler(
             beta_start=0.00085, beta_end=0.0120, beta_schedule="scaled_linear", prediction_type="v_prediction",
-            timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale={"2b": 3.0, "5b": 1.0}[model],
+            timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=3.0 if model == "2b" else 1.0,
             clip_sample=False, set_alpha_to_one=True,
         ),
     )  # fmt: skip
@@ -195,7 +260,15 @@ BACKBONES = {
     "hunyuan_video": {"kind": "hunyuan_video", "guidance": {"mode": "embedded", "scale": 6.0}},
     "cogvideox_2b": {"kind": "cogvideox", "model": "2b", "guidance": {"mode": "classifier_free", "scale": 6.0}},
     "cogvideox_5b": {"kind": "cogvideox", "model": "5b", "guidance": {"mode": "classifier_free", "scale": 6.0}},
-}
+    "wan_i2v": {"kind": "wan", "guidance": {"mode": "classifier_free", "scale": 5.0}},
+    "wan_flf2v": {"kind": "wan", "guidance": {"mode": "classifier_free", "scale": 5.0}},
+    "wan22_i2v": {"kind": "wan", "boundary_ratio": 0.875, "guidance": {"mode": "classifier_free", "scale": 3.5}},
+    "ltx": {"kind": "ltx", "guidance": {"mode": "classifier_free", "scale": 3.0}},
+    "cogvideox_5b_i2v": {"kind": "cogvideox", "model": "5b", "guidance": {"mode": "classifier_free", "scale": 6.0}},
+    "cogvideox_1.5_i2v": {
+        "kind": "cogvideox", "model": "1.5-5b", "guidance": {"mode": "classifier_free", "scale": 6.0},
+    },
+}  # fmt: skip
 
 
 def pipeline_recipe(family, folder, **changes):
@@ -204,7 +277,7 @@ def pipeline_recipe(family, folder, **changes):
     experts = {"semantic": {"kind": "full"}, "detail": {**lora, "from": "semantic"}}
     router = {"kind": "timestep", "experts": ["semantic", "detail"], "boundaries": [{"point": 4}]}
     trajectory = {"kind": "flow_matching", "num_steps": 8, "shift": 5.0}
-    if family == "wan22":
+    if family.startswith("wan22"):
         experts = {"semantic": {**lora, "base": "transformer"}, "detail": {**lora, "base": "transformer_2"}}
         router |= {"boundaries": [{"ratio": 0.875}], "closed": "high"}
     if family.startswith("cogvideox"):

@@ -5,7 +5,8 @@ Everything a backbone gives and takes is in flow coordinates (see `moedistill.fl
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -193,6 +194,8 @@ class Backbone(ABC):
         time_shared: dotted paths of modules that read the time too, which experts share on purpose.
         example_prompts: texts that `encode` takes, different ones.
         takes_images: whether a prompt may have an image.
+        image_frames: places in a video of the frames that `encode_images` takes: 0 for the first, -1 for the last; none
+            where the model has no image encoder.
         placed: where its networks compute, if they may wait elsewhere.
     """
 
@@ -205,6 +208,7 @@ class Backbone(ABC):
     time_dependent: Sequence[str]
     time_shared: Sequence[str] = ()
     takes_images: bool = False
+    image_frames: Sequence[int] = ()
     placed: "torch.device | None" = None
     example_prompts: Sequence[str] = ("a dog runs along a beach", "rain at night", "a ball bounces")
 
@@ -231,11 +235,15 @@ class Backbone(ABC):
         Raises:
             ValueError: a prompt has an image, and the model takes none; or what `encode_prompts` says of a text.
         """
+        return self.encode_prompts(self._checked(prompts))
+
+    def _checked(self, prompts: "Sequence[str | Prompt]") -> list[Prompt]:
+        """The same as prompts that the model takes, or ValueError."""
         asked = as_prompts(prompts)
         for prompt in asked:
             if prompt.image is not None and not self.takes_images:
                 raise ValueError(f'prompt "{prompt}": this model takes text alone; leave the image away')
-        return self.encode_prompts(asked)
+        return asked
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt]) -> "Conditioning":
@@ -276,8 +284,17 @@ class Backbone(ABC):
             ValueError: a part of the model is missing or broken.
         """
 
+    # -- making data --------------------------------------------------------------------------------------------------
+    # All of it works on a `skeleton` that is `placed`, so that one part of a model at a time is in memory.
+
+    def encoding_videos(self) -> AbstractContextManager[None]:
+        """Within it what encodes videos, and decodes them, is loaded once, and freed at its end."""
+        return nullcontext()
+
     def encode_videos(self, videos: "Tensor") -> "Tensor":
         """Latents `[B, C, T, H, W]` of videos `[B, 3, T', H', W']` in [0, 1], as data store them: before `prepare`.
+
+        A video's do not depend on the others in the batch.
 
         Raises:
             ValueError: the model has nothing that encodes them, or the size does not fit.
@@ -285,6 +302,47 @@ class Backbone(ABC):
         raise ValueError(
             f"{type(self).__name__} has nothing that encodes videos; store latents that were made elsewhere"
         )
+
+    def given_frames(self, videos: "Tensor") -> "Conditioning":
+        """Conditioning that is made of frames of the videos `[B, 3, T', H', W']` in [0, 1], by what encodes videos.
+
+        Batch first, by the names of the layout, as data store it; nothing where a sample needs none. For a network that
+        makes videos from images: latents of the given frames, and which ones are given.
+        """
+        return {}
+
+    def encoding_images(self) -> AbstractContextManager[None]:
+        """Within it what encodes images is loaded once, and freed at its end."""
+        return nullcontext()
+
+    def encode_images(self, images: "Tensor") -> "Conditioning":
+        """Conditioning by an image encoder, of each video's `image_frames` `[B, 3, N, H', W']` in [0, 1].
+
+        Batch first, by the names of the layout, as data store it; nothing where the model has no image encoder.
+        """
+        return {}
+
+    def encode_each(self, prompts: "Iterable[str | Prompt]") -> "Iterator[Conditioning]":
+        """What `encode` gives of each prompt, as data store it: without a batch dimension, on the CPU, one by one.
+
+        What encodes prompts is loaded once, and freed at the end; nothing is kept. Text may be shorter than `encode`
+        has it, where `unpack` fills it up to the same, bit for bit.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        for prompt in prompts:
+            yield {name: value[0].cpu() for name, value in self.encode([prompt]).items()}
+
+    def revisions(self) -> dict[str, str]:
+        """A fingerprint of what encodes, by part: `vae`, `images` and `text`, of those that the model has.
+
+        What is encoded stays right as long as a part's is the same. By default nothing is known.
+
+        Raises:
+            ValueError: the model's files are not on this machine.
+        """
+        return {}
 
     @abstractmethod
     def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ these two.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -198,10 +198,11 @@ class LatentVideoBackbone(Backbone):
     # -- what a plugin says -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_new(self, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
+    def encode_new(self, prompts: Sequence[Prompt]) -> Iterable[dict[str, Tensor]]:
         """Conditioning of each prompt, without a batch dimension, on the CPU, by the real text encoders.
 
-        They are loaded for it, and freed again. Never called of a miniature.
+        They are loaded for it, and freed again. Never called of a miniature. What yields them one after the other keeps
+        `encode_each` in little memory.
         """
 
     def told(self, text: str) -> str:
@@ -280,9 +281,15 @@ class LatentVideoBackbone(Backbone):
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Conditioning of prompts, on the CPU. A miniature gives each prompt random numbers of its own."""
-        told = [replace(prompt, text=self.told(prompt.text)) for prompt in prompts]
+        told = self._told(prompts)
         self._asked |= dict(zip(told, prompts, strict=True))
         return self._encode(told)
+
+    def encode_each(self, prompts: Iterable[str | Prompt]) -> Iterator[dict[str, Tensor]]:
+        """See `Backbone.encode_each`: text that the model pads with zeros comes without them."""
+        padded = [name for name, each in self.config.inputs().items() if each.padded]
+        for encoded in self._made(self._told(self._checked(list(prompts)))):
+            yield {name: _without_padding(value) if name in padded else value for name, value in encoded.items()}
 
     def encode_negative(self, text: str) -> dict[str, Tensor]:
         """See `Backbone.encode_negative`: told as it is."""
@@ -291,9 +298,14 @@ class LatentVideoBackbone(Backbone):
     def _encode(self, told: Sequence[Prompt]) -> dict[str, Tensor]:
         new = [prompt for prompt in dict.fromkeys(told) if prompt not in self._encoded]
         if new:
-            made = map(self._synthetic, new) if self.config.pretrained is None else self.encode_new(new)
-            self._encoded |= dict(zip(new, made, strict=True))
+            self._encoded |= dict(zip(new, self._made(new), strict=True))
         return conditioning.stack([self._encoded[prompt] for prompt in told])
+
+    def _told(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        return [replace(prompt, text=self.told(prompt.text)) for prompt in prompts]
+
+    def _made(self, told: Sequence[Prompt]) -> Iterable[dict[str, Tensor]]:
+        return map(self._synthetic, told) if self.config.pretrained is None else self.encode_new(told)
 
     def captions(self, cond: Conditioning) -> list[str]:
         """The prompts, where they were encoded here."""
@@ -358,3 +370,9 @@ class LatentVideoBackbone(Backbone):
             else:
                 encoded[name] = torch.randn(each.shape, generator=generator).to(self.dtype)
         return encoded
+
+
+def _without_padding(text: Tensor) -> Tensor:
+    """The rows of a text `[L, D]` up to the last that is not all zero, one at least."""
+    counting = text.flatten(1).any(1).nonzero()
+    return text[: int(counting[-1]) + 1 if len(counting) else 1].clone()

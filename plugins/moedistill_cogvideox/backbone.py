@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from moedistill import (
     Conditioning,
@@ -205,14 +206,22 @@ class CogVideoXBackbone(DiffusersBackbone):
     def prepare(self, latents: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
         latents, cond = super().prepare(latents, cond)
         videos = self.config.layout().of_role("video")
-        return self._padded(latents), {
-            name: self._padded(value) if name in videos else value for name, value in cond.items()
+        left_over = latents.shape[2] % self.config.patch_size()[0]
+        padded = torch.cat([latents[:, :, :left_over], latents], 2)
+        # Those of images stand at the beginning, as the model's own pipeline has them: what is added are zeros.
+        return padded, {
+            name: pad(value, [0, 0, 0, 0, 0, left_over]) if name in videos else value for name, value in cond.items()
         }
 
-    def _padded(self, latents: Tensor) -> Tensor:
-        """With its first frame once more where two make a token and one is left over."""
-        left_over = latents.shape[2] % self.config.patch_size()[0]
-        return torch.cat([latents[:, :, :left_over], latents], 2)
+    def given_frames(self, videos: Tensor) -> dict[str, Tensor]:
+        """See `Backbone.given_frames`: `image_latents` are the first frame's, scaled, and zeros after it."""
+        if not self.from_images:
+            return {}
+        scale = self.config.vae_numbers("scaling_factor")
+        first = self.encode_videos(videos[:, :, :1])
+        first = first / scale.to(first) if self.config.vae_config["invert_scale_latents"] else first * scale.to(first)
+        frames = (videos.shape[2] - 1) // self.config.temporal_compression
+        return {"image_latents": pad(first, [0, 0, 0, 0, 0, frames])}
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents[:, :, self.config.patch_size()[0] - 1 :])

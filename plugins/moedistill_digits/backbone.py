@@ -1,5 +1,6 @@
 """The digits backbone: the lean video diffusion transformer behind moedistill's backbone contract."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moedistill import Backbone, BackboneConfig, Input, PositiveInt, Prompt, SampleLayout, VideoSize
-from moedistill_digits.codec import Codec
+from moedistill_digits.codec import CODEC_FILE, Codec
 from moedistill_digits.data import CANVAS, DIGITS, DIRECTIONS, FRAMES, NULL_DIGIT, NULL_DIRECTION
 from moedistill_digits.network import DigitsTransformer
 
@@ -138,7 +139,14 @@ class DigitsBackbone(Backbone):
         return transformer.unembed(hidden, temb, x, sigma).to(x.dtype)
 
     def encode_videos(self, videos: Tensor) -> Tensor:
-        return self.codec.encode(videos)
+        """See `Backbone.encode_videos`: of coloured videos the mean of the colours."""
+        frames, height, width = videos.shape[2:]
+        self.latent_shape(VideoSize(num_frames=frames, height=height, width=width))  # raises
+        return self.codec.encode(videos.mean(1, keepdim=True))
+
+    def revisions(self) -> dict[str, str]:
+        """See `Backbone.revisions`: the codec's file; text is parsed, in one way."""
+        return {"vae": hashlib.sha256(CODEC_FILE.read_bytes()).hexdigest()[:32], "text": "1"}
 
     @torch.no_grad()
     def native_trajectory(

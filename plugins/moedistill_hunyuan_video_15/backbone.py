@@ -138,6 +138,7 @@ class HunyuanVideo15Config(DiffusersBackboneConfig):
     )
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     spatial_compression = 16
+    whole_pixels = 256 * 256  # its VAE takes all frames at once
     tiny_video = VideoSize(num_frames=9, height=32, width=48)
     tiny_text: ClassVar[tuple[tuple[int, int], tuple[int, int]]] = ((10, 24), (6, 16))
     """Lengths and widths of the two encoders' texts."""

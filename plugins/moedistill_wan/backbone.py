@@ -64,6 +64,8 @@ class WanBackbone(DiffusersBackbone):
         self.blocks = [f"blocks.{number}" for number in range(len(network.blocks))]
         self.hidden_size = network.config.num_attention_heads * network.config.attention_head_dim
         self.from_images = network.config.in_channels != network.config.out_channels
+        if network.config.image_dim is not None and config.pretrained is not None:
+            self.image_frames = (0, -1) if self._last_is_given else (0,)
         self._from_images = [name for name in IMAGE_INPUTS if name in config.inputs()]
 
     def predict(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
@@ -88,6 +90,33 @@ class WanBackbone(DiffusersBackbone):
         if images is None or network.config.pos_embed_seq_len is None:
             return images
         return images.unflatten(1, (2, -1)).flatten(0, 1)
+
+    @property
+    def _last_is_given(self) -> bool:
+        """Whether the network makes videos from their first and last frame, whose tokens it tells apart by place."""
+        return self.config.architecture().get("pos_embed_seq_len") is not None
+
+    def given_frames(self, videos: Tensor) -> dict[str, Tensor]:
+        """See `Backbone.given_frames`: `image_latents` are a mask, for each frame of a latent frame one channel, and
+        latents of the given frames in a grey video, normalised.
+        """
+        if not self.from_images:
+            return {}
+        given = [0, -1] if self._last_is_given else [0]
+        shown = torch.full_like(videos, 0.5)
+        shown[:, :, given] = videos[:, :, given]
+        latents = self.normalise(self.encode_videos(shown))
+        mask = latents.new_zeros(len(latents), self.config.temporal_compression, *latents.shape[2:])
+        mask[:, :, 0] = 1
+        if self._last_is_given:
+            mask[:, -1, -1] = 1
+        return {"image_latents": torch.cat([mask, latents], 1)}
+
+    def encode_images_with(self, encoders: Any, images: list[Any]) -> dict[str, Tensor]:
+        """See `DiffusersModels.encode_images_with`: CLIP's last states but one, of two images one after the other."""
+        pixels = encoders.image_processor(images=images, return_tensors="pt").to(self.device)
+        states = encoders.image_encoder(**pixels, output_hidden_states=True).hidden_states[-2]
+        return {"image_embeds": states.flatten(0, 1)}
 
     def unembed(self, network: nn.Module, hidden: Tensor, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         wan: Any = network
@@ -199,6 +228,12 @@ class WanConfig(DiffusersBackboneConfig):
     def patch_size(self) -> tuple[int, int, int]:
         t, h, w = self.architecture()["patch_size"]
         return t, h, w
+
+    def image_classes(self) -> Mapping[str, Any]:
+        from transformers import CLIPImageProcessor, CLIPVisionModel
+
+        with_images = self.architecture().get("image_dim") is not None
+        return {"image_encoder": CLIPVisionModel, "image_processor": CLIPImageProcessor} if with_images else {}
 
     def inputs(self) -> dict[str, Input]:
         network = self.architecture()

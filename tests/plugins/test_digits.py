@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from helpers import distil, tiny_recipe
+from helpers import digits_backbone, distil, tiny_recipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -223,6 +223,23 @@ def test_codec_keeps_real_videos() -> None:
     variance = (patches(videos) - codec.mean).square().mean()
     assert error < 0.001
     assert 1 - error / variance > 0.98
+
+
+def test_videos_may_have_colours_and_no_other_size() -> None:
+    backbone, grey = digits_backbone(), torch.rand(2, 1, 8, 24, 24)
+    torch.testing.assert_close(backbone.encode_videos(grey.expand(2, 3, 8, 24, 24)), backbone.encode_videos(grey))
+    with pytest.raises(ValueError, match="digits have 8 frames of 24×24 pixels, and no other size"):
+        backbone.encode_videos(torch.rand(1, 3, 8, 24, 30))
+
+
+def test_prompts_come_one_by_one_too() -> None:
+    backbone, prompts = digits_backbone(), ["3 right", "", "0 down"]
+    together = backbone.encode(prompts)
+    for number, one in enumerate(backbone.encode_each(iter(prompts))):
+        assert {name: value.tolist() for name, value in one.items()} == {
+            name: value[number].tolist() for name, value in together.items()
+        }
+    assert set(backbone.revisions()) == {"vae", "text"}
 
 
 def test_codec_is_a_projection_and_latents_have_unit_variance() -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moedistill.errors import UserError, WriteError, shorten
-from moedistill.integrations.diffusers.loading import UNREAD, load_model, load_tokenizer
+from moedistill.integrations.diffusers.loading import UNREAD, load_model, load_processor
 from moedistill.runtime.lock import in_turn
 from moedistill.runtime.reading import check_file, reason
 from moedistill.runtime.writing import TEMPORARY, disk_errors, sync
@@ -286,7 +286,7 @@ def convert_text_model(model_class: Any, tokenizer_class: Any, source: Path, mod
     what = f"cannot load the text encoder in {source}"
     loaded = load_model(model_class, source, what, unread=UNREAD, torch_dtype="auto", use_safetensors=None)
     loaded.save_pretrained(model)
-    load_tokenizer(tokenizer_class, source, what).save_pretrained(tokenizer)
+    load_processor(tokenizer_class, source, what).save_pretrained(tokenizer)
 
 
 def _some(names: Collection[str]) -> str:

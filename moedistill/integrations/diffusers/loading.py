@@ -78,8 +78,12 @@ def from_pretrained(cls: Any, folder: Path, what: str, **arguments: Any) -> Any:
     return _load(cls, folder, what, {"use_safetensors": True, "local_files_only": True, **arguments})
 
 
-def load_tokenizer(cls: Any, folder: Path, what: str) -> Any:
-    """A tokenizer of transformers, from a folder; ValueError, which begins with `what`, where it cannot be loaded."""
+def load_processor(cls: Any, folder: Path, what: str) -> Any:
+    """A tokenizer or an image processor of transformers, from a folder.
+
+    Raises:
+        ValueError: it cannot be loaded; begins with `what`.
+    """
     return _load(cls, folder, what, {})  # it would keep any arguments, and save them
 
 

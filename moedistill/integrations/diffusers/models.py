@@ -8,10 +8,14 @@ diffusers itself is imported when a model is built, not before: a recipe is chec
 """
 
 import gc
+import hashlib
+import json
 import math
+import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PurePath
@@ -19,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from moedistill.errors import shorten
@@ -45,20 +50,23 @@ from moedistill.integrations.diffusers.loading import (
     islands,
     keep_float32_islands,
     load_model,
+    load_processor,
     load_text_model,
-    load_tokenizer,
     read_json,
     stored_tensors,
     variant_in,
     with_defaults,
 )
 from moedistill.integrations.diffusers.values import check_arguments, numbers
+from moedistill.model import conditioning
 from moedistill.model.backbone import VideoSize
 from moedistill.model.conditioning import Conditioning
 from moedistill.model.latent_video import LatentVideoBackbone, LatentVideoConfig
 from moedistill.model.prompt import Prompt
+from moedistill.runtime.fingerprint import fingerprint
 from moedistill.runtime.quantized import is_quantized
 from moedistill.runtime.randomness import torch_seed
+from moedistill.runtime.reading import reason
 
 
 @dataclass(kw_only=True)
@@ -76,6 +84,10 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
     """What encodes prompts, by the names of its folders."""
     vae_dtype: ClassVar[torch.dtype | None] = None
     """Of the VAE; None for that of the network."""
+    whole_pixels: ClassVar[int] = 480 * 848
+    """Pixels of a frame up to which the VAE encodes it whole, as the stock pipelines do; a larger one it encodes in
+    tiles, which takes less memory, and gives other numbers near their seams. (It decodes in tiles whatever the size.)
+    """
     ignored_weights: ClassVar[Mapping[str, Sequence[str]]] = {}
     """By the name of a component: regular expressions of the tensors that its files may lack, or have beside its own.
     Anything else that is missing or left over stops the loading.
@@ -115,6 +127,10 @@ class DiffusersModelsConfig(LatentVideoConfig, ABC):
     @classmethod
     def text_classes(cls) -> Mapping[str, Any]:
         """Classes of transformers for `text_components`, where no file says them (a pipeline's model_index.json)."""
+        return {}
+
+    def image_classes(self) -> Mapping[str, Any]:
+        """Classes of transformers of what encodes images, by the names of its folders; none where nothing does."""
         return {}
 
     def check_folder(self, folder: Path) -> None:
@@ -341,6 +357,9 @@ class DiffusersModels(LatentVideoBackbone):
     def __init__(self, config: DiffusersModelsConfig, networks: Mapping[str, nn.Module]) -> None:
         super().__init__(config, networks)
         self.islands: list[Callable[[], None]] = []
+        self._vae: Any = None
+        """While videos are encoded; see `encoding_videos`."""
+        self._image_encoder: Any = None
 
     # -- what a plugin says -------------------------------------------------------------------------------------------
 
@@ -355,6 +374,12 @@ class DiffusersModels(LatentVideoBackbone):
     @abstractmethod
     def encode_with(self, encoders: Any, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning of prompts by what `text_model` makes."""
+
+    def encode_images_with(self, encoders: Any, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Conditioning of one video, without a batch dimension, by its `image_frames`; `encoders` has what
+        `image_classes` names, as attributes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has image_frames, and no encode_images_with that reads them")
 
     text_limits: Mapping[str, str | int] = {}
     """By the name of a tokenizer: how many tokens of a prompt `encode_with` reads, or the one of the config's `inputs`
@@ -393,30 +418,104 @@ class DiffusersModels(LatentVideoBackbone):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """One by one, by the VAE, which is loaded for it and freed again."""
-        vae: Any = self.load_vae().to(self.device)
-        dtype = next(vae.parameters()).dtype
-        own = [self.denormalise(one[None].float()).to(dtype) for one in latents]
-        videos = [vae.decode(one, **self.decoder_arguments(), return_dict=False)[0] for one in own]
+        with self.encoding_videos():
+            self._vae.enable_tiling()
+            dtype = next(self._vae.parameters()).dtype
+            own = [self.denormalise(one[None].float()).to(dtype) for one in latents]
+            videos = [self._vae.decode(one, **self.decoder_arguments(), return_dict=False)[0] for one in own]
         return (torch.cat(videos).float() / 2 + 0.5).clamp(0, 1)
 
     def look_ahead(self, *, pipeline: bool) -> None:
         """By loading the VAE."""
         self.load_vae()
 
+    @contextmanager
+    def encoding_videos(self) -> Iterator[None]:
+        """See `Backbone.encoding_videos`: the VAE, on the network's device."""
+        if self._vae is not None:
+            yield
+            return
+        self._vae = self.load_vae().to(self.device)
+        try:
+            yield
+        finally:
+            self._vae = None
+            _empty_cache()
+
     @torch.no_grad()
     def encode_videos(self, videos: Tensor) -> Tensor:
-        """One by one, by the VAE, which is loaded for it and freed again: the mode of its posterior."""
+        """One by one, by the VAE: the mode of its posterior. See `whole_pixels` for what is encoded in tiles."""
         if videos.ndim != 5 or videos.shape[1] != 3:
             raise ValueError(f"videos {list(videos.shape)} must be [B, 3, T, H, W]")
         t, h, w = videos.shape[2:]
         self.config.latent_shape(VideoSize(num_frames=t, height=h, width=w))  # raises
-        vae: Any = self.load_vae().to(self.device)
-        dtype = next(vae.parameters()).dtype
-        own = [(2 * one[None] - 1).to(self.device, dtype) for one in videos]
-        return torch.cat([vae.encode(one).latent_dist.mode() for one in own]).float()
+        with self.encoding_videos():
+            if h * w > self.config.whole_pixels:
+                self._vae.enable_tiling()
+            else:
+                self._vae.disable_tiling()
+            dtype = next(self._vae.parameters()).dtype
+            own = [(2 * one[None].float() - 1).to(self.device, dtype) for one in videos]
+            return torch.cat([self._vae.encode(one).latent_dist.mode() for one in own]).float()
+
+    @contextmanager
+    def encoding_images(self) -> Iterator[None]:
+        """See `Backbone.encoding_images`: in float32, as the stock pipelines have it, on the network's device."""
+        if self._image_encoder is not None or not self.image_frames:
+            yield
+            return
+        what = f"pretrained {self.config.pretrained}: cannot load its image encoder"
+        self._image_encoder = SimpleNamespace(
+            **self._load(self.config.image_classes(), self.config.loadable(), what, torch.float32)
+        )
+        try:
+            yield
+        finally:
+            self._image_encoder = None
+            gc.collect()
+            _empty_cache()
 
     @torch.no_grad()
-    def encode_new(self, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
+    def encode_images(self, images: Tensor) -> dict[str, Tensor]:
+        """See `Backbone.encode_images`: one by one, as pictures of 8 bits; what is given is in the network's dtype."""
+        count = len(self.image_frames)
+        if images.ndim != 5 or images.shape[1:3] != (3, count):
+            raise ValueError(f"images {list(images.shape)} must be [B, 3, {count}, H, W]")
+        if not count:
+            return {}
+        with self.encoding_images():
+            made = [self.encode_images_with(self._image_encoder, _pictures(frames)) for frames in images]
+        return {name: value.to(self.dtype) for name, value in conditioning.stack(made).items()}
+
+    def revisions(self) -> dict[str, str]:
+        """See `Backbone.revisions`: of the files in the parts' folders (see `fingerprint`), and, of a folder of the
+        Hub's cache, its commit; of a miniature, of their configs. The dtype counts, and what `encode_videos` and `told`
+        do besides.
+        """
+        config, inputs = self.config, self.config.inputs()
+        vae_dtype = config.vae_dtype or self.dtype
+        texts = [f"{name} {each.pattern()}" for name, each in inputs.items() if each.role not in ("image", "video")]
+        parts = {
+            "vae": (("vae",), [str(vae_dtype), config.whole_pixels]),
+            "text": (config.text_components, [str(self.dtype), self.told(""), *texts]),
+            "images": (tuple(config.image_classes()) if self.image_frames else (), [str(self.dtype)]),
+        }
+        if config.pretrained is None:
+            miniatures = {"vae": dict(config.vae_config), "text": {}}
+            return {part: _sum(miniatures[part], parts[part][1]) for part in miniatures}
+        folder, found = config.loadable(), {}
+        commit = re.search(r"/snapshots/([0-9a-f]{40})", folder.as_posix())
+        for part, (names, settings) in parts.items():
+            if names and all((folder / name).is_dir() for name in names):
+                try:
+                    files = fingerprint(*(folder / name for name in names))
+                except OSError as error:
+                    raise ValueError(f"cannot read {error.filename}: {reason(error)}") from error
+                found[part] = _sum(files, commit and commit[1], settings)
+        return found
+
+    @torch.no_grad()
+    def encode_new(self, prompts: Sequence[Prompt]) -> Iterator[dict[str, Tensor]]:
         """Of their texts, by the text encoders alone, on the network's device.
 
         A model that takes images encodes them in a method of its own.
@@ -430,29 +529,32 @@ class DiffusersModels(LatentVideoBackbone):
             )
         encoders = self._load_text(folder, f"pretrained {self.config.pretrained}: cannot load its text encoders")
         self._warn_of_cuts(encoders, [prompt.text for prompt in prompts])
-        encoded = []
-        with errors_alone():  # of each prompt that is cut it logs what is left out
+        try:
             for prompt in prompts:
-                made = self.encode_with(encoders, [prompt.text])
-                encoded.append({name: value[0].cpu() for name, value in made.items()})
-        del encoders
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return encoded
+                with errors_alone():  # of each prompt that is cut it logs what is left out
+                    made = self.encode_with(encoders, [prompt.text])
+                yield {name: value[0].cpu() for name, value in made.items()}
+        finally:
+            del encoders
+            gc.collect()
+            _empty_cache()
 
     def _load_text(self, folder: Path, what: str) -> Any:
         """What `text_model` makes of the saved components, on the network's device."""
+        return self.config.text_model(self._load(self.config.text_classes(), folder, what, self.dtype))
+
+    def _load(self, classes: Mapping[str, Any], folder: Path, what: str, dtype: torch.dtype) -> dict[str, Any]:
+        """Saved components of transformers, on the network's device."""
         config, loaded = self.config, {}
-        for name, cls in config.text_classes().items():
+        for name, cls in classes.items():
             where, saying = folder / name, f"{what} ({name})"
             if issubclass(cls, nn.Module):
                 ignored = config.ignored_weights.get(name, ())
-                model = load_text_model(cls, where, saying, ignored=ignored, variant=config.variant, dtype=self.dtype)
+                model = load_text_model(cls, where, saying, ignored=ignored, variant=config.variant, dtype=dtype)
                 loaded[name] = model.to(self.device)
             else:
-                loaded[name] = load_tokenizer(cls, where, saying)
-        return config.text_model(loaded)
+                loaded[name] = load_processor(cls, where, saying)
+        return loaded
 
     # -- the other components -----------------------------------------------------------------------------------------
 
@@ -493,3 +595,19 @@ class DiffusersModels(LatentVideoBackbone):
                     f"all that the model's {name} reads; the first: {shorten(cut[0], 60)}",
                     stacklevel=2,
                 )
+
+
+def _pictures(frames: Tensor) -> list[Image.Image]:
+    """Frames `[3, N, H, W]` in [0, 1] as pictures of 8 bits."""
+    pixels = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    return [Image.fromarray(frame) for frame in pixels]
+
+
+def _sum(*what: Any) -> str:
+    """A fingerprint of plain data."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
