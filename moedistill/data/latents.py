@@ -301,7 +301,7 @@ class OwnStore(Store):
         """The file of a sample, and the key of its tensors there."""
         [file], key = self.files(i), self._key(i)
         with self._reading(i, file):
-            yield self._files.open(file), key
+            yield self._files.get(file), key
 
     def _key(self, i: int) -> str | None:
         key = self._value(i, "key", None)
@@ -327,7 +327,7 @@ class OwnStore(Store):
         if self._negative is None:
             return None
         with self._reading(None, self._negative):
-            return {name: value.clone() for name, value in self._files.open(self._negative).tensors(None).items()}
+            return {name: value.clone() for name, value in self._files.get(self._negative).tensors(None).items()}
 
     def negative_file(self) -> Path | None:
         return self._negative

@@ -69,7 +69,7 @@ class OpenFiles:
     def __getstate__(self) -> dict[str, Any]:
         return {"_opened": OrderedDict()}
 
-    def open(self, path: Path) -> TensorFile:
+    def get(self, path: Path) -> TensorFile:
         """The file as it is now. Raises what opening raises."""
         status = os.stat(path)
         # What is not there any more as it was mapped must not be touched: the process would be killed by SIGBUS.
