@@ -39,7 +39,7 @@ def memory() -> tuple[float, float]:
     parent = str(Path("/proc/self").resolve().name)
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
-            lines = dict(line.split(":\t", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":\t" in line)
+            lines = dict(line.partition(":\t")[::2] for line in status.read_text(encoding="utf-8").splitlines())
         except OSError:  # it has ended
             continue
         if parent in (lines["Pid"], lines["PPid"]) and "RssAnon" in lines:

@@ -86,11 +86,13 @@ class Store(ABC):
         layout: its kind, for people.
         masks: names of the conditioning tensors that say which tokens of a text count, as far as the layout says so.
         text_only: whether no sample has latents: all have the shape (C, 0, H, W).
+        made_for: what the set says that it was made for, as plain data; empty if it says nothing.
     """
 
     layout: str
     masks: Sequence[str] = ()
     text_only = False
+    made_for: Mapping[str, Any] = {}
 
     def __init__(self, index: Path, entries: Sequence[Any]) -> None:
         self.index, self._entries = index, entries
@@ -255,6 +257,8 @@ class OwnStore(Store):
         negative = content.get("negative")
         self._negative = None if negative is None else index.parent / negative
         self._files = OpenFiles()
+        made_for = content.get("made_for")
+        self.made_for = made_for if isinstance(made_for, dict) else {}
         self.text_only = content["version"] > 1 and all(map(_is_text_only, self._entries))
 
     def files(self, i: int) -> list[Path]:
