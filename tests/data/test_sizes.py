@@ -59,7 +59,9 @@ def test_portrait_stays_portrait_and_nothing_is_enlarged_unless_allowed():
 def test_lengths_are_the_models():
     config = backbone("dcm_wan_1_3b")
     check_lengths(config, [1, 17, 81])
-    with pytest.raises(ValueError, match=re.escape("lengths 16: num_frames 16 must be 1 more than a multiple of 4: 13")):
+    with pytest.raises(
+        ValueError, match=re.escape("lengths 16: num_frames 16 must be 1 more than a multiple of 4: 13")
+    ):
         check_lengths(config, [17, 16])
 
 

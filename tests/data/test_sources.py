@@ -81,7 +81,10 @@ def test_columns_of_other_names_are_named(tmp_path):
     found = find_sources(file, path_column="where", caption_column="what")
     assert [(source.name, source.caption) for source in found] == [("a.mp4", "a dog")]
     for options, message in (
-        ({}, "has none of the columns caption, text, prompt, cap; name the one with the captions by --caption-column: "),
+        (
+            {},
+            "has none of the columns caption, text, prompt, cap; name the one with the captions by --caption-column",
+        ),
         ({"path_column": "wher"}, "has no column 'wher' for --path-column; did you mean 'where'? allowed: video, "),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
