@@ -58,7 +58,7 @@ def test_the_commands_of_the_page_lead_from_clips_to_a_video(tmp_path, monkeypat
     assert ran == 9
     index = json.loads(Path("my_set/index.json").read_text())
     assert {each["source"]: each["caption"] for each in index["samples"]} == captions
-    assert Path("my_set/show.png").is_file()
+    assert Path("my_set/show/show.png").is_file()
     assert len(list(Path("videos").glob("*.mp4"))) == 2
     saved = load_recipe("runs/mine/recipe.yaml")
     assert saved.sample.points == [50, 42, 35, 17]
