@@ -269,7 +269,7 @@ class Backbone(ABC):
         """
         if type(self).prepare is not Backbone.prepare:
             raise ValueError(
-                f"{type(self).__name__} has no method `stored` that undoes its `prepare`, so nothing of it can be stored"
+                f"{type(self).__name__} has no method `stored` that undoes its `prepare`, so nothing can be stored"
             )
         return latents
 
