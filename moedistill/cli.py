@@ -617,6 +617,44 @@ def generate(
     return code
 
 
+@data.command(name="show")
+@click.argument("path")
+@click.option("--recipe", metavar="RECIPE", help="Whose model the latents are; what the set was made for if not given.")
+@set_option
+@click.option("--num", type=click.IntRange(min=0), default=8, show_default=True, metavar="N", help="Samples to decode.")
+@click.option("--output", metavar="DIR", help="A new or empty folder; the set's own, show, if not given.")
+@device_option
+@plugin_option
+def show_data(
+    path: str,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    num: int,
+    output: str | None,
+    device: str | None,
+    plugin_files: tuple[str, ...],
+) -> None:
+    """Show what is in the set at PATH: lengths, sizes, captions, and a few samples as videos and a contact sheet.
+
+    Of the model the VAE alone is loaded. Without it, or where it is not known, the videos are left out.
+
+    \b
+    Example:
+      moedistill data show data/my_set
+      moedistill data show data/my_set --recipe my_recipe.yaml --num 16 --device cuda
+    """
+    if recipe is None and overrides:
+        raise click.UsageError("--set changes a recipe; give one with --recipe")
+    from moedistill.recipe.loading import load_recipe
+    from moedistill.runs.show import show_set
+
+    plugins = _plugins(plugin_files)
+    backbone = load_recipe(recipe, overrides, plugins).backbone if recipe is not None else None
+    shown = show_set(path, plugins, backbone=backbone, num=num, output=output, device=device)
+    for line in shown.lines:
+        click.echo(line)
+
+
 @cli.command()
 @click.argument("kind")
 @click.argument("source", type=click.Path(path_type=Path))

@@ -86,11 +86,13 @@ class Store(ABC):
         layout: its kind, for people.
         masks: names of the conditioning tensors that say which tokens of a text count, as far as the layout says so.
         text_only: whether no sample has latents: all have the shape (C, 0, H, W).
+        made_for: what the set says that it was made for, as plain data; empty if it says nothing.
     """
 
     layout: str
     masks: Sequence[str] = ()
     text_only = False
+    made_for: Mapping[str, Any] = {}
 
     def __init__(self, index: Path, entries: Sequence[Any]) -> None:
         self.index, self._entries = index, entries
@@ -127,7 +129,7 @@ class Store(ABC):
         """Latents `[C, T, H, W]` and conditioning of a sample, in the dtypes they are stored in."""
 
     @abstractmethod
-    def read_text(self, i: int) -> dict[str, Tensor]:
+    def read_conditioning(self, i: int) -> dict[str, Tensor]:
         """Conditioning of a sample alone, in the dtypes it is stored in."""
 
     def negative(self) -> dict[str, Tensor] | None:
@@ -213,7 +215,7 @@ class PublishedStore(Store):
     def read(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self._load(i, mmap=False)
 
-    def read_text(self, i: int) -> dict[str, Tensor]:
+    def read_conditioning(self, i: int) -> dict[str, Tensor]:
         return self._text(i, mmap=False)
 
     def _load(self, i: int, *, mmap: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -255,6 +257,8 @@ class OwnStore(Store):
         negative = content.get("negative")
         self._negative = None if negative is None else index.parent / negative
         self._files = OpenFiles()
+        made_for = content.get("made_for")
+        self.made_for = made_for if isinstance(made_for, dict) else {}
         self.text_only = content["version"] > 1 and all(map(_is_text_only, self._entries))
 
     def files(self, i: int) -> list[Path]:
@@ -292,7 +296,7 @@ class OwnStore(Store):
             tensors = {name: value.clone() for name, value in file.tensors(key).items()}
         return self._split(i, tensors)
 
-    def read_text(self, i: int) -> dict[str, Tensor]:
+    def read_conditioning(self, i: int) -> dict[str, Tensor]:
         with self._opened(i) as (file, key):
             return {name: value.clone() for name, value in file.tensors(key).items() if name != LATENTS}
 
@@ -301,7 +305,7 @@ class OwnStore(Store):
         """The file of a sample, and the key of its tensors there."""
         [file], key = self.files(i), self._key(i)
         with self._reading(i, file):
-            yield self._files.open(file), key
+            yield self._files.get(file), key
 
     def _key(self, i: int) -> str | None:
         key = self._value(i, "key", None)
@@ -327,7 +331,7 @@ class OwnStore(Store):
         if self._negative is None:
             return None
         with self._reading(None, self._negative):
-            return {name: value.clone() for name, value in self._files.open(self._negative).tensors(None).items()}
+            return {name: value.clone() for name, value in self._files.get(self._negative).tensors(None).items()}
 
     def negative_file(self) -> Path | None:
         return self._negative

@@ -100,7 +100,7 @@ class StoredPromptsDataset(Dataset):
         return len(self._store)
 
     def __getitem__(self, index: int) -> Sample:
-        stored = self._store.read_text(index)
+        stored = self._store.read_conditioning(index)
         check_numbers(self._store, index, stored)
         return Sample(self._no_frames, self._texts.of(index, stored))
 

@@ -3,17 +3,21 @@
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from torch import Tensor
 
 from moedistill.data.storable import DTYPES, Unusable, other_dtype
-from moedistill.runtime.reading import check_file
+from moedistill.runtime.reading import MIB, check_file
 from moedistill.runtime.signals import Interruption
 
-MOST_OPEN = 8
-"""How many files stay open. A file's names are read in milliseconds; more open ones would only seem to take memory."""
+MOST_OPEN = 128
+"""How many files stay open. To open one is to read the names of all its tensors, which takes a millisecond or two."""
+MOST_BYTES = 4096 * MIB
+"""How large they are together, or it is one alone: what was read of an open file counts as the process's memory, though
+it is the disk's cache.
+"""
 
 
 class TensorFile:
@@ -44,6 +48,15 @@ class TensorFile:
         return {own: self._tensors.get_tensor(name) for own, name in names.items()}
 
 
+class _Identity(NamedTuple):
+    """What tells that a file is the one that was opened."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
 class OpenFiles:
     """Files by path, opened on demand. Of a damaged one it is kept what opening it raised: it is looked at once, too.
 
@@ -51,25 +64,32 @@ class OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._opened: OrderedDict[Path, tuple[tuple[int, ...], TensorFile | Exception]] = OrderedDict()
+        self._opened: OrderedDict[Path, tuple[_Identity, TensorFile | Exception]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_opened": OrderedDict()}
 
-    def open(self, path: Path) -> TensorFile:
+    def get(self, path: Path) -> TensorFile:
         """The file as it is now. Raises what opening raises."""
         status = os.stat(path)
         # What is not there any more as it was mapped must not be touched: the process would be killed by SIGBUS.
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        known, found = self._opened.pop(path, (None, None))
+        identity = _Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        known, found = self._opened.get(path, (None, None))
         if found is None or known != identity:
             found = _try_to_open(path)
-        self._opened[path] = (identity, found)
-        if len(self._opened) > MOST_OPEN:
-            self._opened.popitem(last=False)
+            self._opened[path] = (identity, found)
+        self._opened.move_to_end(path)
+        if known != identity:
+            self._close_oldest()
         if isinstance(found, Exception):
             raise found.with_traceback(None)
         return found
+
+    def _close_oldest(self) -> None:
+        size = sum(identity.size for identity, _ in self._opened.values())
+        while len(self._opened) > MOST_OPEN or (size > MOST_BYTES and len(self._opened) > 1):
+            _, (identity, _) = self._opened.popitem(last=False)
+            size -= identity.size
 
 
 def _try_to_open(path: Path) -> TensorFile | Exception:

@@ -242,18 +242,37 @@ def test_a_set_of_both_is_refused(tmp_path):
 def test_each_file_is_opened_once_while_few_are_read(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(tensor_files, "safe_open", lambda path, *rest: opened.append(path) or safe_open(path, *rest))
+    monkeypatch.setattr(tensor_files, "MOST_OPEN", 8)
     write_set(tmp_path, items(24), shard_samples=2)
     opened.clear()
     store = open_store(tmp_path)
     for i in (*range(16), *range(16)):
         store.read(i)
         store.header(i)
-    assert len(opened) == tensor_files.MOST_OPEN == 8
+    assert len(opened) == 8
     for i in range(24):
         store.read(i)
     assert len(opened) == 8 + 4  # the first eight were open
     store.read(0)
     assert len(opened) == 13
+
+
+def test_large_files_do_not_stay_open(tmp_path, monkeypatch):
+    write_set(tmp_path, items(24), shard_samples=2)
+    opened = []
+    monkeypatch.setattr(tensor_files, "safe_open", lambda path, *rest: opened.append(path) or safe_open(path, *rest))
+    monkeypatch.setattr(tensor_files, "MOST_BYTES", 3 * max(path.stat().st_size for path in tmp_path.glob("samples-*")))
+    store = open_store(tmp_path)
+    for i in (0, 2, 4, 0, 2, 4):
+        store.read(i)
+    assert len(opened) == 3
+    for i in (6, 8, 0):  # the third from the last is closed
+        store.read(i)
+    assert len(opened) == 6
+    monkeypatch.setattr(tensor_files, "MOST_BYTES", 1)
+    for i in (2, 3, 3):  # one alone is open whatever its size
+        store.read(i)
+    assert len(opened) == 7
 
 
 def test_a_store_goes_to_another_process_without_its_open_files(tmp_path):

@@ -18,9 +18,14 @@ from test_rooms import FLOORS
 import moedistill
 from moedistill.cli import cli, main
 from moedistill.components.plugins import load_plugins
+from moedistill.data.latents import LatentsConfig
+from moedistill.data.loading import collate
+from moedistill.data.prompts import read_prompts
 from moedistill.flow.process import jump
 from moedistill.flow.trajectory import Trajectory
 from moedistill.recipe.loading import load_recipe
+from moedistill.runs.check import check_set
+from moedistill_wan.backbone import WanConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -313,3 +318,25 @@ def test_the_bare_transformer_example() -> None:
     assert torch.allclose(names["latents"], x, atol=1e-5)
     core = (DOCS / "examples" / "bare_transformer.py").read_text().split("# This is all:\n")[1]
     assert len(core.splitlines()) == 5
+
+
+def test_a_set_written_without_moedistill_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [script] = re.findall(r"^```python\n(.*?)^```$", text_of(DOCS / "data.md"), flags=re.MULTILINE | re.DOTALL)
+    assert len([line for line in script.splitlines() if line]) <= 20
+    assert set(re.findall(r"^(?:from|import) (.*?)(?: import .*)?$", script, flags=re.MULTILINE)) == {
+        "json, os, torch", "safetensors.torch",
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "data.md", "exec"), {})
+    monkeypatch.chdir("/")  # files are named relative to the index
+    report = check_set(tmp_path / "my_set")
+    assert (report.problems, report.warnings, report.notes) == ([], [], [])
+    assert dict(report.facts)["latents"] == "[16, 5, 4, 6] × 12"
+    backbone = WanConfig(pretrained=None).tiny().build()
+    dataset = LatentsConfig(path=str(tmp_path / "my_set")).build(backbone)
+    assert [dataset.shape(i) for i in range(12)] == [(16, 5, 4, 6)] * 12
+    latents, cond = backbone.prepare(*collate([dataset[0], dataset[11]]))
+    assert latents.shape == (2, 16, 5, 4, 6)
+    assert cond["prompt_embeds"].shape == (2, 12, 24)
+    assert dataset.null_conditioning() is not None
+    assert read_prompts(tmp_path / "my_set")[7] == "clip 7"
