@@ -523,11 +523,12 @@ def analyze(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ..
 
 @cli.group()
 def data() -> None:
-    """Look at data.
+    """Look at data, and make them.
 
     \b
     Example:
       moedistill data check data/my_set --recipe my_recipe.yaml
+      moedistill data generate prompts.txt data/own --recipe my_recipe.yaml
     """
 
 
@@ -638,6 +639,71 @@ def check(path: str, recipe: str | None, overrides: tuple[str, ...], plugin_file
         click.echo(line)
     if not report.fits:
         click.get_current_context().exit(2)
+
+
+@data.command()
+@click.argument("prompts")
+@click.argument("dest")
+@click.option("--recipe", required=True, metavar="RECIPE", help="Whose teacher, guidance and trajectory.")
+@set_option
+@click.option("--num", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Of each prompt.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Evenly over the trajectory; all of its steps.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of the noise.")
+@click.option(
+    "--num-processes", type=click.IntRange(min=1), metavar="N", help="Processes on this machine, one on each GPU."
+)
+@device_option
+@plugin_option
+def generate(
+    prompts: str,
+    dest: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    num: int,
+    steps: int | None,
+    seed: int,
+    num_processes: int | None,
+    device: str | None,
+    plugin_files: tuple[str, ...],
+) -> int:
+    """Make the set DEST of what the teacher of RECIPE makes of PROMPTS, a file with one a line, or a set.
+
+    Its latents and their prompts, to be distilled on. Whatever stops it, the same command goes on with what is missing;
+    with more prompts at the end it makes those alone. The number of processes changes nothing.
+
+    \b
+    Example:
+      moedistill data generate prompts.txt data/own --recipe dcm_wan_1_3b
+      moedistill data generate prompts.txt data/own --recipe my_recipe.yaml --num 4 --num-processes 8
+    """
+    from moedistill.runs.launch import end_with_launcher, launched_here
+
+    workers = launched_here()
+    if workers is None and "WORLD_SIZE" in os.environ:
+        raise click.UsageError("start it without a launcher, with --num-processes")
+    from moedistill.data.prompts import read_prompts
+    from moedistill.errors import user_errors
+    from moedistill.recipe.loading import load_recipe
+    from moedistill.runs.generate import Generation
+
+    plugins = _plugins(plugin_files)
+    loaded = load_recipe(recipe, overrides, plugins)
+    with user_errors("PROMPTS"):
+        asked = read_prompts(prompts)
+    work = Generation(loaded, asked, Path(dest), num=num, seed=seed, steps=steps)
+    if workers is not None:
+        end_with_launcher()
+        work.sample_share(device, workers)
+        return 0
+    again = ["data", "generate", prompts, dest, "--recipe", recipe, "--num", str(num), "--seed", str(seed)]
+    again += [part for setting in overrides for part in ("--set", setting)]
+    again += [] if steps is None else ["--steps", str(steps)]
+    again += [] if device is None else ["--device", device]
+    again += [part for file in plugins.files for part in ("-p", str(file))]
+    code = work.run(device, num_processes or 1, again)
+    if code == 0:
+        click.echo(dest)
+    return code
 
 
 @data.command(name="show")

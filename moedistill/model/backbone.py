@@ -261,6 +261,23 @@ class Backbone(ABC):
         """A batch of stored samples as the network takes them: latents scaled, packed text unpacked."""
         return latents, cond
 
+    def stored(self, latents: "Tensor") -> "Tensor":
+        """The inverse of `prepare`: latents `[B, C, T, H, W]` that the network makes, as data store them.
+
+        Raises:
+            ValueError: the model has a `prepare` of its own, and nothing that undoes it.
+        """
+        if type(self).prepare is not Backbone.prepare:
+            raise ValueError(
+                f"{type(self).__name__} has no method `stored` that undoes its `prepare`, so nothing can be stored"
+            )
+        return latents
+
+    @property
+    def takes_null(self) -> bool:
+        """Whether data store the negative prompt's conditioning, for `set_null`."""
+        return type(self).set_null is not Backbone.set_null
+
     def set_null(self, cond: "Conditioning") -> None:
         """Takes over the negative prompt's conditioning, stored with the data, without a batch dimension."""
         raise ValueError(f"{type(self).__name__} makes its own null conditioning; it takes none from the data")
@@ -335,9 +352,10 @@ class Backbone(ABC):
             yield {name: value[0].cpu() for name, value in self.encode([prompt]).items()}
 
     def revisions(self) -> dict[str, str]:
-        """A fingerprint of what encodes, by part: `vae`, `images` and `text`, of those that the model has.
+        """A fingerprint of each part of those that the model has: `vae`, `images` and `text`, which encode, and
+        `network`, which samples.
 
-        What is encoded stays right as long as a part's is the same. By default nothing is known.
+        What a part has made stays right as long as its fingerprint is the same. By default nothing is known.
 
         Raises:
             ValueError: the model's files are not on this machine.

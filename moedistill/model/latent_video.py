@@ -254,6 +254,9 @@ class LatentVideoBackbone(Backbone):
         """
         return self.normalise(latents.float()), self._unpacked(cond, latents.shape[1:]) if cond else {}
 
+    def stored(self, latents: Tensor) -> Tensor:
+        return self.denormalise(latents.float())
+
     def set_null(self, cond: Conditioning) -> None:
         self._null = self._unpacked({name: value[None] for name, value in cond.items()}, None)
 

@@ -10,6 +10,7 @@ Of a random miniature every weight is moved a little first: final layers that st
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -155,6 +156,12 @@ def prepare(subject: Subject) -> str:
     _agree("one sample alone", alone[0], latents[1], 1e-6)
     assert _difference(latents[0], latents[1]) > 1e-3, "different latents become the same"
     assert _run(subject.teacher, TEACHER, latents.float(), sigma, prepared).isfinite().all(), "velocity is not finite"
+    stored = None
+    with suppress(ValueError):  # a backbone need not have it
+        stored = backbone.stored(x)
+    if stored is not None:
+        again, _ = backbone.prepare(stored.clone(), {})
+        _agree("stored, prepared and stored again", backbone.stored(again), stored, 1e-5)
     return f"latents scaled by {(latents.std() / x.std()).item():.3g}"
 
 

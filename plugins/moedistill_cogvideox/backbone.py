@@ -223,8 +223,14 @@ class CogVideoXBackbone(DiffusersBackbone):
         frames = (videos.shape[2] - 1) // self.config.temporal_compression
         return {"image_latents": pad(first, [0, 0, 0, 0, 0, frames])}
 
+    def stored(self, latents: Tensor) -> Tensor:
+        return super().stored(self._without_padding(latents))
+
     def decode(self, latents: Tensor) -> Tensor:
-        return super().decode(latents[:, :, self.config.patch_size()[0] - 1 :])
+        return super().decode(self._without_padding(latents))
+
+    def _without_padding(self, latents: Tensor) -> Tensor:
+        return latents[:, :, self.config.patch_size()[0] - 1 :]
 
     def pipeline(self) -> Any:
         """See `DiffusersBackbone.pipeline`; its scheduler is the deterministic one, whichever the folder names."""

@@ -113,6 +113,9 @@ class DigitsBackbone(Backbone):
                 raise ValueError(f"{name} {cond[name].tolist()} must be from 0 to {null}, which stands for none")
         return latents, cond
 
+    def stored(self, latents: Tensor) -> Tensor:
+        return latents
+
     def captions(self, cond: Mapping[str, Tensor]) -> list[str]:
         """The prompts that `encode` would take."""
         pairs = zip(cond["digit"].tolist(), cond["direction"].tolist(), strict=True)

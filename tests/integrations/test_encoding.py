@@ -272,10 +272,10 @@ def test_a_revision_tells_what_changed(folders, tmp_path):
         return {part for part in before if after[part] != before[part]}
 
     first = revisions()
-    assert set(first) == {"vae", "text", "images"}
+    assert set(first) == {"vae", "text", "images", "network"}
     assert revisions() == first
     assert skeleton("wan_i2v", folders("wan_i2v")).revisions() == first
-    assert changed(revisions(dtype="bfloat16"), first) == {"text", "images"}  # Wan's VAE computes in float32
+    assert changed(revisions(dtype="bfloat16"), first) == {"text", "images", "network"}  # Wan's VAE computes in float32
     file = folder / "vae" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "latents_mean": [0.5] * 16}))
     second = revisions()
@@ -287,10 +287,10 @@ def test_a_revision_tells_what_changed(folders, tmp_path):
     assert changed(third, second) == {"text"}
     (folder / "vae" / "diffusion_pytorch_model.safetensors").touch()
     (folder / "vae" / ".cached").write_text("a note")
-    (folder / "transformer" / "more").write_text("a note")
+    (folder / "model_index.json.old").write_text("a note")
     assert revisions() == third
     shutil.rmtree(folder / "text_encoder")
-    assert set(revisions()) == {"vae", "images"}
+    assert set(revisions()) == {"vae", "images", "network"}
 
 
 def test_the_hubs_commit_counts(folders, tmp_path):
@@ -307,7 +307,7 @@ def test_revisions_of_miniatures_are_those_of_their_configs():
     def revisions(**changes):
         return config_of("wan", "any", pretrained=None, **changes).skeleton().revisions()
 
-    assert set(revisions()) == {"vae", "text"}
+    assert set(revisions()) == {"vae", "text", "network"}
     assert revisions() == revisions()
     assert revisions(dtype="bfloat16")["text"] != revisions()["text"]
 

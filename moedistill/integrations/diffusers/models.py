@@ -499,9 +499,10 @@ class DiffusersModels(LatentVideoBackbone):
             "vae": (("vae",), [str(vae_dtype), config.whole_pixels]),
             "text": (config.text_components, [str(self.dtype), self.told(""), *texts]),
             "images": (tuple(config.image_classes()) if self.image_frames else (), [str(self.dtype)]),
+            "network": (config.bases(), [str(self.dtype), config.quantization]),
         }
         if config.pretrained is None:
-            miniatures = {"vae": dict(config.vae_config), "text": {}}
+            miniatures = {"vae": dict(config.vae_config), "text": {}, "network": config.tiny_network()}
             return {part: _sum(miniatures[part], parts[part][1]) for part in miniatures}
         folder, found = config.loadable(), {}
         commit = re.search(r"/snapshots/([0-9a-f]{40})", folder.as_posix())
