@@ -1,6 +1,7 @@
 """Pictures and videos of samples: contact sheets (PNG) and animations (WebP), with labels."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,16 @@ _BACKGROUND = 24
 _TEXT = (235, 235, 235)
 
 
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own, which has the letters of English; for others matplotlib's, if it is installed."""
+    found = None if text.isascii() else find_spec("matplotlib")
+    if found is None or found.origin is None:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", size)
+
+
 def _label(text: str, size: int) -> Image.Image:
-    font = ImageFont.load_default(size)
+    font = _font(text, size)
     box = font.getbbox(text)
     image = Image.new("RGB", (int(box[2]) + 8, int(size * 1.5)), (_BACKGROUND,) * 3)
     ImageDraw.Draw(image).text((4, size * 0.15), text, fill=_TEXT, font=font)

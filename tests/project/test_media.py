@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from moedistill.data.footage import probe, read_frames
-from moedistill.media import contact_sheet, side_by_side, write_mp4
+from moedistill.media import _label, contact_sheet, side_by_side, write_mp4
 
 
 def videos(count=2, channels=1, frames=8, size=24, first=0.21):
@@ -144,3 +144,9 @@ def test_the_colours_of_a_video_are_named_and_are_those_that_were_given(tmp_path
         assert (frame.colorspace, frame.color_range) == (1, 1)  # BT.709, limited
     shown = read_frames(probe(tmp_path / "video.mp4"), size, num_frames=3, fps=8).float()
     assert (shown - 255 * colour.view(3, 1, 1, 1)).abs().max() <= 2
+
+
+def test_letters_that_english_has_not_are_drawn():
+    """Pillow's own font draws a box for each of them."""
+    drawn = {pixels(_label(text, 16)).tobytes() for text in "äéшλ"}
+    assert len(drawn) == 4
