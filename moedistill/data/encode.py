@@ -1,31 +1,27 @@
 """From clips to a set of latents: encoded piece by piece (see `pieces`), and packed at the end.
 
 A piece is what one model makes of one thing: the VAE of a window, an image encoder of a window's frames, the text
-encoders of a caption; one model after the other, so that one alone is in memory. What comes out is a function of clips,
-captions and models: how many processes have made it, and how often they were killed, leaves no trace. For that each
-video is encoded on its own, as what rounding depends on is the batch.
+encoders of a caption (see `make_pieces`). What comes out is a function of clips, captions and models: how many
+processes have made it, and how often they were killed, leaves no trace.
 """
 
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from moedistill.data.footage import Footage, FootageError, probe, read_frames
 from moedistill.data.latents import open_store
+from moedistill.data.make_pieces import make_pieces
 from moedistill.data.pieces import Pieces, key_of
-from moedistill.data.progress import Progress, Say
+from moedistill.data.progress import Say
 from moedistill.data.prompts import read_prompts
 from moedistill.data.sources import Source
-from moedistill.data.storable import LATENTS, bad_numbers
+from moedistill.data.storable import LATENTS
 from moedistill.data.videos import VideosConfig
 from moedistill.data.windows import SetPlan, Skipped, Window, plan_windows
 from moedistill.data.writing import INDEX, OWN_NAME, Item, write_set
@@ -39,14 +35,8 @@ from moedistill.runtime.writing import disk_errors
 SKIPPED = "skipped.jsonl"
 VERSION = 1
 """Of how clips become tensors: what is of another is made again."""
-AHEAD = 2
-"""Windows that are decoded while others are encoded."""
-
 ENCODERS = {"latents": "vae", "images": "images", "text": "text", "negative": "text"}
 """By the part of a sample that a piece is: what makes it, by its name in `Backbone.revisions`."""
-
-Task = tuple[str, Any]
-"""A piece to make: its key, and of what."""
 
 
 @dataclass(frozen=True)
@@ -314,110 +304,3 @@ def _refuse_others(folder: Path) -> None:
     others = [name for name in names if name != SKIPPED and not OWN_NAME.fullmatch(name)]
     if others:
         raise UserError(f"{folder} is not empty, and holds no set ({', '.join(others[:3])}); choose another place")
-
-
-# -- pieces -----------------------------------------------------------------------------------------------------------
-
-
-def make_pieces(backbone: LatentVideoBackbone, folder: Path, say: Say, process: int = 0, processes: int = 1) -> None:
-    """Makes a process's share of the pieces that `Encoding.run` has planned for the set in `folder`.
-
-    One model after the other, so that one alone is in memory. What cannot be decoded is noted.
-
-    Raises:
-        ValueError: a model is not there, or does not take a caption.
-    """
-    pieces = Pieces(folder)
-    todo: dict[str, list[Task]] = {part: tasks[process::processes] for part, tasks in pieces.read_plan().items()}
-    progress = Progress("pieces are encoded", sum(map(len, todo.values())), say)
-    if todo["latents"]:
-        with backbone.encoding_videos():
-            _of_windows(todo["latents"], range(0), _latents(backbone), pieces, progress)
-    if todo["images"]:
-        with backbone.encoding_images():
-            _of_windows(todo["images"], backbone.image_frames, _images(backbone), pieces, progress)
-    texts = [text for _, text in todo["text"]]
-    for (key, _), cond in zip(todo["text"], backbone.encode_each(texts) if texts else (), strict=True):
-        pieces.write(key, cond)
-        progress.step()
-    for key, text in todo["negative"]:
-        pieces.write(key, {name: value[0] for name, value in backbone.encode_negative(text).items()})
-
-
-def _of_windows(
-    tasks: Sequence[Task],
-    places: Sequence[int],
-    make: Callable[[Tensor], Mapping[str, Tensor]],
-    pieces: Pieces,
-    progress: Progress,
-) -> None:
-    """Makes pieces of windows, or of the frames at `places` of them, and notes which clips cannot be decoded."""
-    reader = _Reader(places)
-    for (key, _), pixels in _ahead(reader.read, tasks):
-        try:
-            tensors = make(pixels.result())
-            for name, fault in bad_numbers(tensors):
-                raise FootageError(f"became {name} that are {fault}")
-            pieces.write(key, {name: _narrowed(value) for name, value in tensors.items()})
-        except FootageError as error:
-            pieces.fail(key, str(error))
-        progress.step()
-
-
-def _latents(backbone: LatentVideoBackbone) -> Callable[[Tensor], Mapping[str, Tensor]]:
-    def make(video: Tensor) -> Mapping[str, Tensor]:
-        made = {LATENTS: backbone.encode_videos(video), **backbone.given_frames(video)}
-        return {name: value[0] for name, value in made.items()}
-
-    return make
-
-
-def _images(backbone: LatentVideoBackbone) -> Callable[[Tensor], Mapping[str, Tensor]]:
-    return lambda frames: {name: value[0] for name, value in backbone.encode_images(frames).items()}
-
-
-def _narrowed(value: Tensor) -> Tensor:
-    """The same numbers in the shortest type that holds all of them: those of a VAE in bfloat16 come as float32."""
-    if value.dtype != torch.float32:
-        return value
-    shorter = (value.to(dtype) for dtype in (torch.bfloat16, torch.float16))
-    return next((one for one in shorter if torch.equal(one.float(), value)), value)
-
-
-class _Reader:
-    """Reads windows, one after the other, of which several may be of one clip.
-
-    Args:
-        places: of the frames that are wanted of each window; all of them if there are none.
-    """
-
-    def __init__(self, places: Sequence[int]) -> None:
-        self._places = places
-        self._last: tuple[str, Footage] | None = None
-
-    def read(self, task: Task) -> Tensor:
-        """Pixels `[1, 3, T, H, W]` in [0, 1]; FootageError where the clip cannot be decoded."""
-        window = Window(**task[1])
-        if self._last is None or self._last[0] != window.path:
-            self._last = window.path, probe(Path(window.path))
-        frames = [place % window.num_frames for place in self._places]
-        parts = [(window.start + frame, 1) for frame in frames] or [(window.start, window.num_frames)]
-        pixels = [
-            read_frames(
-                self._last[1], (window.height, window.width), num_frames=count, fps=window.fps,
-                start=first / window.fps, crop=window.crop,
-            )
-            for first, count in parts
-        ]  # fmt: skip
-        return torch.cat(pixels, 1)[None].float() / 255
-
-
-def _ahead(make: Callable[[Task], Tensor], tasks: Iterable[Task]) -> Iterator[tuple[Task, "Future[Tensor]"]]:
-    """Tasks in order, each with what is made of it in a thread, `AHEAD` of them before they are asked for."""
-    with ThreadPoolExecutor(1) as pool:
-        coming: deque[tuple[Task, Future[Tensor]]] = deque()
-        for task in tasks:
-            coming.append((task, pool.submit(make, task)))
-            if len(coming) > AHEAD:
-                yield coming.popleft()
-        yield from coming

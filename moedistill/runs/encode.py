@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moedistill.data.encode import SKIPPED, Encoded, Encoding, default_folder, is_current, make_pieces
+from moedistill.data.encode import SKIPPED, Encoded, Encoding, default_folder, is_current
+from moedistill.data.make_pieces import make_pieces
 from moedistill.data.progress import Say, silent
 from moedistill.data.videos import VideosConfig
 from moedistill.errors import UserError, user_errors

@@ -13,7 +13,7 @@ from saved_pipelines import pipeline_recipe, save_pipeline
 from started_commands import Command
 
 from moedistill.cli import main
-from moedistill.data import encode
+from moedistill.data import make_pieces
 from moedistill.data.footage import probe, read_frames
 from moedistill.data.latents import open_store
 from moedistill.data.pieces import WORK
@@ -87,8 +87,8 @@ def content(folder):
 def made(monkeypatch):
     """What is encoded from here on: windows and captions, in order."""
     made = []
-    usual = encode.Pieces.write
-    monkeypatch.setattr(encode.Pieces, "write", lambda self, key, of: (made.append(key), usual(self, key, of)))
+    usual = make_pieces.Pieces.write
+    monkeypatch.setattr(make_pieces.Pieces, "write", lambda self, key, of: (made.append(key), usual(self, key, of)))
     return made
 
 
@@ -212,14 +212,14 @@ def test_equal_clips_are_taken_once_but_in_a_list_under_another_caption(clips, r
 
 
 def test_a_clip_that_fails_while_it_is_decoded_is_skipped_then(clips, recipe, tmp_path, monkeypatch):
-    usual = encode.read_frames
+    usual = make_pieces.read_frames
 
     def fails(footage, *arguments, **options):
         if footage.path.name == "b.mp4":
-            raise encode.FootageError("is damaged at 0.25 s")
+            raise make_pieces.FootageError("is damaged at 0.25 s")
         return usual(footage, *arguments, **options)
 
-    monkeypatch.setattr(encode, "read_frames", fails)
+    monkeypatch.setattr(make_pieces, "read_frames", fails)
     encoded(clips, tmp_path / "set", recipe)
     assert skipped(tmp_path / "set")["b.mp4"] == "is damaged at 0.25 s"
     assert list(skipped(tmp_path / "set")) == ["b.mp4", "mute.mp4", "short.mp4"]  # in the order of the clips
