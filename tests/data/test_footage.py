@@ -339,7 +339,9 @@ def test_fields_are_taken_apart(tmp_path, name, top_first):
 def test_what_is_made_of_fields_does_not_depend_on_the_window(tmp_path):
     """Noise, in which each pixel follows from the frames before and after it."""
     noise = np.random.default_rng(0).integers(0, 256, (12, *SIZE, 3), np.uint8)
-    path = write_clip(tmp_path / "a.mp4", num_frames=12, fps=25, picture=noise.__getitem__, fields="tff")
+    path = write_clip(
+        tmp_path / "a.mp4", num_frames=12, fps=25, picture=noise.__getitem__, fields="tff", options={"g": "4"}
+    )
     video, footage = read(path, fps=25), probe(path)
     for first in range(12):
         window = read_frames(footage, SIZE, num_frames=1, fps=25, start=first / 25)
@@ -604,6 +606,16 @@ def test_other_files_that_are_cut_short_are_refused(tmp_path, name, codec):
     for share in np.linspace(0.3, 0.8, 15):
         with pytest.raises(FootageError, match="cut short"):
             probe(cut(path, tmp_path / f"cut-{name}", share=share))
+
+
+def test_an_avi_that_ends_in_its_last_frame_is_refused(tmp_path):
+    """The decoder would make up what is missing of it."""
+    noise = np.random.default_rng(0).integers(0, 256, (24, *SIZE, 3), np.uint8)
+    path = write_clip(tmp_path / "a.avi", num_frames=24, codec="mjpeg", pix_fmt="yuvj420p", picture=noise.__getitem__)
+    content = path.read_bytes()
+    last = content.index(b"idx1")
+    with pytest.raises(FootageError, match=r"damaged or cut short at 0\.96 s"):
+        probe(cut(path, tmp_path / "cut.avi", size=last - 1000))
 
 
 def test_a_last_frame_may_be_shown_as_long_as_any_other(tmp_path):
