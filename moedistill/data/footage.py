@@ -48,8 +48,6 @@ _CONTAINERS = (
 """libav's names of what may be opened: files that hold a recording (sounds, to say that there is no video), but no
 playlists, which name other files, and no text, of which libav makes pictures of letters.
 """
-_MANY_FRAMES = ("vp8", "mpeg4")
-"""Codecs whose packets are not one for each frame: VP8 has frames that are never shown, MPEG-4 may pack two."""
 
 _HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics, matrices and primaries by their numbers in ITU-T H.273
 _BT2020 = 9
@@ -381,11 +379,11 @@ def _probe_video(path: Path) -> Footage:
         aspect = Fraction(stream.sample_aspect_ratio or 1)
         rate = stream.guessed_rate or stream.average_rate or Fraction(25)
         step = float(stream.time_base or 0)
-        # Of AVI, packets' stamps are guesses; of interlaced frames, packets may hold a field each.
-        packets_tell = packets.stamped and container.format.name != "avi" and not video.interlaced
-        packets_tell = packets_tell and stream.codec_context.name not in _MANY_FRAMES
+        # AVI's packets have stamps that are guesses, VP8's may hold a frame that is never shown, and one field may be
+        # a packet by itself.
+        guesses = container.format.name == "avi" or stream.codec_context.name == "vp8" or video.interlaced
     stamps = packets.stamps
-    if not packets_tell:
+    if guesses or not packets.stamped:
         stamps, stamped = _decode_stamps(path, video, 1 / rate)
         video = replace(video, stamped=stamped)
     elif packets.first.pts is not None:
@@ -468,21 +466,19 @@ def _check_announced(container: InputContainer, stream: VideoStream, packets: _P
 
 def _how_to_read(stream: VideoStream, frame: VideoFrame) -> _Video:
     """What the stream and its first frame say, without the time stamps."""
-    context, pixels = stream.codec_context, frame.format
+    context = stream.codec_context
     if curve := _HDR.get(context.color_trc):
         raise FootageError(f"is HDR ({curve}): bring it to BT.709 first, for example by ffmpeg -vf {_TO_SDR}")
     if context.color_primaries == _BT2020 or frame.colorspace in _BT2020_MATRICES:
         raise FootageError(f"has the colours of BT.2020: bring it to BT.709 first, by ffmpeg -vf {_TO_BT709}")
     large = max(frame.height, frame.width) >= 1280 or min(frame.height, frame.width) >= 720
     matrix = Colorspace.ITU709 if large else Colorspace.ITU601
-    if frame.colorspace not in _UNSPECIFIED_MATRICES and not pixels.is_rgb:
+    if frame.colorspace not in _UNSPECIFIED_MATRICES and not frame.format.is_rgb:
         if frame.colorspace not in _MATRICES:
             raise FootageError(
                 f"has colours by matrix {frame.colorspace} of H.273, which is not known here: bring it to BT.709 first"
             )
         matrix = _MATRICES[frame.colorspace]
-    # Of these two kinds of pixels swscale knows no other range.
-    full_range = frame.color_range == ColorRange.JPEG or pixels.name.startswith(("yuvj", "gray"))
     return _Video(
         stream=stream.container.streams.video.index(stream),
         first=Fraction(0),
@@ -491,7 +487,7 @@ def _how_to_read(stream: VideoStream, frame: VideoFrame) -> _Video:
         width=frame.width,
         turn=_turn(frame),
         matrix=matrix,
-        full_range=full_range,
+        full_range=frame.color_range == ColorRange.JPEG,
         interlaced=frame.interlaced_frame,
     )
 

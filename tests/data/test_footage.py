@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import struct
 import weakref
 from dataclasses import replace
 from fractions import Fraction
@@ -115,6 +116,34 @@ def test_frames_begin_where_an_edit_list_says(tmp_path):
     assert numbers(path, fps=24) == list(range(6, 24))
 
 
+def test_frames_end_where_an_edit_list_says(tmp_path):
+    """What follows is there, for other frames' sake: 41 packets of 48, 17 of them beyond the end."""
+    path = write_clip(tmp_path / "a.mp4", num_frames=48, options=B_FRAMES | {"g": "48"})
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") + 12
+    assert int.from_bytes(content[place : place + 4], "big") == 2000
+    content[place : place + 4] = (1000).to_bytes(4, "big")
+    path.write_bytes(content)
+    assert probe(path).end == pytest.approx(1.0)
+    assert numbers(path, fps=24) == list(range(24))
+
+
+def test_frames_of_vp8_that_are_never_shown_are_not_waited_for(tmp_path):
+    path = write_clip(tmp_path / "a.webm", num_frames=12, codec="libvpx", options={"b": "1M"})
+    with av.open(path) as source, av.open(tmp_path / "hidden.webm", "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            content = bytearray(bytes(packet))
+            if number == 5:
+                content[0] &= ~0x10  # show_frame, in the first byte of a frame
+            changed = av.Packet(bytes(content))
+            changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+            changed.is_keyframe, changed.stream = packet.is_keyframe, stream
+            output.mux(changed)
+    assert len(probe(tmp_path / "hidden.webm").times) == 11
+    assert numbers(tmp_path / "hidden.webm", fps=24) == [0, 1, 2, 3, 4, 4, *range(6, 12)]
+
+
 def test_frames_that_avi_leaves_out_stay(tmp_path):
     times = [0, 1 / 24, 2 / 24, 6 / 24, 7 / 24]
     with av.open(tmp_path / "a.avi", "w") as output:
@@ -155,12 +184,15 @@ def test_any_window_is_a_part_of_the_whole(tmp_path, name):
     assert torch.equal(read_frames(footage, SIZE, num_frames=200, fps=24), whole)
 
 
-def test_what_lies_far_before_a_window_is_not_decoded(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", num_frames=200, options={"g": "24"}, container={"movflags": "+faststart"})
-    damage(path, at=0.45)  # behind the index
+@pytest.mark.parametrize("name", ["a.mp4", "a.ts"])
+def test_what_lies_far_before_a_window_is_not_decoded(tmp_path, name):
+    """In a transport stream, where a seek leads to a place after the one that was asked for, not much of it."""
+    container = {"movflags": "+faststart"} if name == "a.mp4" else {}
+    path = write_clip(tmp_path / name, num_frames=200, options={"g": "24"}, container=container)
     footage = probe(path)
+    damage(path, at=0.45 if name == "a.mp4" else 0.25, count=400)  # behind the index
     assert shown_numbers(read_frames(footage, SIZE, num_frames=3, fps=24, start=195 / 24)) == [195, 196, 197]
-    with pytest.raises(FootageError, match="damaged at"):
+    with pytest.raises(FootageError, match="is damaged"):
         read_frames(footage, SIZE, num_frames=200, fps=24)
 
 
@@ -304,6 +336,18 @@ def test_fields_are_taken_apart(tmp_path, name, top_first):
         assert torch.equal(window, video[:, first : first + 1]), first
 
 
+def test_what_is_made_of_fields_does_not_depend_on_the_window(tmp_path):
+    """Noise, in which each pixel follows from the frames before and after it."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, *SIZE, 3), np.uint8)
+    path = write_clip(
+        tmp_path / "a.mp4", num_frames=12, fps=25, picture=noise.__getitem__, fields="tff", options={"g": "4"}
+    )
+    video, footage = read(path, fps=25), probe(path)
+    for first in range(12):
+        window = read_frames(footage, SIZE, num_frames=1, fps=25, start=first / 25)
+        assert torch.equal(window, video[:, first : first + 1]), first
+
+
 def test_a_clip_that_becomes_interlaced_is_refused(tmp_path):
     one = write_clip(tmp_path / "one.h264", num_frames=12)
     two = write_clip(tmp_path / "two.h264", num_frames=12, fields="tff")
@@ -390,6 +434,18 @@ def test_motion_jpeg_has_full_range(tmp_path):
     assert (read(path, size=(16, 32)).float() - 10).abs().mean() <= 2
 
 
+@pytest.mark.parametrize(("pix_fmt", "stored_as"), [("gray", 100), ("gray10le", 400)])
+def test_grey_has_full_range(tmp_path, pix_fmt, stored_as):
+    path = write_clip(
+        tmp_path / "a.mkv",
+        num_frames=2,
+        codec="ffv1",
+        pix_fmt=pix_fmt,
+        prepare=lambda *_: constant(pix_fmt, SIZE, [stored_as]),
+    )
+    assert read(path).unique().tolist() == [100]
+
+
 def test_rgb_stays_as_it_is(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
     path = write_clip(
@@ -454,6 +510,12 @@ def test_an_animation_is_a_clip(tmp_path, name, options):
     assert footage.times == pytest.approx((0, 0.1, 0.4, 0.45))
     assert footage.end == pytest.approx(0.6)
     assert numbers(tmp_path / name, fps=20) == [0, 0, 1, 1, 1, 1, 1, 1, 2, 3, 3, 3]
+
+
+def test_another_page_is_no_other_frame(tmp_path):
+    pages = [Image.fromarray(numbered(k)) for k in range(2)]
+    pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
+    assert probe(tmp_path / "a.tiff").frames(24) == 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -546,6 +608,30 @@ def test_other_files_that_are_cut_short_are_refused(tmp_path, name, codec):
             probe(cut(path, tmp_path / f"cut-{name}", share=share))
 
 
+def test_an_avi_that_ends_in_its_last_frame_is_refused(tmp_path):
+    """The decoder would make up what is missing of it."""
+    noise = np.random.default_rng(0).integers(0, 256, (24, *SIZE, 3), np.uint8)
+    path = write_clip(tmp_path / "a.avi", num_frames=24, codec="mjpeg", pix_fmt="yuvj420p", picture=noise.__getitem__)
+    content = path.read_bytes()
+    last = content.index(b"idx1")
+    with pytest.raises(FootageError, match=r"damaged or cut short at 0\.96 s"):
+        probe(cut(path, tmp_path / "cut.avi", size=last - 1000))
+
+
+def test_a_last_frame_may_be_shown_as_long_as_any_other(tmp_path):
+    """Matroska does not tell how long, but in the length of the whole."""
+    path = write_clip(tmp_path / "a.mkv", times=[0.0, 1.0, 2.0], fps=10)
+    content, lengths = path.read_bytes(), {}
+    place = content.index(b"\x44\x89\x88") + 3
+    for seconds in (3.0, 6.0):
+        lengths[seconds] = tmp_path / f"{seconds}.mkv"
+        announced = struct.pack(">d", 1000 * seconds)
+        lengths[seconds].write_bytes(content[:place] + announced + content[place + 8 :])
+    assert len(probe(lengths[3.0]).times) == 3
+    with pytest.raises(FootageError, match=r"cut short: it has 2\.10 s of 6\.00 s"):
+        probe(lengths[6.0])
+
+
 def test_an_avi_that_ends_between_two_frames_is_refused(tmp_path):
     path = write_clip(tmp_path / "a.avi", num_frames=24, codec="mjpeg", pix_fmt="yuvj420p")
     content = path.read_bytes()
@@ -577,6 +663,24 @@ def test_a_damaged_frame_is_not_shown(tmp_path, name, codec):
     assert read(path).shape[1] == 31
     with pytest.raises(FootageError, match="is damaged"):
         read(damage(path, at=0.5, count=20_000))
+
+
+def test_a_damaged_slice_is_not_shown(tmp_path):
+    """Other slices are whole; decoded in threads of their own, one that is not would not be told of."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, *SIZE, 3), np.uint8)
+    options = {"qp": "30", "preset": "veryfast", "slices": "4"}
+    path = write_clip(tmp_path / "a.mkv", num_frames=48, options=options, picture=noise.__getitem__)
+    with pytest.raises(FootageError, match="a frame is incomplete"):
+        read(damage(path, at=0.5, count=1))
+
+
+def test_a_transport_stream_with_a_gap_is_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (48, *SIZE, 3), np.uint8)
+    path = write_clip(tmp_path / "a.ts", num_frames=48, picture=noise.__getitem__)
+    content, packets = path.read_bytes(), path.stat().st_size // 188
+    path.write_bytes(content[: packets // 2 * 188] + content[(packets // 2 + 3) * 188 :])
+    with pytest.raises(FootageError, match="is damaged"):
+        read(path)
 
 
 def test_a_frame_that_was_promised_and_does_not_come_is_missed(tmp_path):
@@ -638,6 +742,12 @@ def test_names_do_not_matter(tmp_path, name, monkeypatch):
     write_clip(tmp_path / "a.mp4", num_frames=12).rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert numbers(Path(name), fps=24) == list(range(12))
+
+
+def test_titles_need_not_be_text(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", num_frames=12)
+    path.write_bytes(path.read_bytes().replace(b"VideoHandler", b"\xff\xfedeoHandler"))
+    assert numbers(path, fps=24) == list(range(12))
 
 
 def test_names_need_not_be_text(tmp_path):
