@@ -31,6 +31,10 @@ def _in_utf8(context: click.Context, parameter: click.Parameter, values: tuple[s
     return tuple(value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for value in values)
 
 
+def _one_in_utf8(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else _in_utf8(context, parameter, (value,))[0]
+
+
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=_in_utf8,
     help="Change a value, e.g. stages.detail.steps=10. A list's item goes by its name, kind or number. Repeatable.",
@@ -39,6 +43,9 @@ plugin_option = click.option(
     "-p", "--plugin", "plugin_files", multiple=True, metavar="FILE", type=click.Path(exists=True, dir_okay=False),
     help="Load a plugin from a Python file. It is run: only name files that you trust. Repeatable.",
 )  # fmt: skip
+processes_option = click.option(
+    "--num-processes", type=click.IntRange(min=1), metavar="N", help="Processes on this machine, one on each GPU."
+)
 device_option = click.option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1 …")
 
 
@@ -63,9 +70,7 @@ def cli() -> None:
 @click.option("--resume-from", metavar="PATH", help="Go on from this run or checkpoint; with --output, elsewhere.")
 @click.option("--output", metavar="DIR", help="The run's folder, new or empty; runs/NAME/TIME if not given.")
 @click.option("--seed", type=int, metavar="N", help="The same as --set seed=N.")
-@click.option(
-    "--num-processes", type=click.IntRange(min=1), metavar="N", help="Processes on this machine, one on each GPU."
-)
+@processes_option
 @device_option
 @plugin_option
 def run(
@@ -105,6 +110,11 @@ def run(
     processes = num_processes or launched_here()
     command = RunCommand(smoke, device, tuple(plugins.files), recipe, settings, processes)
     if num_processes is not None and num_processes > 1:
+        from moedistill.runs.encode import EncodeCommand, with_encoded_videos
+
+        if not smoke:
+            encoders = EncodeCommand(recipe, settings, device, tuple(plugins.files)).in_processes(num_processes, loaded)
+            with_encoded_videos(loaded, device, click.echo, encoders)
         arguments = replace(command, processes=None).arguments(**where)
         arguments += ["--force"] * force
         return launch(arguments, num_processes, device, loaded.training.timeout, command.as_given(**where))
@@ -520,6 +530,85 @@ def data() -> None:
       moedistill data check data/my_set --recipe my_recipe.yaml
       moedistill data generate prompts.txt data/own --recipe my_recipe.yaml
     """
+
+
+class _Numbers(click.ParamType):
+    """Comma-separated whole numbers above 0."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        parts = value.split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} must be whole numbers with commas between them, such as 17,33,81", param, ctx)
+        return [int(part) for part in parts]
+
+
+@data.command()
+@click.argument("source")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--recipe", required=True, metavar="RECIPE", help="Whose model the set is for, and which size of videos.")
+@set_option
+@click.option("--dry-run", is_flag=True, help="Say what the set would have and what is left out; encode nothing.")
+@click.option("--fps", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Frames per second; the model's.")
+@click.option("--lengths", type=_Numbers(), metavar="LIST", help="Frames that samples may have; those of the recipe.")
+@click.option(
+    "--windows", type=click.IntRange(min=1), metavar="N", help="Samples of one clip, at most; 1 if not given."
+)
+@click.option("--stride", type=click.IntRange(min=1), metavar="N", help="Frames between windows' beginnings.")
+@click.option(
+    "--crop", type=click.Choice(["center", "top", "bottom", "left", "right"]), help="Which part stays; the center."
+)
+@click.option("--upscale", is_flag=True, default=None, help="Enlarge clips that are too small, not leave them out.")
+@click.option(
+    "--caption", metavar="TEXT", callback=_one_in_utf8, help="Of clips that have none; else they are left out."
+)
+@click.option("--path-column", metavar="NAME", help="Of a list: where the files are.")
+@click.option("--caption-column", metavar="NAME", help="Of a list: where the captions are.")
+@processes_option
+@device_option
+@plugin_option
+def encode(
+    source: str,
+    dest: Path,
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    fps: float | None,
+    num_processes: int | None,
+    device: str | None,
+    plugin_files: tuple[str, ...],
+    **options: Any,
+) -> int:
+    """Make a training set in DEST of the clips and captions in SOURCE: latents and text embeddings of RECIPE's model.
+
+    SOURCE is a folder of clips and pictures with captions in .txt files beside them, a list of them (.jsonl, .csv,
+    .json), or prompts (.txt, one a line), which make a set without videos. What is encoded is kept: after a kill, the
+    same command goes on. DEST/skipped.jsonl says of each clip that is left out why. The exit code is 2 if none is left.
+
+    \b
+    Example:
+      moedistill data encode my_clips my_set --recipe dcm_wan_1_3b --dry-run
+      moedistill data encode clips.jsonl my_set --recipe dcm_wan_1_3b --lengths 33,81 --num-processes 4
+    """
+    from moedistill.data.videos import VideosConfig
+    from moedistill.recipe.loading import load_recipe
+
+    settings = (*overrides, *([] if fps is None else [f"backbone.fps={fps}"]))
+    loaded = load_recipe(recipe, settings, _plugins(plugin_files))
+    from moedistill.runs.encode import EncodeCommand, encode_set, encode_share
+    from moedistill.runs.launch import launched_here
+
+    if launched_here() is not None:
+        encode_share(loaded, dest, device=device, say=click.echo)
+        return 0
+    own = loaded.data if isinstance(loaded.data, VideosConfig) else VideosConfig(path=None)
+    given = {name: value for name, value in options.items() if value is not None}
+    encode_set(
+        loaded, own.replace(path=source, **given), dest, device=device, say=click.echo, dry_run=dry_run,
+        share_out=EncodeCommand(recipe, settings, device, plugin_files).in_processes(num_processes, loaded),
+    )  # fmt: skip
+    return 0
 
 
 @data.command()

@@ -1,6 +1,7 @@
 """Pictures and videos of samples: contact sheets (PNG) and animations (WebP), with labels."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,16 @@ _BACKGROUND = 24
 _TEXT = (235, 235, 235)
 
 
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own, which has the letters of English; for others matplotlib's, if it is installed."""
+    found = None if text.isascii() else find_spec("matplotlib")
+    if found is None or found.origin is None:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", size)
+
+
 def _label(text: str, size: int) -> Image.Image:
-    font = ImageFont.load_default(size)
+    font = _font(text, size)
     box = font.getbbox(text)
     image = Image.new("RGB", (int(box[2]) + 8, int(size * 1.5)), (_BACKGROUND,) * 3)
     ImageDraw.Draw(image).text((4, size * 0.15), text, fill=_TEXT, font=font)
@@ -93,7 +102,7 @@ def side_by_side(path: Path, rows: Mapping[str, Tensor], *, fps: float = 8.0) ->
 
 
 def write_mp4(path: Path, video: Tensor, *, fps: float) -> None:
-    """An H.264 video that every player takes.
+    """An H.264 video that every player takes, with the colours of BT.709, which it names: players guess by the size.
 
     Args:
         video: `[C, T, H, W]` in [0, 1]; sides are made even by repeating the last row or column.
@@ -101,6 +110,7 @@ def write_mp4(path: Path, video: Tensor, *, fps: float) -> None:
     from fractions import Fraction
 
     import av
+    from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
     pixels = _frames(video[None])[0]
     pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
@@ -108,6 +118,15 @@ def write_mp4(path: Path, video: Tensor, *, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
+        context = stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries = context.color_trc = 1
+        # swscale's faster ways depend on what lies beside a frame in memory.
+        exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
         for frame in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            yuv = rgb.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation=exact
+            )
+            container.mux(stream.encode(yuv))
         container.mux(stream.encode())

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 from torch import Tensor
 
 from moedistill import plotting
@@ -41,6 +42,7 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
 from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runs.build import build_run, make_accelerator
+from moedistill.runs.encode import with_encoded_videos
 from moedistill.runtime.devices import cpu_threads
 from moedistill.runtime.lock import claimed
 from moedistill.runtime.writing import is_there, refuse_used
@@ -112,6 +114,7 @@ def analyze(
     assert recipe.data is not None
     with user_errors("data"):
         recipe.data.look_ahead()
+    recipe = with_encoded_videos(recipe, device, click.echo)
     names = f"{recipe.name}-smoke" if smoke else recipe.name
     folder = Path(output) if output is not None else Path("runs", f"{names}-analysis", time.strftime("%Y%m%d-%H%M%S"))
     if found := [name for name in ("suggestion.yaml", "analysis.json") if is_there(folder / name)]:

@@ -32,6 +32,7 @@ def register_components(components: Components) -> None:
     add("expert", "frozen", "moedistill.model.experts:FrozenConfig", "its parent as it is")
 
     add("dataset", "latents", "moedistill.data.latents:LatentsConfig", "latents and text embeddings computed before")
+    add("dataset", "videos", "moedistill.data.videos:VideosConfig", "clips with captions, encoded on first use")
     add("dataset", "prompts", "moedistill.data.prompts:PromptsConfig", "prompts without videos, to sample from")
 
     add("loss", "huber", "moedistill.losses.base:HuberConfig", "pseudo-Huber distance to the target")

@@ -39,7 +39,7 @@ SHARD_BYTES = 512 * MIB
 SHARD_SAMPLES = 256
 """The most samples in a shard. Whoever reads one sample reads the names of all first, which takes 1 ms for so many."""
 
-_OWN_NAME = re.compile(rf"({re.escape(TEMPORARY)})?(samples-\d{{5,}}|negative)-[0-9a-f]{{12}}\.safetensors")
+OWN_NAME = re.compile(rf"({re.escape(TEMPORARY)})?(samples-\d{{5,}}|negative)-[0-9a-f]{{12}}\.safetensors")
 
 
 @dataclass
@@ -189,6 +189,6 @@ def _json(value: Any) -> str:
 def _remove_unnamed(folder: Path, named: set[str | None]) -> None:
     """Removes shards of an earlier set or attempt, known by their names; never anything else."""
     for file in folder.iterdir():
-        if _OWN_NAME.fullmatch(file.name) and file.name not in named:
+        if OWN_NAME.fullmatch(file.name) and file.name not in named:
             with suppress(OSError):  # the new set is complete without
                 file.unlink()

@@ -16,6 +16,7 @@ from moedistill.data.check import (
 from moedistill.data.latents import LatentsConfig, find_index
 from moedistill.data.plausible import can_be_told, padding_warning, size_warning, spread_warning
 from moedistill.data.prompts import PromptsConfig
+from moedistill.data.videos import VideosConfig
 from moedistill.errors import SCREEN_LINES, UserError, counted, shorten
 from moedistill.model.backbone import BackboneConfig
 from moedistill.model.latent_video import LatentVideoConfig
@@ -141,7 +142,9 @@ def _too_short(contents: Contents, recipe: Recipe) -> Iterator[Misfit]:
 def _notes(path: str | Path, contents: Contents, recipe: Recipe, layout: SampleLayout | None) -> Iterator[str]:
     data, batch = recipe.data, recipe.training.batch_size
     configured = getattr(data, "path", None)
-    if not isinstance(data, LatentsConfig | PromptsConfig):
+    if isinstance(data, VideosConfig):
+        pass  # of a run's own set it matters to nobody where it lies
+    elif not isinstance(data, LatentsConfig | PromptsConfig):
         yield f"the recipe's data are not of kind latents or prompts but {data.kind if data else 'missing'}"
     elif configured is None or not _same(configured, contents.store.index):
         yield f"the recipe's data.path is {configured or 'null'}, not {path}"

@@ -27,6 +27,7 @@ from moedistill.runs.build import build_run, is_sharded, make_accelerator
 from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
+from moedistill.runs.encode import with_encoded_videos
 from moedistill.runs.launch import check_launch, launched_here, tell_launcher
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
 from moedistill.runs.not_finite import explain
@@ -128,6 +129,7 @@ def run(
             recipe = load_recipe(source, settings, plugins)
         if smoke:
             recipe = miniature(recipe)
+        recipe = with_encoded_videos(recipe, device, click.echo)
         if asked_sharding(os.environ).sharded:
             recipe = replace(recipe, training=replace(recipe.training, sharding="fsdp2"))
         accelerator = make_accelerator(recipe, device)

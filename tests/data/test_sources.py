@@ -83,7 +83,7 @@ def test_columns_of_other_names_are_named(tmp_path):
     for options, message in (
         (
             {},
-            "has none of the columns caption, text, prompt, cap; name the one with the captions by --caption-column: ",
+            "has none of the columns caption, text, prompt, cap; name the one with the captions by --caption-column",
         ),
         ({"path_column": "wher"}, "has no column 'wher' for --path-column; did you mean 'where'? allowed: video, "),
     ):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moedistill.media import contact_sheet, side_by_side, write_mp4
+from moedistill.data.footage import probe, read_frames
+from moedistill.media import _label, contact_sheet, side_by_side, write_mp4
 
 
 def videos(count=2, channels=1, frames=8, size=24, first=0.21):
@@ -131,3 +132,21 @@ def test_one_channel_is_grey(tmp_path):
     with av.open(tmp_path / "video.mp4") as container:
         frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
     assert abs(frame.astype(int) - 128).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(64, 96), (720, 1280)], ids=["small", "large"])
+def test_the_colours_of_a_video_are_named_and_are_those_that_were_given(tmp_path, size):
+    """Players take small videos for BT.601's and large ones for BT.709's, unless they are told."""
+    colour = torch.tensor([0.9, 0.2, 0.0])
+    write_mp4(tmp_path / "video.mp4", colour.view(3, 1, 1, 1).expand(3, 3, *size), fps=8)
+    with av.open(tmp_path / "video.mp4") as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range) == (1, 1)  # BT.709, limited
+    shown = read_frames(probe(tmp_path / "video.mp4"), size, num_frames=3, fps=8).float()
+    assert (shown - 255 * colour.view(3, 1, 1, 1)).abs().max() <= 2
+
+
+def test_letters_that_english_has_not_are_drawn():
+    """Pillow's own font draws a box for each of them."""
+    drawn = {pixels(_label(text, 16)).tobytes() for text in "äéшλ"}
+    assert len(drawn) == 4

@@ -10,12 +10,14 @@ import math
 import multiprocessing
 import typing
 from fnmatch import fnmatchcase
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
 import pytest
 import torch
 from click.testing import CliRunner
+from footage_files import write_clip
 from helpers import as_if_trained, digits_inputs, distil, evaluate, set_up, tiny_recipe, velocity_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,6 +29,7 @@ from moedistill.data.base import Sample
 from moedistill.data.latents import write_latents
 from moedistill.data.loading import Batch, load_batches
 from moedistill.data.prompts import PromptsConfig
+from moedistill.data.windows import plan_windows
 from moedistill.errors import UserError
 from moedistill.flow.routers import Boundary, TimestepRouterConfig
 from moedistill.flow.sampling_points import SampleConfig
@@ -44,6 +47,7 @@ from moedistill.model.residency import Residency
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture, is_sharded, make_accelerator
+from moedistill.runs.encode import with_encoded_videos
 from moedistill.runs.loop import run
 from moedistill.runtime.checkpoint import bytes_of, load_tree
 from moedistill.stages.rehearsal import size
@@ -902,6 +906,58 @@ def test_prompts_as_data(watch, tmp_path):
         options = {"batch_size": 2, "accumulation": 1, "seed": 0, "stage": "s", "steps": range(1)}
         [batch] = load_batches(run.dataset, **options)
         assert Training(run, recipe.stages[0]).begin(batch).conditioning["digit"].tolist() == digits
+
+
+@observes(
+    "dataset.videos.path", "dataset.videos.lengths", "dataset.videos.windows", "dataset.videos.stride",
+    "dataset.videos.crop", "dataset.videos.upscale", "dataset.videos.caption", "dataset.videos.path_column",
+    "dataset.videos.caption_column",
+)  # fmt: skip
+def test_which_samples_videos_make(tmp_path):
+    (tmp_path / "clips").mkdir()
+    clip = write_clip(tmp_path / "clips/long.mp4", size=(32, 48), fps=16, num_frames=30)
+    clip.with_suffix(".txt").write_text("a long one")
+    write_clip(tmp_path / "clips/mute.mp4", size=(16, 24), fps=16, num_frames=9)
+    (tmp_path / "clips.csv").write_text("what,where,path,caption\ntext,clips/long.mp4,clips/mute.mp4,words\n")
+    backbone = WanConfig(pretrained=None, video=VideoSize(num_frames=9, height=32, width=48))
+
+    def windows(path="clips", **changes):
+        data = {"kind": "videos", "path": str(tmp_path / path), **changes}
+        config = load_recipe(tiny_recipe([distil()], {"data": data})).data
+        return plan_windows(config, backbone, 16.0, config.sources()).windows
+
+    [window] = windows()
+    assert (window.source, window.start, window.num_frames, window.crop) == ("long.mp4", 0, 9, "center")
+    assert [each.num_frames for each in windows(lengths=[17, 9])] == [17]
+    assert [each.start for each in windows(windows=2)] == [0, 9]
+    assert [each.start for each in windows(windows=2, stride=3)] == [0, 3]
+    assert [each.crop for each in windows(crop="top")] == ["top"]
+    captioned = windows(caption="x", upscale=True)
+    assert [(each.source, each.caption) for each in captioned] == [("long.mp4", "a long one"), ("mute.mp4", "x")]
+    assert [each.source for each in windows(caption="x")] == ["long.mp4"]
+    listed = windows("clips.csv", upscale=True)
+    assert [(each.source, each.caption) for each in listed] == [("clips/mute.mp4", "words")]
+    listed = windows("clips.csv", path_column="where", caption_column="what")
+    assert [(each.source, each.caption) for each in listed] == [("clips/long.mp4", "text")]
+
+
+@observes("dataset.videos.cache", "dataset.videos.text_dropout")
+def test_where_the_set_of_videos_lies(tmp_path, monkeypatch):
+    backbone = WanConfig(pretrained=None, video=VideoSize(num_frames=9, height=32, width=48)).build()
+    monkeypatch.setattr("moedistill.runs.encode._encode", lambda *arguments: None)
+    monkeypatch.setattr(WanConfig, "skeleton", lambda self: backbone)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips/a.mp4").touch()
+
+    def settled(**changes):
+        data = {"kind": "videos", "path": str(tmp_path / "clips"), **changes}
+        recipe = load_recipe(tiny_recipe([distil()], {"data": data}))
+        recipe = dataclasses.replace(recipe, backbone=backbone.config)
+        return with_encoded_videos(recipe, "cpu", lambda line: None).data
+
+    assert settled(cache=str(tmp_path / "here")).path == str(tmp_path / "here")
+    assert Path(settled().path).name.startswith("clips-")
+    assert settled(text_dropout=0.5).text_dropout == 0.5
 
 
 @TRAINING

@@ -1,0 +1,306 @@
+"""From clips to a set of latents: encoded piece by piece (see `pieces`), and packed at the end.
+
+A piece is what one model makes of one thing: the VAE of a window, an image encoder of a window's frames, the text
+encoders of a caption (see `make_pieces`). What comes out is a function of clips, captions and models: how many
+processes have made it, and how often they were killed, leaves no trace.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moedistill.data.latents import open_store
+from moedistill.data.make_pieces import make_pieces
+from moedistill.data.pieces import Pieces, key_of
+from moedistill.data.progress import Say
+from moedistill.data.prompts import read_prompts
+from moedistill.data.sources import Source
+from moedistill.data.storable import LATENTS
+from moedistill.data.videos import VideosConfig
+from moedistill.data.windows import SetPlan, Skipped, Window, plan_windows
+from moedistill.data.writing import INDEX, OWN_NAME, Item, write_set
+from moedistill.errors import UserError
+from moedistill.model.backbone import VideoSize
+from moedistill.model.latent_video import LatentVideoBackbone
+from moedistill.runtime.checkpoint import write_text
+from moedistill.runtime.reading import LARGEST_INDEX, read_text
+from moedistill.runtime.writing import disk_errors
+
+SKIPPED = "skipped.jsonl"
+VERSION = 1
+"""Of how clips become tensors: what is of another is made again."""
+ENCODERS = {"latents": "vae", "images": "images", "text": "text", "negative": "text"}
+"""By the part of a sample that a piece is: what makes it, by its name in `Backbone.revisions`."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoding left in its folder.
+
+    Attributes:
+        samples: how many the set has.
+        made, kept: pieces that were made now, and those that were there.
+        skipped: clips that were left out.
+    """
+
+    samples: int
+    made: int
+    kept: int
+    skipped: list[Skipped]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A sample to be: what the index says of it, whose it is, and its pieces by part."""
+
+    entry: dict[str, Any]
+    source: str
+    pieces: dict[str, str]
+
+
+class Encoding:
+    """A set on its way.
+
+    Args:
+        data: the clips, or prompts (a `.txt` file), and how they become samples.
+        backbone: what encodes; its networks are not called, and may be without weights.
+        folder: the set's.
+        made_for: what else the index shall say that the set was made for.
+        say: is told now and then how far it is.
+
+    Attributes:
+        plan: which windows of which clips become samples; of prompts it is empty.
+
+    Raises:
+        ValueError: there are no clips, or the model has no videos of these lengths.
+        UserError: the folder holds something else.
+    """
+
+    def __init__(
+        self, data: VideosConfig, backbone: LatentVideoBackbone, folder: Path, made_for: Mapping[str, Any], say: Say
+    ) -> None:
+        self.folder, self._backbone, self._pieces, self._say = folder, backbone, Pieces(folder), say
+        self._revisions = backbone.revisions()
+        self._old = _OldSet(folder, self._revisions)
+        self._places: dict[str, int] = {}
+        """Of the clips in their list."""
+        self._made_for = {**made_for, "fps": backbone.fps, "revisions": self._revisions}
+        self._of: dict[str, dict[str, Any]] = {part: {} for part in ENCODERS}
+        """By part and key: of what a piece is made."""
+        assert data.path is not None
+        self.plan = SetPlan(data.path)
+        if is_prompts(data.path):
+            self._wanted = [self._prompt(text) for text in read_prompts(data.path)]
+        else:
+            sources = data.sources([folder])
+            self._places = {source.name: place for place, source in enumerate(sources)}
+            self._made_for["of"] = _of_what(sources, _how(data, backbone))
+            self.plan = plan_windows(data, backbone.config, backbone.fps, sources, say)
+            self._wanted = [self._sample(window) for window in self.plan.windows]
+        self._negative = self._piece("negative", backbone.config.guidance.negative_prompt)
+
+    def table(self) -> list[str]:
+        """What the set will have, and what is left out, for people."""
+        if not self.plan.windows and self._wanted:
+            return [f"{self.plan.what}: {len(self._wanted)} prompts"]
+        sizes = {(each.num_frames, each.height, each.width) for each in self.plan.windows}
+        return self.plan.table({size: _sample_bytes(self._backbone, *size) for size in sizes})
+
+    def check(self) -> None:
+        """UserError where no clip can be used."""
+        if not self._wanted:
+            raise UserError(f"{self.plan.what}: no clip can be used, of {len(self._places)}")
+
+    def run(self, share_out: Callable[[], None] | None = None) -> Encoded:
+        """Makes the pieces that are not there, and packs all of them.
+
+        Args:
+            share_out: has `make_pieces` called in other processes instead; it comes back when all of them are done.
+
+        Raises:
+            UserError: no clip can be used; `skipped.jsonl` says why.
+        """
+        self._pieces.make_folder()
+        todo = {part: [key for key in of if not self._has(key)] for part, of in self._of.items()}
+        wanted, left = sum(map(len, self._of.values())), sum(map(len, todo.values()))
+        if self._wanted and left:
+            self._pieces.write_plan({part: [(key, self._of[part][key]) for key in keys] for part, keys in todo.items()})
+            if share_out is None:
+                make_pieces(self._backbone, self.folder, self._say)
+            else:
+                share_out()
+        return self._pack(made=left, kept=wanted - left)
+
+    # -- what is wanted -----------------------------------------------------------------------------------------------
+
+    def _piece(self, part: str, of: Any) -> str:
+        """The key of a piece, which is wanted from here on."""
+        key = key_of(VERSION, part, _content(of), self._revisions.get(ENCODERS[part], ""))
+        self._of[part][key] = _plain(of)
+        return key
+
+    def _sample(self, window: Window) -> _Wanted:
+        pieces = {"latents": self._piece("latents", window), "text": self._piece("text", window.caption)}
+        if self._backbone.image_frames:
+            pieces["images"] = self._piece("images", window)
+        entry = {name: value for name, value in asdict(window).items() if name != "path"}
+        return _Wanted(entry, window.source, pieces)
+
+    def _prompt(self, text: str) -> _Wanted:
+        channels, _, height, width = self._backbone.latent_shape()
+        entry = {"caption": text, "shape": [channels, 0, height, width]}
+        return _Wanted(entry, text, {"text": self._piece("text", text)})
+
+    def _has(self, key: str) -> bool:
+        return key in self._old or key in self._pieces
+
+    # -- the set ------------------------------------------------------------------------------------------------------
+
+    def _pack(self, made: int, kept: int) -> Encoded:
+        """Writes the set of all samples whose pieces are there; then the pieces are not needed any more."""
+        failed = {key: why for of in self._of.values() for key in of if (why := self._pieces.failure(key)) is not None}
+        skipped, whole = list(self.plan.skipped), []
+        for wanted in self._wanted:
+            why = next((failed[key] for key in wanted.pieces.values() if key in failed), None)
+            if why is None:
+                whole.append(wanted)
+            else:
+                skipped.append(Skipped(wanted.source, why))
+        skipped.sort(key=lambda each: self._places.get(each.source, 0))
+        lines = [json.dumps(asdict(each), ensure_ascii=False) for each in dict.fromkeys(skipped)]
+        write_text(self.folder / SKIPPED, "".join(f"{line}\n" for line in lines))
+        if not whole:
+            raise UserError(
+                f"{self.plan.what}: no clip can be used, of {len(self._places)}; {self.folder / SKIPPED} says why"
+            )
+        items = [Item({**wanted.entry, "pieces": wanted.pieces}, partial(self._load, wanted)) for wanted in whole]
+        names = {part: sorted(self._read(key)) for part, key in whole[0].pieces.items()}
+        made_for = {**self._made_for, "parts": names, "negative": self._negative}
+        write_set(self.folder, items, negative=self._read(self._negative), made_for=made_for)
+        self._pieces.remove()
+        return Encoded(len(whole), made - len(failed), kept, skipped)
+
+    def _load(self, wanted: _Wanted) -> dict[str, Tensor]:
+        return {name: value for key in wanted.pieces.values() for name, value in self._read(key).items()}
+
+    def _read(self, key: str) -> dict[str, Tensor]:
+        return self._pieces.read(key) if key in self._pieces else self._old.read(key)
+
+
+def is_prompts(path: str | Path) -> bool:
+    """Whether this is a file of prompts, not of clips."""
+    path = Path(path).expanduser()
+    return path.suffix.lower() == ".txt" and path.is_file()
+
+
+def default_folder(data: VideosConfig, backbone: LatentVideoBackbone) -> Path:
+    """Where a set lies if nobody says it: beside the clips, named by the model, its size, and a hash of what encodes
+    and how.
+    """
+    assert data.path is not None
+    path, video = Path(data.path).expanduser(), backbone.config.video
+    size = f"{video.num_frames}x{video.height}x{video.width}"
+    name = path.name if path.is_dir() else path.stem
+    return path.parent / f"{name}-{backbone.config.kind}-{size}-{_how(data, backbone)[:8]}"
+
+
+def is_current(data: VideosConfig, backbone: LatentVideoBackbone, folder: Path) -> bool:
+    """Whether `folder` holds the set of these clips, captions, options and models, as far as can be told without
+    reading the clips: by their names and sizes.
+    """
+    if not (folder / INDEX).is_file():
+        return False
+    index = json.loads(read_text(folder / INDEX, LARGEST_INDEX))
+    return bool(index.get("made_for", {}).get("of") == _of_what(data.sources([folder]), _how(data, backbone)))
+
+
+def _how(data: VideosConfig, backbone: LatentVideoBackbone) -> str:
+    """A hash of what encodes, and of how clips become samples."""
+    where = ("path", "cache", "text_dropout")
+    options = {name: value for name, value in asdict(data).items() if name not in where}
+    lengths, negative = data.lengths or [backbone.config.video.num_frames], backbone.config.guidance.negative_prompt
+    size = backbone.config.video.height, backbone.config.video.width
+    return key_of(VERSION, options, lengths, size, backbone.fps, negative, backbone.revisions())
+
+
+def _of_what(sources: Sequence[Source], how: str) -> str:
+    sizes = [source.path.stat().st_size if source.path.is_file() else 0 for source in sources]
+    return key_of(how, [(source.name, source.caption, size) for source, size in zip(sources, sizes, strict=True)])
+
+
+def _plain(of: Any) -> Any:
+    return asdict(of) if isinstance(of, Window) else of
+
+
+def _content(of: Any) -> Any:
+    """What a piece depends on: not on a clip's name and place."""
+    named = ("source", "path", "caption")
+    return {k: v for k, v in asdict(of).items() if k not in named} if isinstance(of, Window) else of
+
+
+def _sample_bytes(backbone: LatentVideoBackbone, num_frames: int, height: int, width: int) -> int:
+    """About what a sample takes on the disk; text may be shorter."""
+    channels, *grid = backbone.latent_shape(VideoSize(num_frames=num_frames, height=height, width=width))
+    total = channels * prod(grid) * (getattr(backbone.config, "vae_dtype", None) or backbone.dtype).itemsize
+    for each in backbone.config.inputs().values():
+        shape = (each.shape[0] or 1, *grid) if each.role == "video" else each.shape
+        total += prod(n or 1 for n in shape) * backbone.dtype.itemsize
+    return total
+
+
+class _OldSet:
+    """The pieces of a set that is there already.
+
+    Raises:
+        UserError: the folder holds something else, or a set of another model.
+    """
+
+    def __init__(self, folder: Path, revisions: Mapping[str, str]) -> None:
+        self._where: dict[str, tuple[int | None, list[str] | None]] = {}
+        """By key: the number of a sample, and which of its tensors; None for the negative prompt."""
+        if not (folder / INDEX).exists():
+            _refuse_others(folder)
+            return
+        self._store = open_store(folder)
+        index = json.loads(read_text(folder / INDEX, LARGEST_INDEX))
+        made_for = index.get("made_for") if isinstance(index, dict) else None
+        if not isinstance(made_for, dict) or "parts" not in made_for:
+            raise UserError(f"{folder} holds a set that was made otherwise; choose another folder")
+        if made_for["revisions"].get("vae") != revisions.get("vae"):
+            raise UserError(
+                f"{folder} holds a set that another VAE has made; choose another folder, or remove that set"
+            )
+        for number, entry in enumerate(index["samples"]):
+            for part, key in entry["pieces"].items():
+                self._where.setdefault(key, (number, made_for["parts"][part]))
+        self._where[made_for["negative"]] = (None, None)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        number, names = self._where[key]
+        if number is None or names is None:
+            return dict(self._store.negative() or {})
+        latents, cond = self._store.read(number)
+        tensors = {LATENTS: latents, **cond}
+        return {name: tensors[name] for name in names}
+
+
+def _refuse_others(folder: Path) -> None:
+    """UserError where a folder without a set holds what is none of a set's files."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another place for the set")
+    with disk_errors(folder):
+        names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+    others = [name for name in names if name != SKIPPED and not OWN_NAME.fullmatch(name)]
+    if others:
+        raise UserError(f"{folder} is not empty, and holds no set ({', '.join(others[:3])}); choose another place")
