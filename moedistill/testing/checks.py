@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,12 @@ def encode(subject: Subject) -> str:
                 _agree(f"{name} of prompt {k} alone", value[0].float(), cond[name][k].float(), 1e-3)
             else:
                 assert torch.equal(value[0], cond[name][k]), f"{name} of prompt {k} is something else when alone"
+    for k, one in enumerate(backbone.encode_each(prompts)):
+        unpacked = backbone.unpack({name: value[None] for name, value in one.items()})
+        # Of an image it gives nothing: that is made of videos.
+        alone = {name: cond[name][k : k + 1].cpu() for name in unpacked if name in cond}
+        assert unpacked, f"encode_each gives nothing for prompt {k}"
+        assert _same(unpacked, alone), f"encode_each gives something else for prompt {k}, unpacked"
     return ", ".join(f"{name} {list(value.shape)}" for name, value in cond.items())
 
 
@@ -419,6 +425,11 @@ def encode_videos(subject: Subject) -> str:
     )
     assert prepared.isfinite().all(), "latents are not finite"
     _agree("one video alone", backbone.encode_videos(videos[:1])[0], stored[0], 1e-4)
+    given, layout = backbone.given_frames(videos), subject.config.layout()
+    if layout is not None and given:
+        asked = replace(layout, conditioning={name: layout.conditioning[name] for name in given})
+        for fault in asked.conditioning_problems(given, stored.shape[1:]):
+            raise AssertionError(f"given_frames: a sample {fault}")
     again = backbone.decode(prepared)
     assert again.shape == videos.shape, f"decoded again they are {list(again.shape)}, not {list(videos.shape)}"
     assert _difference(backbone.encode_videos(1 - videos), stored) > 1e-3, "other videos become the same latents"

@@ -23,7 +23,7 @@ from moedistill_digits.backbone import DigitsBackbone
 
 PROMPTS = ["3 right", "", "0 down"]
 KILLER = """
-import os, signal
+import os, signal, time
 from moedistill.runs import generate
 
 usual, count = generate._write, [0]
@@ -32,7 +32,8 @@ usual, count = generate._write, [0]
 def writing(file, tensors):
     usual(file, tensors)
     count[0] += "latents" in tensors
-    if count[0] == 2 and os.environ.get("LOCAL_RANK", "0") == os.environ.get("KILL"):
+    if count[0] == 2 and "latents" in tensors and os.environ.get("LOCAL_RANK", "0") == os.environ.get("KILL"):
+        time.sleep(float(os.environ.get("SLEEP", "0")))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -76,9 +77,17 @@ def content(dest):
     return {str(path.relative_to(dest)): path.read_bytes() for path in sorted(dest.rglob("*")) if path.is_file()}
 
 
-def command(*more, **environment):
+def pieces(folder):
+    return list((folder / "set" / WORK).glob("[0-9a-f]*.safetensors"))
+
+
+def start(*more, **environment):
     arguments = ["data", "generate", "prompts.txt", "set", "--recipe", "recipe.yaml", "--num", "2", "--device", "cpu"]
-    one = Command(*arguments, *more, log="log", **environment)
+    return Command(*arguments, *more, log="log", **environment)
+
+
+def command(*more, **environment):
+    one = start(*more, **environment)
     return one.exit_code(), one.output
 
 
@@ -148,13 +157,26 @@ def test_killed_and_started_again_it_is_the_same_and_nothing_is_made_twice(folde
     code, _ = command("-p", "killer.py", KILL="0")
     assert code == -signal.SIGKILL
     assert not (folder / "set" / "index.json").exists()
-    assert len(list((folder / "set" / WORK).glob("*.safetensors"))) == 2
+    assert len(pieces(folder)) == 2
     made(folder / "set", prompts=["3 right", "7 up", "0 down"], num=2, recipe=folder / "recipe.yaml")
     assert len(sampled) == 4
     assert content(folder / "set") == wanted
     made(folder / "set", prompts=["3 right", "7 up", "0 down"], num=2, recipe=folder / "recipe.yaml")
     assert len(sampled) == 4
     assert content(folder / "set") == wanted
+
+
+@pytest.mark.parametrize("more", [(), ("--num-processes", "2")])
+def test_a_signal_leaves_one_line_and_what_is_made(folder, more):
+    under_way = start("-p", "killer.py", *more, KILL="0", SLEEP="60")
+    under_way.wait_for(lambda: len(pieces(folder)) > 1)
+    under_way.signal(signal.SIGTERM)
+    assert under_way.exit_code() == 128 + signal.SIGTERM
+    assert 2 <= len(pieces(folder)) < 6
+    lines = [line for line in under_way.output.splitlines() if "stopped" in line]
+    assert len(lines) == 1
+    assert re.fullmatch(r"stopped; [2-5] of 6 samples are made, and the same command goes on from there", lines[0])
+    assert command(*more)[0] == 0
 
 
 def test_two_processes_make_the_same_even_where_one_is_killed(folder):
