@@ -52,6 +52,7 @@ from moedistill.runtime.signals import Interruption
 from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
+from moedistill.stages.preview import Preview
 from moedistill.stages.run import COST, METRICS, MINIATURE, RESULT
 from moedistill.stages.training import NotFinite, Training
 
@@ -362,12 +363,15 @@ class _Runner:
                     raise Damaged(checkpoint / "training.json", str(error)) from error
         with user_errors(f"stage {config.name}"):
             monitor = stage.monitor(training)
+            preview = Preview(config.preview, training) if config.preview is not None else None
         cost = self.run.cost.setdefault(config.name, {"steps": 0, "forwards": 0, "seconds": 0.0})
         hook.on_stage_start(training=training)
         # Closed whatever happens: a worker left waiting would keep the process from ending.
         with closing(batches), self.interruption.deferred(), training.mixture.using(config.expert):
             if monitor is not None and step == 0:
                 self._log(number, training, monitor, {})
+            if step == 0:
+                self._preview(training, preview)
             for batch in self._with_a_way_out(batches):
                 begun, forwards = time.perf_counter(), training.mixture.forwards
                 with training.micro_batch(), user_errors(f"stage {config.name}"):
@@ -378,7 +382,7 @@ class _Runner:
                     training.end_step()
                     cost["steps"] += 1
                     self.progress.advance(training)
-                    self._end_step(number, training, monitor)
+                    self._end_step(number, training, monitor, preview)
         if self.run.main:
             self._write_cost()
         hook.on_stage_end(training=training)
@@ -395,8 +399,8 @@ class _Runner:
         except UserError as error:
             raise UserError(f"{error}; {self._where_to_go_on()}") from error
 
-    def _end_step(self, number: int, training: Training, monitor: Monitor | None) -> None:
-        """After an optimiser step: numbers, a checkpoint, a stop, where they are due."""
+    def _end_step(self, number: int, training: Training, monitor: Monitor | None, preview: Preview | None) -> None:
+        """After an optimiser step: numbers, a checkpoint, a stop, a preview, where they are due."""
         settings = self.recipe.training
         last = training.step == training.steps
         signum, written = self._on_any_rank(self.interruption.signum)
@@ -420,6 +424,12 @@ class _Runner:
             raise Interrupted(
                 signum, f"stopped at step {training.step} of {training.config.name}; {self._where_to_go_on()}"
             )
+        self._preview(training, preview)
+
+    def _preview(self, training: Training, preview: Preview | None) -> None:
+        """After the checkpoint of the same step, which is safe then."""
+        if preview is not None and preview.due() and (made := preview.make()) is not None:
+            self.plugins.hook.on_preview(training=training, path=made)
 
     def _log(self, number: int, training: Training, monitor: Monitor | None, metrics: dict[str, float]) -> None:
         """Hands a step's numbers to the observers, with those of the monitor, if it is given."""

@@ -30,6 +30,8 @@ MINIATURE = "# A miniature (--smoke): small numbers in place of the recipe's own
 COST = "cost.json"
 """What the training stages cost, by name: see `RunResult.cost`."""
 
+PREVIEWS = "previews"
+"""The folder of what stages made to look at while they trained, a folder for each."""
 
 STAGE_MARK = ".stage"
 """A file in the folder of a stage, by which it is known as the stage's own."""
