@@ -24,7 +24,7 @@ from moedistill.recipe.miniature import miniature
 from moedistill.runs.ahead import look_ahead, memory_of
 from moedistill.runs.asked_sharding import asked_sharding
 from moedistill.runs.build import build_run, is_sharded, make_accelerator
-from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
+from moedistill.runs.callbacks import Curves, MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
 from moedistill.runs.launch import check_launch, launched_here, tell_launcher
@@ -53,7 +53,7 @@ from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
 from moedistill.stages.preview import Preview
-from moedistill.stages.run import COST, METRICS, MINIATURE, RESULT
+from moedistill.stages.run import COST, MEMORY, METRICS, MINIATURE, RESULT
 from moedistill.stages.training import NotFinite, Training
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class _Runner:
         self.trackers = Trackers(accelerator, recipe.training.trackers, str(folder), recipe.name)
         self.observers: list[Any] = [self.trackers]
         if self.run.main:
-            self.observers = [MetricsFile(folder), self.progress, self.trackers]
+            self.observers = [MetricsFile(folder), Curves(folder), self.progress, self.trackers]
 
     def go(self) -> RunResult:
         """All stages, or those after the checkpoint."""
@@ -283,12 +283,15 @@ class _Runner:
     def _take_history(self) -> None:
         """What was logged up to the checkpoint, where the run goes on in another folder."""
         checkpoint, state = self.where.checkpoint, self.where.state
-        history = checkpoint.parent.parent / METRICS if checkpoint is not None else None
-        if history is not None and not (self.folder / METRICS).exists() and history.is_file():
-            with new_file(self.folder / METRICS) as new:
-                shutil.copyfile(history, new)
-            stages = [stage["name"] for stage in state["recipe"]["stages"]]
-            drop_later_lines(self.folder / METRICS, stages, state["stage"], state["step"])
+        if checkpoint is None:
+            return
+        stages = [stage["name"] for stage in state["recipe"]["stages"]]
+        for name in (METRICS, MEMORY):
+            history = checkpoint.parent.parent / name
+            if not (self.folder / name).exists() and history.is_file():
+                with new_file(self.folder / name) as new:
+                    shutil.copyfile(history, new)
+                drop_later_lines(self.folder / name, stages, state["stage"], state["step"])
 
     def _stages(self) -> None:
         """The stages in order, from where the checkpoint stands."""

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 """What training stages log, a line for each logged step."""
 
+MEMORY = "memory.jsonl"
+"""Peak memory of the main process, in GiB, a line beside each of `METRICS`, which is the same for equal runs."""
+
 RESULT = "result.json"
 """What the stages reported, by name; written anew after every stage that trains nothing."""
 
