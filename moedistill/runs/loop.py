@@ -53,7 +53,7 @@ from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
 from moedistill.stages.preview import Preview
-from moedistill.stages.run import COST, MEMORY, METRICS, MINIATURE, RESULT
+from moedistill.stages.run import COST, ENDED, MEMORY, METRICS, MINIATURE, RESULT
 from moedistill.stages.training import NotFinite, Training
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ class _Runner:
                 write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
                 self._take_history()
                 self._write_cost()
+                stack.enter_context(self._end_noted())
             self._tell(self.last_checkpoint)
             self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
             for observer in self.observers:
@@ -264,6 +265,20 @@ class _Runner:
                     self._await_checkpoint()
         self.run.say(f"done{smoke}: {self.folder}")
         return RunResult(self.folder, self.run.metrics, self.run.cost, self.last_checkpoint, self.run.smoke)
+
+    @contextmanager
+    def _end_noted(self) -> Iterator[None]:
+        """Leaves a line in the folder on why the run ends before it is done; on the main process."""
+        with disk_errors(self.folder):
+            (self.folder / ENDED).unlink(missing_ok=True)
+        try:
+            yield
+        except BaseException as error:
+            word = "stopped" if isinstance(error, Interrupted) else "failed"
+            why = str(error) if isinstance(error, Interrupted | UserError) else f"{type(error).__name__}: {error}"
+            with suppress(OSError):  # a full disk may be what stops it
+                (self.folder / ENDED).write_text(f"{word}: {' '.join(why.split())}\n", encoding="utf-8")
+            raise
 
     def _restore(self) -> None:
         """Takes over everything from the checkpoint but the state of a training stage under way."""

@@ -33,6 +33,9 @@ MINIATURE = "# A miniature (--smoke): small numbers in place of the recipe's own
 COST = "cost.json"
 """What the training stages cost, by name: see `RunResult.cost`."""
 
+ENDED = "ended.txt"
+"""Why a run ended that was not done, in a line: `stopped: …` or `failed: …`. It goes as soon as the run goes on."""
+
 PREVIEWS = "previews"
 """The folder of what stages made to look at while they trained, a folder for each."""
 
