@@ -56,7 +56,6 @@ def cli() -> None:
 
     \b
     Example:
-      moedistill list recipe
       moedistill run dcm_digits --smoke
     """
 
@@ -426,6 +425,27 @@ def sample(
     for note in result.notes:
         click.echo(f"note: {note}", err=True)
     click.echo(str(result.output))
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, metavar="[FOLDER…]")
+@plugin_option
+def runs(folders: tuple[str, ...], plugin_files: tuple[str, ...]) -> None:
+    """Say how runs stand, and how to go on; each FOLDER is a run's, or one that holds runs: `runs` if not given.
+
+    For each, what was written to last first: running, finished, stopped, failed or killed; its recipe, stage and step,
+    the last loss, when it wrote last; and the command that goes on with it.
+
+    \b
+    Example:
+      moedistill runs
+      moedistill runs runs/dcm_digits /scratch/runs
+    """
+    from moedistill.runs.listing import list_states, packed
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for parts in list_states(folders or ("runs",), _plugins(plugin_files)):
+        click.echo("\n".join(packed(parts, width)))
 
 
 @cli.command()

@@ -1,6 +1,7 @@
 """Pictures and videos of samples: contact sheets (PNG) and animations (WebP), with labels."""
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -99,6 +100,47 @@ def side_by_side(path: Path, rows: Mapping[str, Tensor], *, fps: float = 8.0) ->
         pages.append(page)
     duration = round(1000 / fps)
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=duration, loop=0, quality=70, method=4)
+
+
+def middle_frames(path: Path, videos: Tensor, *, size: int = 128) -> None:
+    """A PNG of the middle frame of each of `videos` `[N, C, T, H, W]` in [0, 1], one below the other.
+
+    Args:
+        size: the height of a frame in pixels, as in `contact_sheet`.
+    """
+    middle = videos.shape[2] // 2
+    pixels = _frames(videos[:, :, middle : middle + 1], size)[:, 0]
+    Image.fromarray(np.concatenate(list(pixels))).save(path)
+
+
+def read_frames(path: Path, count: int) -> list[Image.Image]:
+    """The frames of a PNG that `middle_frames` wrote of `count` videos."""
+    with Image.open(path) as whole:
+        height = whole.height // count
+        return [whole.crop((0, k * height, whole.width, (k + 1) * height)) for k in range(count)]
+
+
+def strip(path: Path, columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str], *, title: str) -> None:
+    """A PNG of frames: a labelled column for each moment, a row for each of the captions `rows`, all of one size."""
+    gap, top = 4, 56
+    frame = next(iter(columns.values()))[0]
+    heading = _label(title, 16)
+    labels = {label: _label(label, 14) for label in columns}
+    longest = max(1, frame.height // 20)
+    captions = [textwrap.wrap(row, 24, max_lines=longest, placeholder=" …") or ["(no prompt)"] for row in rows]
+    left = max(_label(line, 14).width for lines in captions for line in lines) + gap
+    width = max(frame.width, *(label.width for label in labels.values())) + gap
+    size = max(left + len(columns) * width, heading.width), top + len(rows) * (frame.height + gap)
+    sheet = Image.new("RGB", size, (_BACKGROUND,) * 3)
+    sheet.paste(heading, (0, 2))
+    for row, lines in enumerate(captions):
+        for number, line in enumerate(lines):
+            sheet.paste(_label(line, 14), (0, top + row * (frame.height + gap) + 20 * number))
+    for column, (label, frames) in enumerate(columns.items()):
+        sheet.paste(labels[label], (left + column * width, top - 24))
+        for row, one in enumerate(frames):
+            sheet.paste(one, (left + column * width, top + row * (frame.height + gap)))
+    sheet.save(path)
 
 
 def write_mp4(path: Path, video: Tensor, *, fps: float) -> None:

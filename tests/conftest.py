@@ -35,3 +35,14 @@ def pytest_runtest_setup():
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown():
     _freeze_imports()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Runs in tests draw none, which takes as long as many of them; gives what draws, for those that test it."""
+    from moedistill.runs.callbacks import curves
+
+    with pytest.MonkeyPatch.context() as patch:
+        usual = curves.draw
+        patch.setattr(curves, "draw", lambda *_: None)
+        yield usual

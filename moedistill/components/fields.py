@@ -5,7 +5,7 @@ the JSON Schema. Nothing here imports torch or pydantic.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
@@ -31,6 +31,8 @@ Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 Decay = Annotated[float, Ge(0.0), Lt(1.0)]
 """How much of an average each update keeps."""
 NonEmptyStr = Annotated[str, MinLen(1)]
+WhichWeights = Literal["trained", "ema"]
+"""An expert's weights as trained, or, where it has one, their average."""
 
 
 @dataclass(frozen=True)

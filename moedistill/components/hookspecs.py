@@ -1,4 +1,4 @@
-"""The hooks of a plugin: one registers components, four observe a run. None changes an algorithm from afar."""
+"""The hooks of a plugin: one registers components, five observe a run. None changes an algorithm from afar."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,11 @@ def on_step_end(training: Any, metrics: dict[str, float]) -> None:
 @hookspec
 def on_checkpoint(training: Any, path: Path) -> None:
     """A checkpoint lies complete at `path`."""
+
+
+@hookspec
+def on_preview(training: Any, path: Path) -> None:
+    """Videos of the stage's `preview` lie complete in the folder `path`; beside it is `strip.png`."""
 
 
 @hookspec

@@ -41,6 +41,10 @@ class Dataset(ABC):
         """Where a sample is stored, for messages: a file's name; empty where it has none."""
         return ""
 
+    def caption(self, index: int) -> str:
+        """What a sample shows, for people; empty where it is not known."""
+        return ""
+
     def null_conditioning(self) -> "Mapping[str, Tensor] | None":
         """The negative prompt's conditioning, stored with the data, without a batch dimension; None if it is not."""
         return None

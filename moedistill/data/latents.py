@@ -519,6 +519,9 @@ class LatentsDataset(Dataset):
     def place(self, index: int) -> str:
         return str(self._store.files(index)[0])
 
+    def caption(self, index: int) -> str:
+        return self._store.caption(index) or ""
+
     def null_conditioning(self) -> Mapping[str, Tensor] | None:
         return self._negative
 

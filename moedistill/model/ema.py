@@ -2,16 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from moedistill.runtime.devices import HOST
 from moedistill.runtime.sharding import cut_like, fill, is_sharded, part
-
-WhichWeights = Literal["trained", "ema"]
-"""An expert's weights as trained, or, where it has one, their average."""
 
 
 class EMA:

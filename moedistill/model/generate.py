@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from moedistill.components.fields import WhichWeights
 from moedistill.model import conditioning
 from moedistill.model.backbone import VideoSize
-from moedistill.model.ema import WhichWeights
 from moedistill.model.mixture import Mixture
 from moedistill.model.prompt import Prompt
 from moedistill.runtime.randomness import Draws

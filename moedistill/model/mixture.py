@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moedistill.components.fields import WhichWeights
 from moedistill.errors import UserError
 from moedistill.flow.process import guide
 from moedistill.flow.routers import Router, TimestepRouter
@@ -17,7 +18,7 @@ from moedistill.model import conditioning
 from moedistill.model.backbone import TEACHER, Backbone, BackboneConfig, teacher_name
 from moedistill.model.capture import capture
 from moedistill.model.conditioning import Conditioning
-from moedistill.model.ema import EMA, WhichWeights
+from moedistill.model.ema import EMA
 from moedistill.model.experts import Expert, ExpertConfig, FrozenExpert
 from moedistill.model.guidance import Guidance
 from moedistill.model.residency import Residency
@@ -207,6 +208,20 @@ class Mixture(nn.Module):
         """What an expert computes with, to the device, if it is not there."""
         if self._residency is not None:
             self._residency.bring(expert)
+
+    @contextmanager
+    def visiting(self) -> Iterator[None]:
+        """For a look amid training: experts and averages that the block brings to the device do not stay there."""
+        if self._residency is None:
+            yield
+            return
+        places = {name: next(iter(average.average.values())).device for name, average in self.ema.items()}
+        try:
+            with self._residency.visiting():
+                yield
+        finally:
+            for name, place in places.items():
+                self.ema[name].to(place)
 
     @contextmanager
     def using(self, expert: str) -> Iterator[None]:

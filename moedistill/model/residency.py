@@ -1,6 +1,7 @@
 """Where the tensors of experts lie: what is used on the device, what is not on the host."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -46,15 +47,30 @@ class Residency:
 
     def bring(self, name: str) -> None:
         """What an expert computes with, to the device: its network, and what it and its parents attached there."""
-        if name in self._there:
-            return
+        if name not in self._there:
+            for tensor in self._used_by(name):
+                move(tensor, self.device)
+            self._there.add(name)
+
+    @contextmanager
+    def visiting(self) -> Iterator[None]:
+        """What the block brings goes back afterwards, so that what was there keeps the room that it had."""
+        before = set(self._there)
+        try:
+            yield
+        finally:
+            kept = {id(tensor) for name in before for tensor in self._used_by(name)}
+            for name in self._there - before:
+                for tensor in self._used_by(name):
+                    if id(tensor) not in kept:
+                        move(tensor, HOST)
+            self._there = before
+
+    def _used_by(self, name: str) -> Iterator[Tensor]:
         expert: Expert | None = self._experts[name]
         assert expert is not None
         shared = expert.shared
-        for tensor in chain(shared.weights.values(), shared.network.buffers()):
-            move(tensor, self.device)
+        yield from chain(shared.weights.values(), shared.network.buffers())
         while expert is not None and expert.shared is shared:
-            for tensor in expert.parameters.values():
-                move(tensor, self.device)
+            yield from expert.parameters.values()
             expert = expert.parent
-        self._there.add(name)

@@ -2,13 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
-from moedistill.components.fields import Component, Config, Decay, NonEmptyStr, NonNegativeInt, PositiveInt
+from moedistill.components.fields import (
+    Component,
+    Config,
+    Decay,
+    NonEmptyStr,
+    NonNegativeInt,
+    PositiveInt,
+    WhichWeights,
+)
 from moedistill.data.base import DatasetConfig
 from moedistill.flow.sampling_points import SampleConfig
 from moedistill.losses.optim import OptimizerConfig
@@ -96,6 +104,64 @@ class Probing:
 
 
 @dataclass(kw_only=True)
+class PreviewConfig:
+    """Videos of the same prompts from the same noise as a stage goes on, to look at. See `Preview`.
+
+    Args:
+        every: optimiser steps between them; the first are made before the first step, the last after the last one.
+        prompts: what to ask for, or a file of prompts; null for the conditioning of samples, spread over the data.
+        num: how many videos, where `prompts` does not list them.
+        steps: sampling steps; null for the recipe's `sample`.
+        weights: the experts' `trained` weights or their `ema`.
+        seed: of the noise.
+        compare_teacher: once, the teacher's videos too, in as many steps and in all of its trajectory.
+    """
+
+    every: PositiveInt
+    prompts: list[str] | NonEmptyStr | None = None
+    num: Annotated[int, Gt(0), Le(64)] = 4
+    steps: PositiveInt | None = None
+    weights: WhichWeights = "trained"
+    seed: NonNegativeInt = 0
+    compare_teacher: bool = False
+
+    def asked(self) -> list[str] | None:
+        """The prompts; None where the data say them. ValueError where their file cannot be read."""
+        if not isinstance(self.prompts, str):
+            return self.prompts
+        from moedistill.data.prompts import read_prompts  # imports torch
+
+        return read_prompts(self.prompts)[: self.num]
+
+    def sample(self, recipe: "Recipe") -> SampleConfig | None:
+        """How to sample; None where neither the preview nor the recipe says it."""
+        return recipe.sample if self.steps is None else SampleConfig(steps=self.steps)
+
+    def check(self, recipe: "Recipe") -> Iterable[Finding]:
+        """What in the recipe does not fit."""
+        if self.sample(recipe) is None:
+            yield "steps", "is missing, and the recipe has no sample list to take; give one"
+        if self.prompts == []:
+            yield "prompts", "is empty; give at least one, or null for what the data say"
+        if self.weights == "ema" and not any(getattr(stage, "ema_decay", None) is not None for stage in recipe.stages):
+            yield "weights", "ema: no stage keeps an average; give one ema_decay"
+        if self.steps is not None:
+            try:
+                trajectory = recipe.trajectory.build(recipe.backbone.native_sigmas())
+            except (AttributeError, ValueError):
+                return  # reported elsewhere
+            try:
+                SampleConfig(steps=self.steps).resolve(trajectory)
+            except ValueError as error:
+                yield "steps", str(error)
+
+    def tiny(self) -> "PreviewConfig":
+        """The same with one video, a few steps apart."""
+        prompts = self.prompts[:1] if isinstance(self.prompts, list) else self.prompts
+        return replace(self, every=min(self.every, 2), prompts=prompts, num=1)
+
+
+@dataclass(kw_only=True)
 class TrainingStageConfig(StageConfig, ABC):
     """Recipe keys common to all stages that train an expert on its segment.
 
@@ -107,6 +173,7 @@ class TrainingStageConfig(StageConfig, ABC):
         ema_decay: keep an exponential moving average of the trained weights with this decay; null for none.
         probe: teacher features for the losses that want them.
         latent_frames: train on the first so many latent frames of each video; null for all.
+        preview: videos to look at as the stage goes on; null for none.
     """
 
     expert: NonEmptyStr
@@ -116,6 +183,7 @@ class TrainingStageConfig(StageConfig, ABC):
     ema_decay: Decay | None = None
     probe: Probing | None = None
     latent_frames: PositiveInt | None = None
+    preview: PreviewConfig | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"latents", "conditioning"})
 
     steps_may_grow: ClassVar[bool] = False
@@ -144,9 +212,16 @@ class TrainingStageConfig(StageConfig, ABC):
         return (self.expert,)
 
     def tiny(self) -> "TrainingStageConfig":
-        return self.replace(steps=min(self.steps, 3))
+        return self.replace(steps=min(self.steps, 3), preview=self.preview and self.preview.tiny())
+
+    def look_ahead(self, recipe: "Recipe") -> None:
+        if self.preview is not None:
+            self.preview.asked()
 
     def check(self, recipe: "Recipe") -> Iterable[Finding]:
+        if self.preview is not None:
+            for key, message in self.preview.check(recipe):
+                yield f"preview.{key}", message
         if not any(loss.weight_at(0, self.steps) > 0 for loss in self.losses):
             yield "losses", "no loss has any weight at step 0; the expert would have nothing to learn from"
         if self.probe is not None and not any(loss.needs_probe for loss in self.losses):

@@ -14,6 +14,7 @@ from moedistill.runs.memory import remedies
 from moedistill.runs.processes import on_main
 from moedistill.runtime.checkpoint import Checkpoints, parse_name
 from moedistill.runtime.writing import free_bytes
+from moedistill.stages import preview
 from moedistill.stages.base import Stage
 from moedistill.stages.rehearsal import Part, needed, rehearse, size
 from moedistill.stages.run import Run
@@ -22,8 +23,8 @@ from moedistill.stages.run import Run
 def look_ahead(run: Run, first: int = 0, step: int = 0, trained: Collection[str] = ()) -> None:
     """Tries what the stages from `step` of number `first` on will need.
 
-    Training stages are set up on every process. What stages may load, such as a text encoder, and the disk are looked
-    at by the main process, for all.
+    Training stages are set up, and the prompts of their previews encoded, on every process. What other stages may load,
+    such as a text encoder, and the disk are looked at by the main process, for all.
 
     Args:
         trained: experts that are in every checkpoint already.
@@ -37,6 +38,8 @@ def look_ahead(run: Run, first: int = 0, step: int = 0, trained: Collection[str]
             with user_errors(f"stage {config.name}"):
                 _check_shapes(run, config)
                 parts[number] = rehearse(run, config)
+                if config.preview is not None:
+                    preview.look_ahead(run, config.preview)
         else:
             on_main(run.accelerator, partial(_try, run, config))
     _check_memory(run, parts)

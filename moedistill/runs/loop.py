@@ -24,7 +24,7 @@ from moedistill.recipe.miniature import miniature
 from moedistill.runs.ahead import look_ahead, memory_of
 from moedistill.runs.asked_sharding import asked_sharding
 from moedistill.runs.build import build_run, is_sharded, make_accelerator
-from moedistill.runs.callbacks import MetricsFile, Progress, Trackers, drop_later_lines
+from moedistill.runs.callbacks import Curves, MetricsFile, Progress, Trackers, drop_later_lines
 from moedistill.runs.check import check_before
 from moedistill.runs.commands import RunCommand
 from moedistill.runs.encode import with_encoded_videos
@@ -53,7 +53,8 @@ from moedistill.runtime.signals import Interruption
 from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
-from moedistill.stages.run import COST, METRICS, MINIATURE, RESULT
+from moedistill.stages.preview import Preview
+from moedistill.stages.run import COST, ENDED, MEMORY, METRICS, MINIATURE, RESULT
 from moedistill.stages.training import NotFinite, Training
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class _Runner:
         self.trackers = Trackers(accelerator, recipe.training.trackers, str(folder), recipe.name)
         self.observers: list[Any] = [self.trackers]
         if self.run.main:
-            self.observers = [MetricsFile(folder), self.progress, self.trackers]
+            self.observers = [MetricsFile(folder), Curves(folder), self.progress, self.trackers]
 
     def go(self) -> RunResult:
         """All stages, or those after the checkpoint."""
@@ -249,6 +250,7 @@ class _Runner:
                 write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
                 self._take_history()
                 self._write_cost()
+                stack.enter_context(self._end_noted())
             self._tell(self.last_checkpoint)
             self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
             for observer in self.observers:
@@ -265,6 +267,20 @@ class _Runner:
                     self._await_checkpoint()
         self.run.say(f"done{smoke}: {self.folder}")
         return RunResult(self.folder, self.run.metrics, self.run.cost, self.last_checkpoint, self.run.smoke)
+
+    @contextmanager
+    def _end_noted(self) -> Iterator[None]:
+        """Leaves a line in the folder on why the run ends before it is done; on the main process."""
+        with disk_errors(self.folder):
+            (self.folder / ENDED).unlink(missing_ok=True)
+        try:
+            yield
+        except BaseException as error:
+            word = "stopped" if isinstance(error, Interrupted) else "failed"
+            why = str(error) if isinstance(error, Interrupted | UserError) else f"{type(error).__name__}: {error}"
+            with suppress(OSError):  # a full disk may be what stops it
+                (self.folder / ENDED).write_text(f"{word}: {' '.join(why.split())}\n", encoding="utf-8")
+            raise
 
     def _restore(self) -> None:
         """Takes over everything from the checkpoint but the state of a training stage under way."""
@@ -284,12 +300,15 @@ class _Runner:
     def _take_history(self) -> None:
         """What was logged up to the checkpoint, where the run goes on in another folder."""
         checkpoint, state = self.where.checkpoint, self.where.state
-        history = checkpoint.parent.parent / METRICS if checkpoint is not None else None
-        if history is not None and not (self.folder / METRICS).exists() and history.is_file():
-            with new_file(self.folder / METRICS) as new:
-                shutil.copyfile(history, new)
-            stages = [stage["name"] for stage in state["recipe"]["stages"]]
-            drop_later_lines(self.folder / METRICS, stages, state["stage"], state["step"])
+        if checkpoint is None:
+            return
+        stages = [stage["name"] for stage in state["recipe"]["stages"]]
+        for name in (METRICS, MEMORY):
+            history = checkpoint.parent.parent / name
+            if not (self.folder / name).exists() and history.is_file():
+                with new_file(self.folder / name) as new:
+                    shutil.copyfile(history, new)
+                drop_later_lines(self.folder / name, stages, state["stage"], state["step"])
 
     def _stages(self) -> None:
         """The stages in order, from where the checkpoint stands."""
@@ -364,12 +383,15 @@ class _Runner:
                     raise Damaged(checkpoint / "training.json", str(error)) from error
         with user_errors(f"stage {config.name}"):
             monitor = stage.monitor(training)
+            preview = Preview(config.preview, training) if config.preview is not None else None
         cost = self.run.cost.setdefault(config.name, {"steps": 0, "forwards": 0, "seconds": 0.0})
         hook.on_stage_start(training=training)
         # Closed whatever happens: a worker left waiting would keep the process from ending.
         with closing(batches), self.interruption.deferred(), training.mixture.using(config.expert):
             if monitor is not None and step == 0:
                 self._log(number, training, monitor, {})
+            if step == 0:
+                self._preview(training, preview)
             for batch in self._with_a_way_out(batches):
                 begun, forwards = time.perf_counter(), training.mixture.forwards
                 with training.micro_batch(), user_errors(f"stage {config.name}"):
@@ -380,7 +402,7 @@ class _Runner:
                     training.end_step()
                     cost["steps"] += 1
                     self.progress.advance(training)
-                    self._end_step(number, training, monitor)
+                    self._end_step(number, training, monitor, preview)
         if self.run.main:
             self._write_cost()
         hook.on_stage_end(training=training)
@@ -397,8 +419,8 @@ class _Runner:
         except UserError as error:
             raise UserError(f"{error}; {self._where_to_go_on()}") from error
 
-    def _end_step(self, number: int, training: Training, monitor: Monitor | None) -> None:
-        """After an optimiser step: numbers, a checkpoint, a stop, where they are due."""
+    def _end_step(self, number: int, training: Training, monitor: Monitor | None, preview: Preview | None) -> None:
+        """After an optimiser step: numbers, a checkpoint, a stop, a preview, where they are due."""
         settings = self.recipe.training
         last = training.step == training.steps
         signum, written = self._on_any_rank(self.interruption.signum)
@@ -422,6 +444,12 @@ class _Runner:
             raise Interrupted(
                 signum, f"stopped at step {training.step} of {training.config.name}; {self._where_to_go_on()}"
             )
+        self._preview(training, preview)
+
+    def _preview(self, training: Training, preview: Preview | None) -> None:
+        """After the checkpoint of the same step, which is safe then."""
+        if preview is not None and preview.due() and (made := preview.make()) is not None:
+            self.plugins.hook.on_preview(training=training, path=made)
 
     def _log(self, number: int, training: Training, monitor: Monitor | None, metrics: dict[str, float]) -> None:
         """Hands a step's numbers to the observers, with those of the monitor, if it is given."""

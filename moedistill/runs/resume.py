@@ -1,6 +1,7 @@
 """Where a run writes, and from which checkpoint it goes on."""
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,11 @@ OPERATIONAL = (
     "checkpoint_every", "keep_checkpoints", "log_every", "trackers", "num_workers", "num_threads", "monitor", "timeout",
     "sharding", "offload",
 )  # fmt: skip
-"""Keys of `training` that may differ when a run is resumed: they do not change what is learned."""
+"""Keys of `training` that may differ when a run is resumed: they do not change what is learned. Neither does a stage's
+`preview`.
+"""
+
+_PREVIEW = re.compile(r"stages\.\d+\.preview(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,11 @@ def comparable(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
     walk(resolved, "")
     operational = tuple(f"training.{key}." for key in OPERATIONAL)
-    return {path: value for path, value in flat.items() if not f"{path}.".startswith(operational)}
+    return {
+        path: value
+        for path, value in flat.items()
+        if not f"{path}.".startswith(operational) and not _PREVIEW.match(path)
+    }
 
 
 def _checkpoint(

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moedistill.components.fields import WhichWeights
 from moedistill.components.plugins import Plugins, load_plugins
 from moedistill.errors import Interrupted, RecipeError, UserError, WriteError, user_errors
 from moedistill.flow.routers import GivenRouterConfig
 from moedistill.flow.sampling_points import SampleConfig
 from moedistill.model.backbone import VideoSize
-from moedistill.model.ema import WhichWeights
 from moedistill.model.mixture import Mixture, Weights
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.loading import in_todays_words, load_model, load_recipe

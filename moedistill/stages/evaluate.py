@@ -16,7 +16,7 @@ from annotated_types import MinLen
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moedistill.components.fields import Component, NonEmptyStr, NonNegativeInt, PositiveInt
+from moedistill.components.fields import Component, NonEmptyStr, NonNegativeInt, PositiveInt, WhichWeights
 from moedistill.data.loading import collate
 from moedistill.data.prompts import read_prompts
 from moedistill.flow.process import guide, velocity_of
@@ -26,7 +26,6 @@ from moedistill.metrics.base import Metric, MetricConfig, MetricInputs
 from moedistill.model import conditioning
 from moedistill.model.backbone import TEACHER
 from moedistill.model.conditioning import Conditioning
-from moedistill.model.ema import WhichWeights
 from moedistill.model.sample_in_batches import followings, sample_in_batches
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import notes_on, sampling_sigmas, trained_before, trajectory_of, untrained_notes
@@ -379,7 +378,11 @@ def fingerprint(config: EvaluateConfig, recipe: "Recipe", name: str) -> str:
     settings |= {"model": candidate.model, "sigmas": [round(value, 6) for value in sigmas.tolist()], "eta": eta}
     if candidate.model == "student":
         stages = zip(recipe.stages, resolved["stages"], strict=True)
-        trained = [plain for stage, plain in stages if isinstance(stage, TrainingStageConfig)]
+        trained = [
+            {key: value for key, value in plain.items() if key != "preview"}
+            for stage, plain in stages
+            if isinstance(stage, TrainingStageConfig)
+        ]
         settings |= {"stages": trained, "stand_ins": candidate.stand_ins, "weights": config.weights}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 

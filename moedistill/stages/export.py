@@ -13,11 +13,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from moedistill.components.fields import Config
+from moedistill.components.fields import Config, WhichWeights
 from moedistill.components.plugins import BUILTIN, plugin_of
 from moedistill.errors import UserError
 from moedistill.flow.routers import TimestepRouter
-from moedistill.model.ema import WhichWeights
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runtime.checkpoint import save_tensors

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 """What training stages log, a line for each logged step."""
 
+MEMORY = "memory.jsonl"
+"""Peak memory of the main process, in GiB, a line beside each of `METRICS`, which is the same for equal runs."""
+
 RESULT = "result.json"
 """What the stages reported, by name; written anew after every stage that trains nothing."""
 
@@ -30,6 +33,11 @@ MINIATURE = "# A miniature (--smoke): small numbers in place of the recipe's own
 COST = "cost.json"
 """What the training stages cost, by name: see `RunResult.cost`."""
 
+ENDED = "ended.txt"
+"""Why a run ended that was not done, in a line: `stopped: …` or `failed: …`. It goes as soon as the run goes on."""
+
+PREVIEWS = "previews"
+"""The folder of what stages made to look at while they trained, a folder for each."""
 
 STAGE_MARK = ".stage"
 """A file in the folder of a stage, by which it is known as the stage's own."""

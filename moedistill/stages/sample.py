@@ -10,11 +10,10 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor
 
-from moedistill.components.fields import NonEmptyStr, NonNegativeInt
+from moedistill.components.fields import NonEmptyStr, NonNegativeInt, WhichWeights
 from moedistill.data.prompts import read_prompts
 from moedistill.media import contact_sheet, side_by_side, write_mp4
 from moedistill.model.backbone import TEACHER
-from moedistill.model.ema import WhichWeights
 from moedistill.model.generate import OwnPipeline, generate
 from moedistill.recipe.keys import StageConfig
 from moedistill.recipe.sampling import sampling_sigmas, trained_before, untrained_notes

@@ -253,7 +253,8 @@ def test_hooks_reach_their_plugins(tmp_path):
 def test_every_hook_is_documented():
     hooks = [value for name, value in vars(hookspecs).items() if hasattr(value, "moedistill_spec")]
     assert {hook.__name__ for hook in hooks} == {
-        "register_components", "on_stage_start", "on_step_end", "on_checkpoint", "on_stage_end",
+        "register_components", "on_stage_start", "on_step_end", "on_checkpoint", "on_preview",
+        "on_stage_end",
     }  # fmt: skip
     assert all(hook.__doc__ for hook in hooks)
 

@@ -1,5 +1,7 @@
 """What lies on the device and what waits on the host: what computes is never parked, what a stage has no use for is."""
 
+import json
+
 import pytest
 import torch
 from helpers import digits_inputs, distil, equal, set_up, tiny_recipe, trees, velocity_of
@@ -9,6 +11,7 @@ from moedistill import hookimpl
 from moedistill.components.plugins import load_plugins
 from moedistill.model import residency
 from moedistill.model.ema import EMA
+from moedistill.recipe.loading import load_recipe
 from moedistill.runs.loop import run
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree
 from moedistill.runtime.quantized import held
@@ -38,13 +41,16 @@ class Watch:
         self.there[training.config.name] = there
 
 
-def test_what_a_stage_does_not_use_is_parked(monkeypatch, tmp_path):
-    """Wan 2.2's other network, and the other expert's adapter."""
+@pytest.mark.parametrize("preview", [None, {"every": 1}])
+def test_what_a_stage_does_not_use_is_parked(monkeypatch, tmp_path, preview):
+    """Wan 2.2's other network, and the other expert's adapter; also after a preview, which has used both."""
     plugins, watch = load_plugins(), Watch(monkeypatch)
     plugins.manager.register(watch)
     hook = register_module_forward_pre_hook(watch.check)
+    keys = [f"stages.{stage}.preview={json.dumps(preview)}" for stage in ("semantic", "detail")]
+    recipe = load_recipe("dcm_wan22_a14b", keys, plugins)
     try:
-        run("dcm_wan22_a14b", output=tmp_path / "run", device="cpu", smoke=True, plugins=plugins)
+        run(recipe, output=tmp_path / "run", device="cpu", smoke=True, plugins=plugins)
     finally:
         hook.remove()
     assert watch.checked > 1000

@@ -1368,6 +1368,33 @@ def test_the_held_out_loss(done):
     assert found({**usual, "samples": 3})[0]["monitor"] != found(usual)[0]["monitor"]
 
 
+@observes(
+    *(f"PreviewConfig.{name}" for name in ("every", "prompts", "num", "steps", "weights", "seed", "compare_teacher")),
+    "stage.consistency.preview", "stage.finetune.preview",
+)  # fmt: skip
+def test_previews(tmp_path):
+    def found(kind="consistency", **keys):
+        """Of each preview: what is said of it, and the pixels of its middle frames."""
+        usual = {"every": 2, "prompts": ["3 up"], **keys}
+        stage = distil(kind=kind, steps=3, ema_decay=0.9, preview=usual)
+        folder = run(tiny_recipe([stage]), output=tmp_path / str(len(list(tmp_path.iterdir()))), device="cpu").output
+        return {
+            path.name: (json.loads((path / "preview.json").read_text()), Image.open(path / "frames.png").tobytes())
+            for path in (folder / "previews" / "semantic").glob("*_*")
+        }
+
+    usual, last = found(), "step_00000003"
+    assert sorted(usual) == ["step_00000000", "step_00000002", last]
+    assert sorted(found(kind="finetune")) == sorted(usual)
+    assert sorted(found(every=9)) == ["step_00000000", last]
+    assert found(prompts=["1 left"])[last][1] != usual[last][1]
+    assert {num: len(found(prompts=None, num=num)[last][0]["prompts"]) for num in (1, 3)} == {1: 1, 3: 3}
+    assert len(found(steps=3)[last][0]["sigmas"]) == 4
+    assert found(weights="ema")[last][1] != usual[last][1]
+    assert found(seed=1)[last][1] != usual[last][1]
+    assert sorted(found(compare_teacher=True)) == [*sorted(usual), "teacher_2_steps", "teacher_8_steps"]
+
+
 @observes(*(f"metric.fvd.{name}" for name in ("detector", "real", "frames", "size", "batch_size")))
 def test_fvd(tmp_path):
     class Shape(torch.nn.Module):

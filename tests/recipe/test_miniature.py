@@ -15,6 +15,7 @@ from moedistill.runs.loop import run
 
 RECIPES = sorted(shipped_recipes())
 RUN = [
+    "dcm_digits",
     "digits_teacher",
     "dcm_cogvideox_2b_1gpu",
     "dcm_cogvideox_5b",

@@ -1,16 +1,23 @@
 """The list of runs: every one, whatever became of it, in lines that fit a terminal."""
 
 import json
+import os
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
 from helpers import distil, evaluate, tiny_recipe
 
-from moedistill import cli
-from moedistill.errors import UserError
+from moedistill import cli, hookimpl
+from moedistill.components.plugins import load_plugins
+from moedistill.errors import Interrupted, UserError
 from moedistill.recipe.loading import load_recipe
-from moedistill.runs.listing import list_runs, packed
+from moedistill.runs.listing import list_runs, list_states, packed
 from moedistill.runs.loop import run
+from moedistill.runtime import checkpoint
+from moedistill.runtime.lock import locked
 
 STEPS = 3
 
@@ -148,3 +155,119 @@ def test_the_command(runs, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("tiny") for line in lines) == 2
     assert all(len(line) <= 80 or str(runs) in line for line in lines)
+
+
+# -- how runs stand ---------------------------------------------------------------------------------------------------
+
+
+def states(*folders):
+    """What is said of each run but when it wrote last, by the folder's name."""
+    found = {}
+    for parts in list_states(folders):
+        place = next(k for k, part in enumerate(parts) if Path(part).is_dir())
+        assert time.strptime(parts[place - 1], "%Y-%m-%d %H:%M")
+        found[Path(parts[place]).name] = [*parts[: place - 1], *parts[place + 1 :]]
+    return found
+
+
+def test_finished_runs_and_miniatures(runs):
+    found = states(runs)
+    assert {name: parts[:2] for name, parts in found.items()} == {
+        "finished": ["finished", "tiny"],
+        "unseen": ["finished", "unseen"],
+        "miniature": ["finished", "tiny (miniature)"],
+    }
+    last = [json.loads(line) for line in (runs / "finished" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert found["finished"][2:] == [f"loss {last['loss']:.3g}"]
+
+
+def test_the_last_written_comes_first(runs, tmp_path):
+    for age, name in enumerate(("c", "a", "b")):
+        shutil.copytree(runs / "unseen", tmp_path / name)
+        for path in (tmp_path / name).iterdir():
+            os.utime(path, (1e9 - age * 3600, 1e9 - age * 3600))
+    found = list_states([tmp_path])
+    assert [Path(parts[-1]).name for parts in found] == ["c", "a", "b"]
+    assert found[0][-2] == time.strftime("%Y-%m-%d %H:%M", time.localtime(1e9))
+
+
+def test_a_stopped_run_says_how_to_go_on(runs, tmp_path):
+    """A signal, as it is sent to a process."""
+
+    class Stop:
+        @hookimpl
+        def on_step_end(self, training, metrics):
+            if training.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    plugins = load_plugins()
+    plugins.manager.register(Stop())
+    with pytest.raises(Interrupted):
+        run(tiny_recipe([distil(steps=5)]), output=tmp_path / "run", plugins=plugins, device="cpu")
+    on = f"go on with: moedistill run {tmp_path}/run/recipe.yaml --resume-from {tmp_path}/run"
+    found = states(tmp_path)["run"]
+    assert (found[:3], found[4:]) == (["stopped", "tiny", "semantic at step 3 of 5"], [on])
+    run(tmp_path / "run" / "recipe.yaml", resume_from=tmp_path / "run", device="cpu")
+    assert states(tmp_path)["run"][:2] == ["finished", "tiny"]
+
+
+def test_a_run_that_failed_says_why(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(UserError):
+        run(tiny_recipe([distil(steps=STEPS)]), output=tmp_path / "run", device="cpu", smoke=True)
+    found = states(tmp_path)["run"]
+    assert found[:3] == ["failed", "tiny (miniature)", "after its last step"]
+    assert found[-2].startswith(f"cannot write {tmp_path}/run/checkpoints/00_semantic_00000003")
+    assert "; nothing is saved" not in found[-2]
+    begin = f"begin anew with: moedistill run {tmp_path}/run/recipe.yaml --output {tmp_path}/run --smoke"
+    assert found[-1] == begin
+
+
+def test_an_error_of_the_code_is_named_too(tmp_path):
+    class Break:
+        @hookimpl
+        def on_step_end(self, training, metrics):
+            raise ZeroDivisionError("mine")
+
+    plugins = load_plugins()
+    plugins.manager.register(Break())
+    with pytest.raises(ZeroDivisionError):
+        run(tiny_recipe([distil(steps=STEPS)]), output=tmp_path / "run", plugins=plugins, device="cpu")
+    assert "ZeroDivisionError: mine" in states(tmp_path)["run"]
+
+
+def test_a_run_that_was_killed_and_one_that_is_running(runs, tmp_path):
+    """What is running is known by the lock of its folder, not by its files."""
+    folder = cut(runs, tmp_path / "run", "semantic", 1, checkpoints=["00_semantic_00000002"])
+    assert states(tmp_path)["run"][:3] == ["killed", "tiny", "semantic at step 2 of 3"]
+    with locked(folder):
+        assert states(tmp_path)["run"][:3] == ["running", "tiny", "semantic at step 2 of 3"]
+        assert not any("go on with" in part for part in states(tmp_path)["run"])
+    (folder / ".lock").write_text('{"pid": 1, "host": "gone"}')  # as `kill -9` leaves it
+    assert states(tmp_path)["run"][0] == "killed"
+
+
+def test_what_cannot_be_read_has_a_line_too(runs, tmp_path):
+    shutil.copytree(runs / "finished", tmp_path / "a")
+    (tmp_path / "a" / "recipe.yaml").write_text("name: [")
+    [parts] = list_states([tmp_path])
+    assert parts[0] == "?"
+    assert parts[1].startswith("cannot be read: recipe.yaml: ")
+
+
+def test_the_command_that_says_how_runs_stand(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs.parent)
+    shutil.copytree(runs / "unseen", runs.parent / "runs" / "unseen" / "1", dirs_exist_ok=True)
+    for arguments, count in ((["runs"], 1), (["runs", str(runs)], 3)):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 0
+        assert len(capsys.readouterr().out.splitlines()) == count
+    monkeypatch.chdir(runs)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["runs"])
+    assert end.value.code == 2
+    assert "runs: there is no such folder; give runs' folders" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import pytest
 
 from moedistill.errors import UserError
 from moedistill.runtime import lock
-from moedistill.runtime.lock import claimed, in_turn, locked
+from moedistill.runtime.lock import claimed, in_turn, is_held, locked
 
 fork = multiprocessing.get_context("fork")
 
@@ -78,6 +78,26 @@ def test_it_goes_away_and_can_be_taken_again(tmp_path):
         with pytest.raises(ZeroDivisionError), locked(tmp_path):
             raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_looks_sees_who_lives(tmp_path, holder, monkeypatch):
+    """It takes nothing away, and waits for nobody."""
+    assert is_held(tmp_path)
+    assert is_held(tmp_path)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert (tmp_path / ".lock").exists()
+    assert not is_held(tmp_path)
+    assert not is_held(tmp_path / "none")
+    # Of a machine to which flock does not reach, and of a file system without one, the time tells.
+    for holding, without in (({"machine": "another"}, False), ({"machine": lock._machine()}, True)):
+        (tmp_path / ".lock").write_text(json.dumps(holding))
+        with monkeypatch.context() as patch:
+            if without:
+                patch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+            assert is_held(tmp_path)
+            os.utime(tmp_path / ".lock", (1, 1))
+            assert not is_held(tmp_path)
 
 
 def test_a_killed_process_holds_nothing_though_its_workers_live_on(tmp_path, holder):

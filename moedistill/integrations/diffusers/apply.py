@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from moedistill.components.fields import WhichWeights
 from moedistill.components.plugins import Plugins
 from moedistill.errors import UserError, user_errors
 from moedistill.flow.process import listed, whole
 from moedistill.integrations.diffusers.backbone import DiffusersBackboneConfig
 from moedistill.integrations.diffusers.loading import transformers_of
 from moedistill.integrations.diffusers.pipeline import Applied, RoutedTransformer, attach, refuse_eta
-from moedistill.model.ema import WhichWeights
 from moedistill.recipe.sampling import notes_on, untrained_notes
 from moedistill.runs.build import build_mixture
 from moedistill.runs.sample import read_trained, sampling_config, sampling_steps

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from moedistill.components.fields import WhichWeights
 from moedistill.integrations.diffusers.loading import from_pretrained, load_text_encoders, transformers_of
 from moedistill.integrations.diffusers.models import DiffusersModels, DiffusersModelsConfig
 from moedistill.integrations.diffusers.pipeline import Pass, attach, expert_at, refuse_eta
 from moedistill.model import conditioning
 from moedistill.model.backbone import VideoSize
 from moedistill.model.conditioning import Conditioning
-from moedistill.model.ema import WhichWeights
 from moedistill.model.generate import OwnPipeline
 from moedistill.model.mixture import Mixture
 from moedistill.model.prompt import Prompt

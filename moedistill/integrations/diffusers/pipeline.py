@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moedistill.components.fields import WhichWeights
 from moedistill.model.backbone import TEACHER
-from moedistill.model.ema import WhichWeights
 from moedistill.model.mixture import Mixture
 
 if TYPE_CHECKING:

@@ -1,42 +1,52 @@
-"""metrics.jsonl: one line per logged step; a number that is not finite is null there."""
+"""metrics.jsonl: one line per logged step; a number that is not finite is null there. memory.jsonl goes beside it."""
 
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moedistill.components.plugins import hookimpl
+from moedistill.runs.callbacks.progress import peak_memory
 from moedistill.runtime.checkpoint import write_text
 from moedistill.runtime.writing import disk_errors
-from moedistill.stages.run import METRICS
+from moedistill.stages.run import MEMORY, METRICS
 
 if TYPE_CHECKING:
     from moedistill.stages.training import Training
 
 
 class MetricsFile:
-    """Appends to `metrics.jsonl` in the run's folder; a stage first drops what it and later ones will write again."""
+    """Appends to `metrics.jsonl` and `memory.jsonl` in the run's folder.
+
+    A stage first drops what it and later ones will write again.
+    What memory a step took is no number of the run's: the same run has other ones elsewhere.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / METRICS
+        self._metrics, self._memory = folder / METRICS, folder / MEMORY
 
     @hookimpl
     def on_stage_start(self, training: "Training") -> None:
-        if self._path.exists():
-            stages = [stage.name for stage in training.recipe.stages]
-            # A stage that begins anew writes its line before the first step again.
-            drop_later_lines(
-                self._path, stages, stages.index(training.config.name), training.step if training.step else -1
-            )
+        stages = [stage.name for stage in training.recipe.stages]
+        number = stages.index(training.config.name)
+        for path in (self._metrics, self._memory):
+            if path.exists():
+                # A stage that begins anew writes its line before the first step again.
+                drop_later_lines(path, stages, number, training.step if training.step else -1)
 
     @hookimpl
     def on_step_end(self, training: "Training", metrics: dict[str, float]) -> None:
+        place = {"stage": training.config.name, "step": training.step}
         # JSON has no word for what is not finite.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        line = {"stage": training.config.name, "step": training.step, "lr": training.learning_rate, **finite}
-        with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self._metrics, {**place, "lr": training.learning_rate, **finite})
+        _append(self._memory, {**place, "memory": round(peak_memory(), 3)})
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def drop_later_lines(path: Path, stages: Sequence[str], number: int, step: int) -> None:

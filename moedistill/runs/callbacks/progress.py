@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     from moedistill.stages.training import Training
 
 
-def memory() -> str:
-    """Peak memory of this process: of the GPU where there is one, else resident."""
+def peak_memory() -> float:
+    """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        return float(torch.cuda.max_memory_allocated() / 2**30)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
+    return float(peak / (2**30 if sys.platform == "darwin" else 2**20))
+
+
+def memory() -> str:
+    """`peak_memory` for people."""
+    return f"{peak_memory():.1f} GiB"
 
 
 def _duration(seconds: float) -> str:

@@ -1,11 +1,16 @@
 """Experiment trackers, by the names that accelerate knows."""
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
+from PIL import Image
 
 from moedistill.components.plugins import hookimpl
 from moedistill.errors import UserError, WriteError, shorten
+from moedistill.stages.preview import STRIP
 from moedistill.stages.run import METRICS
 
 if TYPE_CHECKING:
@@ -15,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Trackers:
-    """Sends every logged step's metrics to `names` (tensorboard, wandb, …), as `stage/name`.
+    """Sends every logged step's metrics, and previews, to `names` (tensorboard, wandb, …), as `stage/name`.
 
     Steps count on through the stages. What a tracker raises is its service's, its library's or its disk's: any of it
     is said in one line.
@@ -61,6 +66,16 @@ class Trackers:
                 message = f"training.trackers: {', '.join(self._names)} cannot be written to: {_why(error)}"
                 raise WriteError(message) from error
 
+    @hookimpl
+    def on_preview(self, training: "Training", path: Path) -> None:
+        stage, step = training.config.name, self._offset + training.step
+        for tracker in self._accelerator.trackers if self._names else ():
+            try:
+                _show(tracker, f"{stage}/preview", path, step)
+            except Exception as error:
+                message = f"training.trackers: {tracker.name} cannot be written to: {_why(error)}"
+                raise WriteError(message) from error
+
     def stop(self) -> None:
         """Closes the trackers; also after an error, which this never takes the place of."""
         for tracker in self._accelerator.trackers if self._names else ():
@@ -69,6 +84,19 @@ class Trackers:
             except Exception as error:
                 message = f"training.trackers: {tracker.name} cannot be closed: {_why(error)}"
                 click.echo(f"warning: {message}; what it was to get is in {METRICS}")
+
+
+def _show(tracker: Any, name: str, preview: Path, step: int) -> None:
+    """Gives a tracker what it can show of a preview: the strip, and the videos if its library takes files of them."""
+    if tracker.name in ("wandb", "trackio"):
+        library = import_module(tracker.name)
+        videos = {f"{name}/{file.stem}": library.Video(str(file)) for file in sorted(preview.glob("*.mp4"))}
+        tracker.log({name: library.Image(str(preview.parent / STRIP)), **videos}, step=step)
+    elif hasattr(tracker, "log_images"):
+        with Image.open(preview.parent / STRIP) as picture:
+            pixels = np.asarray(picture)[None]
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: pixels}, step=step, **layout)
 
 
 def _why(error: Exception) -> str:
