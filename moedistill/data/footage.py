@@ -6,6 +6,7 @@ that cannot be brought to RGB exactly is refused with the reason (`FootageError`
 """
 
 import struct
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -301,14 +302,16 @@ def _picture_images(footage: Footage, wanted: Sequence[int]) -> Iterator[tuple[i
 
 @contextmanager
 def _opened_picture(path: Path) -> Iterator[Image.Image]:
-    """Turns Pillow's errors, of which an OSError without a number is one, into one line."""
+    """Turns into one line what Pillow stumbles over in a damaged file, which may be an error of any kind."""
     try:
-        with Image.open(path, formats=_PICTURES) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_PICTURES) as image:
+                yield image
     except (UnidentifiedImageError, FootageError):
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # the system's
             raise
         raise FootageError(f"is a damaged picture: {error}") from error
 
@@ -389,6 +392,8 @@ def _probe_video(path: Path) -> Footage:
     elif packets.first.pts is not None:
         # A recording that begins in the middle of a group of frames is shown from its first whole one.
         stamps = {stamp: duration for stamp, duration in stamps.items() if stamp >= _stamp(packets.first)}
+    if not stamps:
+        raise FootageError("has a video of which no frame can be decoded")
     video = replace(video, first=min(stamps))
     times = tuple(float(stamp - video.first) for stamp in sorted(stamps))
     usual = median(later - time for time, later in pairwise(times)) if len(times) > 1 else float(1 / rate)

@@ -691,6 +691,35 @@ def test_a_frame_that_was_promised_and_does_not_come_is_missed(tmp_path):
             read_frames(promised, SIZE, num_frames=26, fps=24)
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.ts", "a.gif", "a.tiff", "a.webp"])
+def test_damage_of_any_kind_ends_in_one_line(tmp_path, name, recwarn):
+    """Cut, changed and left out at random: frames come out, or a reason, and never another error."""
+    if name in ("a.gif", "a.tiff", "a.webp"):
+        Image.fromarray(numbered(1)).save(tmp_path / name, save_all=True, append_images=[Image.fromarray(numbered(2))])
+    else:
+        write_clip(tmp_path / name)
+    original, random = (tmp_path / name).read_bytes(), np.random.default_rng(0)
+    reasons = []
+    for attempt in range(30):
+        content = bytearray(original)
+        first, last = sorted(random.integers(0, len(content), 2))
+        if attempt % 3 == 0:
+            del content[max(first, 1) :]
+        elif attempt % 3 == 1:
+            del content[first : min(last, first + 1000)]
+        else:
+            content[first] ^= 0xFF
+            content[last] ^= 0xFF
+        (tmp_path / name).write_bytes(content)
+        try:
+            read(tmp_path / name)
+        except FootageError as error:
+            reasons.append(str(error))
+    assert len(reasons) >= 5
+    assert not any("\n" in reason for reason in reasons)
+    assert not recwarn.list
+
+
 def test_sound_alone_is_refused(tmp_path):
     with pytest.raises(FootageError, match="has no video, only sound"):
         probe(write_sound(tmp_path / "a.m4a"))
