@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moedistill.data.latents import open_store
 from moedistill.data.make_pieces import make_pieces
-from moedistill.data.pieces import Pieces, key_of
+from moedistill.data.pieces import WORK, Pieces, key_of
 from moedistill.data.progress import Say
 from moedistill.data.prompts import read_prompts
 from moedistill.data.sources import Source
@@ -85,7 +85,7 @@ class Encoding:
     def __init__(
         self, data: VideosConfig, backbone: LatentVideoBackbone, folder: Path, made_for: Mapping[str, Any], say: Say
     ) -> None:
-        self.folder, self._backbone, self._pieces, self._say = folder, backbone, Pieces(folder), say
+        self.folder, self._backbone, self._pieces, self._say = folder, backbone, Pieces(folder / WORK), say
         self._revisions = backbone.revisions()
         self._old = _OldSet(folder, self._revisions)
         self._places: dict[str, int] = {}

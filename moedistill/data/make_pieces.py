@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moedistill.data.footage import Footage, FootageError, probe, read_frames
-from moedistill.data.pieces import Pieces
+from moedistill.data.pieces import WORK, Pieces
 from moedistill.data.progress import Progress, Say
 from moedistill.data.storable import LATENTS, bad_numbers
 from moedistill.data.windows import Window
@@ -35,7 +35,7 @@ def make_pieces(backbone: LatentVideoBackbone, folder: Path, say: Say, process: 
     Raises:
         ValueError: a model is not there, or does not take a caption.
     """
-    pieces = Pieces(folder)
+    pieces = Pieces(folder / WORK)
     todo: dict[str, list[Task]] = {part: tasks[process::processes] for part, tasks in pieces.read_plan().items()}
     progress = Progress("pieces are encoded", sum(map(len, todo.values())), say)
     if todo["latents"]:

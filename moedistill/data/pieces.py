@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from moedistill.errors import UserError
 from moedistill.runtime.checkpoint import save_tensors, write_text
-from moedistill.runtime.integrity import read_json, read_tensors
+from moedistill.runtime.integrity import Damaged, read_json, read_tensors
 from moedistill.runtime.writing import disk_errors, new_file
 
 WORK = ".work"
@@ -28,15 +29,15 @@ def key_of(*of: Any) -> str:
 
 
 class Pieces:
-    """The pieces that lie in a set's folder: mappings of tensors, or why one cannot be made."""
+    """The pieces that lie in a folder: mappings of tensors, or why one cannot be made."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / WORK
+        self.folder = folder
 
     def make_folder(self) -> None:
         """Makes the folder, and forgets why pieces could not be made: that is tried once more."""
         with disk_errors(self.folder):
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             for file in self.folder.glob("*.failed"):
                 file.unlink()
 
@@ -44,8 +45,15 @@ class Pieces:
         return self._file(key).is_file()
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """A piece; Damaged where it is not what was written."""
-        return read_tensors(self._file(key))
+        """A piece.
+
+        Raises:
+            UserError: it is not what was written.
+        """
+        try:
+            return read_tensors(self._file(key))
+        except Damaged as error:
+            raise UserError(f"{error}; remove it, and give the same command again: it alone is made anew") from error
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keeps a piece, whole or not at all."""

@@ -7,11 +7,8 @@ A piece's name is a hash of all that it depends on. So whoever makes it, and how
 the same bit for bit, and nothing is sampled twice. In a set that is there the samples are known by the same names.
 """
 
-import hashlib
-import json
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -23,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moedistill.data.latents import LATENTS, Store, open_store
+from moedistill.data.pieces import WORK, Pieces, key_of
 from moedistill.data.writing import INDEX, Item, write_set
 from moedistill.errors import UserError, user_errors
 from moedistill.flow.sampling_points import SampleConfig
@@ -33,18 +31,15 @@ from moedistill.recipe.keys import Recipe
 from moedistill.recipe.sampling import trajectory_of
 from moedistill.runs.build import build_mixture
 from moedistill.runs.launch import launch, tell_launcher
-from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.devices import cpu_threads, find_device
-from moedistill.runtime.integrity import Damaged, read_json, read_tensors
+from moedistill.runtime.integrity import read_json
 from moedistill.runtime.lock import claimed
 from moedistill.runtime.randomness import Draws
 from moedistill.runtime.signals import Interruption
-from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.share import Share
 
-WORK = ".work"
 NEGATIVE = "negative"
-"""What the negative prompt's file is called beside those of prompts."""
+"""What the negative prompt's piece is called beside those of prompts."""
 
 
 class Generation:
@@ -72,7 +67,7 @@ class Generation:
     ) -> None:
         _refuse_images(recipe)
         self.recipe = replace(recipe, experts={}, router=None, stages=[])
-        self.dest, self.work, self.seed = dest, dest / WORK, seed
+        self.dest, self.seed, self._pieces = dest, seed, Pieces(dest / WORK)
         self.prompts = [prompt for prompt in prompts for _ in range(num)]
         with user_errors("--steps"):
             trajectory = trajectory_of(recipe)
@@ -104,18 +99,15 @@ class Generation:
 
     def name(self, place: int) -> str:
         """The name of a sample's piece."""
-        return _hash(self.made_for, self.seed, place, self.prompts[place])
+        return key_of(self.made_for, self.seed, place, self.prompts[place])
 
     @cached_property
     def _names(self) -> list[str]:
         return [self.name(place) for place in range(len(self.prompts))]
 
-    def _file(self, place: int) -> Path:
-        return self.work / f"{self._names[place]}.safetensors"
-
     def is_there(self, place: int) -> bool:
         """Whether a sample is made."""
-        return self._names[place] in self._stored or self._file(place).is_file()
+        return self._names[place] in self._stored or self._names[place] in self._pieces
 
     def done(self) -> str:
         """How many are made, for people."""
@@ -174,37 +166,36 @@ class Generation:
         if not own:
             return
         where = find_device(device)
-        texts = self.work / f"texts-{share.process}"
-        with disk_errors(texts):
-            texts.mkdir(parents=True, exist_ok=True)
+        texts = Pieces(self._pieces.folder / f"texts-{share.process}")
+        texts.make_folder()
         stop = Interruption(lambda: f"stopped; {self.done()}, and the same command goes on from there")
         with stop, cpu_threads(self.recipe.training.num_threads), user_errors("generate"):
             self.skeleton.stored(torch.zeros(1, *self.skeleton.latent_shape()))  # raises where it could not, in the end
             self._encode(texts, [self.prompts[place] for place in own], where)
             mixture = build_mixture(self.recipe, where, inference=True)
             if mixture.backbone.takes_null:
-                mixture.backbone.set_null(read_tensors(texts / self._text_name(NEGATIVE)))
+                mixture.backbone.set_null(texts.read(self._text_name(NEGATIVE)))
             for number, place in enumerate(own, 1):
-                text = read_tensors(texts / self._text_name("prompt", self.prompts[place]))
+                text = texts.read(self._text_name("prompt", self.prompts[place]))
                 latents = self._sampled(mixture, place, text)
-                _write(self._file(place), {LATENTS: latents, **text})
+                self._pieces.write(self._names[place], {LATENTS: latents, **text})
                 if number * 10 // len(own) > (number - 1) * 10 // len(own):
                     click.echo(f"{number} of {len(own)} samples", err=True)
 
-    def _encode(self, folder: Path, prompts: Sequence[str], device: torch.device) -> None:
-        """Writes the conditioning of prompts, and of the negative one, before the network takes the memory."""
+    def _encode(self, texts: Pieces, prompts: Sequence[str], device: torch.device) -> None:
+        """Makes the conditioning of prompts, and of the negative one, before the network takes the memory."""
         names = {self._text_name("prompt", prompt): prompt for prompt in prompts}
-        new = {name: prompt for name, prompt in names.items() if not (folder / name).is_file()}
+        new = {name: prompt for name, prompt in names.items() if name not in texts}
         self.skeleton.placed = device
         for name, encoded in zip(new, self.skeleton.encode_each(new.values()), strict=True):
-            _write(folder / name, encoded)
-        negative = folder / self._text_name(NEGATIVE)
-        if self.skeleton.takes_null and not negative.is_file():
+            texts.write(name, encoded)
+        negative = self._text_name(NEGATIVE)
+        if self.skeleton.takes_null and negative not in texts:
             encoded = self.skeleton.encode_negative(self.recipe.backbone.guidance.negative_prompt)
-            _write(negative, {name: value[0] for name, value in encoded.items()})
+            texts.write(negative, {name: value[0] for name, value in encoded.items()})
 
     def _text_name(self, kind: str, prompt: str = "") -> str:
-        return f"{_hash(self.made_for, kind, prompt)}.safetensors"
+        return key_of(self.made_for, kind, prompt)
 
     def _sampled(self, mixture: Mixture, place: int, text: Mapping[str, Tensor]) -> Tensor:
         """A sample's latents `[C, T, H, W]` as the VAE would give them, float32."""
@@ -227,7 +218,7 @@ class Generation:
             store = open_store(self.dest) if self._stored else None
             items = [Item(self._entry(place), self._loader(store, place)) for place in range(len(self.prompts))]
             write_set(self.dest, items, negative=self._negative(store), made_for=self.made_for)
-        shutil.rmtree(self.work, ignore_errors=True)
+        self._pieces.remove()
 
     def _entry(self, place: int) -> dict[str, Any]:
         return {
@@ -241,11 +232,12 @@ class Generation:
     def _loader(self, store: Store | None, place: int) -> Callable[[], Mapping[str, Tensor]]:
         if store is not None and self._names[place] in self._stored:
             return partial(_of_the_set, store, self._stored[self._names[place]])
-        return partial(_of_a_piece, self._file(place))
+        return partial(self._pieces.read, self._names[place])
 
     def _negative(self, store: Store | None) -> Mapping[str, Tensor] | None:
-        found = next(self.work.glob(f"texts-*/{self._text_name(NEGATIVE)}"), None)
-        return read_tensors(found) if found is not None else store.negative() if store is not None else None
+        name = self._text_name(NEGATIVE)
+        found = next((texts for texts in map(Pieces, self._pieces.folder.glob("texts-*")) if name in texts), None)
+        return found.read(name) if found is not None else store.negative() if store is not None else None
 
 
 def _refuse_images(recipe: Recipe) -> None:
@@ -266,19 +258,3 @@ def _refuse_images(recipe: Recipe) -> None:
 def _of_the_set(store: Store, number: int) -> dict[str, Tensor]:
     latents, cond = store.read(number)
     return {LATENTS: latents, **cond}
-
-
-def _of_a_piece(file: Path) -> dict[str, Tensor]:
-    try:
-        return read_tensors(file)
-    except Damaged as error:
-        raise UserError(f"{error}; remove it, and give the same command again: it alone is made anew") from error
-
-
-def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    with new_file(file) as new:
-        save_tensors(new, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
-
-
-def _hash(*what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

@@ -12,32 +12,33 @@ from started_commands import Command
 
 from moedistill import cli, generate
 from moedistill.data.latents import open_store
+from moedistill.data.pieces import WORK
 from moedistill.errors import UserError
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture
 from moedistill.runs.check import check_set
-from moedistill.runs.generate import WORK, Generation
+from moedistill.runs.generate import Generation
 from moedistill.runs.loop import run
 from moedistill_digits.backbone import DigitsBackbone
 
 PROMPTS = ["3 right", "", "0 down"]
 KILLER = """
 import os, signal, time
-from moedistill.runs import generate
+from moedistill.data.pieces import Pieces
 
-usual, count = generate._write, [0]
+usual, count = Pieces.write, [0]
 
 
-def writing(file, tensors):
-    usual(file, tensors)
+def writing(pieces, key, tensors):
+    usual(pieces, key, tensors)
     count[0] += "latents" in tensors
     if count[0] == 2 and "latents" in tensors and os.environ.get("LOCAL_RANK", "0") == os.environ.get("KILL"):
         time.sleep(float(os.environ.get("SLEEP", "0")))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-generate._write = writing
+Pieces.write = writing
 """
 
 
