@@ -19,11 +19,10 @@ from moedistill.data.latents import open_store
 from moedistill.data.make_pieces import make_pieces
 from moedistill.data.pieces import WORK, Pieces, key_of
 from moedistill.data.progress import Say
-from moedistill.data.prompts import read_prompts
 from moedistill.data.sources import Source
 from moedistill.data.storable import LATENTS
 from moedistill.data.videos import VideosConfig
-from moedistill.data.windows import SetPlan, Skipped, Window, plan_windows
+from moedistill.data.windows import SetPlan, Skipped, Window
 from moedistill.data.writing import INDEX, OWN_NAME, Item, write_set
 from moedistill.errors import UserError
 from moedistill.model.backbone import VideoSize
@@ -68,59 +67,40 @@ class Encoding:
     """A set on its way.
 
     Args:
-        data: the clips, or prompts (a `.txt` file), and how they become samples.
+        plan: what it is to have.
+        data: the clips, or prompts, and how they become samples.
         backbone: what encodes; its networks are not called, and may be without weights.
         folder: the set's.
         made_for: what else the index shall say that the set was made for.
-        say: is told now and then how far it is.
-
-    Attributes:
-        plan: which windows of which clips become samples; of prompts it is empty.
 
     Raises:
-        ValueError: there are no clips, or the model has no videos of these lengths.
+        ValueError: the model's files are not on this machine.
         UserError: the folder holds something else.
     """
 
     def __init__(
-        self, data: VideosConfig, backbone: LatentVideoBackbone, folder: Path, made_for: Mapping[str, Any], say: Say
+        self,
+        plan: SetPlan,
+        data: VideosConfig,
+        backbone: LatentVideoBackbone,
+        folder: Path,
+        made_for: Mapping[str, Any],
     ) -> None:
-        self.folder, self._backbone, self._pieces, self._say = folder, backbone, Pieces(folder / WORK), say
+        self.plan, self.folder, self._backbone, self._pieces = plan, folder, backbone, Pieces(folder / WORK)
         self._revisions = backbone.revisions()
         self._old = _OldSet(folder, self._revisions)
-        self._places: dict[str, int] = {}
-        """Of the clips in their list."""
-        self._made_for = {**made_for, "fps": backbone.fps, "revisions": self._revisions}
+        of = _of_what(plan.sources, _how(data, backbone))
+        self._made_for = {**made_for, "fps": backbone.fps, "revisions": self._revisions, "of": of}
         self._of: dict[str, dict[str, Any]] = {part: {} for part in ENCODERS}
         """By part and key: of what a piece is made."""
-        assert data.path is not None
-        self.plan = SetPlan(data.path)
-        if is_prompts(data.path):
-            self._wanted = [self._prompt(text) for text in read_prompts(data.path)]
-        else:
-            sources = data.sources([folder])
-            self._places = {source.name: place for place, source in enumerate(sources)}
-            self._made_for["of"] = _of_what(sources, _how(data, backbone))
-            self.plan = plan_windows(data, backbone.config, backbone.fps, sources, say)
-            self._wanted = [self._sample(window) for window in self.plan.windows]
+        self._wanted = [*map(self._prompt, plan.prompts), *map(self._sample, plan.windows)]
         self._negative = self._piece("negative", backbone.config.guidance.negative_prompt)
 
-    def table(self) -> list[str]:
-        """What the set will have, and what is left out, for people."""
-        if not self.plan.windows and self._wanted:
-            return [f"{self.plan.what}: {len(self._wanted)} prompts"]
-        sizes = {(each.num_frames, each.height, each.width) for each in self.plan.windows}
-        return self.plan.table({size: _sample_bytes(self._backbone, *size) for size in sizes})
-
-    def check(self) -> None:
-        """UserError where no clip can be used."""
-        if not self._wanted:
-            raise UserError(f"{self.plan.what}: no clip can be used, of {len(self._places)}")
-
-    def run(self, share_out: Callable[[], None] | None = None) -> Encoded:
+    def run(self, say: Say, share_out: Callable[[], None] | None = None) -> Encoded:
         """Makes the pieces that are not there, and packs all of them.
 
         Args:
+            say: is told now and then how far it is.
             share_out: has `make_pieces` called in other processes instead; it comes back when all of them are done.
 
         Raises:
@@ -132,7 +112,7 @@ class Encoding:
         if self._wanted and left:
             self._pieces.write_plan({part: [(key, self._of[part][key]) for key in keys] for part, keys in todo.items()})
             if share_out is None:
-                make_pieces(self._backbone, self.folder, self._say)
+                make_pieces(self._backbone, self.folder, say)
             else:
                 share_out()
         return self._pack(made=left, kept=wanted - left)
@@ -172,12 +152,13 @@ class Encoding:
                 whole.append(wanted)
             else:
                 skipped.append(Skipped(wanted.source, why))
-        skipped.sort(key=lambda each: self._places.get(each.source, 0))
+        places = {source.name: place for place, source in enumerate(self.plan.sources)}
+        skipped.sort(key=lambda each: places.get(each.source, 0))
         lines = [json.dumps(asdict(each), ensure_ascii=False) for each in dict.fromkeys(skipped)]
         write_text(self.folder / SKIPPED, "".join(f"{line}\n" for line in lines))
         if not whole:
             raise UserError(
-                f"{self.plan.what}: no clip can be used, of {len(self._places)}; {self.folder / SKIPPED} says why"
+                f"{self.plan.what}: no clip can be used, of {len(self.plan.sources)}; {self.folder / SKIPPED} says why"
             )
         items = [Item({**wanted.entry, "pieces": wanted.pieces}, partial(self._load, wanted)) for wanted in whole]
         names = {part: sorted(self._read(key)) for part, key in whole[0].pieces.items()}
@@ -191,12 +172,6 @@ class Encoding:
 
     def _read(self, key: str) -> dict[str, Tensor]:
         return self._pieces.read(key) if key in self._pieces else self._old.read(key)
-
-
-def is_prompts(path: str | Path) -> bool:
-    """Whether this is a file of prompts, not of clips."""
-    path = Path(path).expanduser()
-    return path.suffix.lower() == ".txt" and path.is_file()
 
 
 def default_folder(data: VideosConfig, backbone: LatentVideoBackbone) -> Path:
@@ -244,7 +219,7 @@ def _content(of: Any) -> Any:
     return {k: v for k, v in asdict(of).items() if k not in named} if isinstance(of, Window) else of
 
 
-def _sample_bytes(backbone: LatentVideoBackbone, num_frames: int, height: int, width: int) -> int:
+def sample_bytes(backbone: LatentVideoBackbone, num_frames: int, height: int, width: int) -> int:
     """About what a sample takes on the disk; text may be shorter."""
     channels, *grid = backbone.latent_shape(VideoSize(num_frames=num_frames, height=height, width=width))
     total = channels * prod(grid) * (getattr(backbone.config, "vae_dtype", None) or backbone.dtype).itemsize

@@ -2,16 +2,18 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from moedistill.data.footage import Crop, Footage, FootageError, probe
 from moedistill.data.progress import Progress, Say, silent
+from moedistill.data.prompts import read_prompts
 from moedistill.data.sizes import buckets, check_lengths, fit, window_length, window_starts
 from moedistill.data.sources import Source
 from moedistill.data.videos import VideosConfig
-from moedistill.errors import shorten
+from moedistill.errors import UserError, shorten
 from moedistill.model.latent_video import LatentVideoConfig
 from moedistill.runtime.integrity import Damaged, sum_of
 
@@ -57,23 +59,34 @@ class SetPlan:
     """What a set will have.
 
     Attributes:
-        what: the clips' place, for people.
-        windows: of all clips, in order.
+        what: the clips' place, or that of prompts, for people.
+        sources: all clips, in order.
+        prompts: of a set of texts alone.
+        windows: what of the clips becomes samples.
         skipped: clips that are left out.
         cropped: of each bucket (frames, height, width): which share of its windows' pixels is cut away.
     """
 
     what: str
+    sources: Sequence[Source] = ()
+    prompts: Sequence[str] = ()
     windows: list[Window] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     cropped: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
 
-    def table(self, sample_bytes: Mapping[tuple[int, int, int], int]) -> list[str]:
+    def check(self) -> None:
+        """UserError where no clip can be used."""
+        if not self.windows and not self.prompts:
+            raise UserError(f"{self.what}: no clip can be used, of {len(self.sources)}")
+
+    def table(self, sample_bytes: Callable[[int, int, int], int]) -> list[str]:
         """The plan for people.
 
         Args:
-            sample_bytes: of a sample of each bucket.
+            sample_bytes: of a sample of so many frames, of this height and width.
         """
+        if self.prompts:
+            return [f"{self.what}: {_many(self.prompts, 'prompt')}"]
         clips = len({window.source for window in self.windows})
         lines = [f"{self.what}: {clips} clips of {clips + len(self.skipped)} make {_many(self.windows, 'sample')}"]
         counts = Counter((window.num_frames, window.height, window.width) for window in self.windows)
@@ -86,7 +99,7 @@ class SetPlan:
             widths = [max(len(row[k]) for row in rows) for k in range(4)]
             lines += ["  ".join(["", *(f"{row[k]:>{widths[k]}}" for k in range(4))]) for row in rows]
             seconds = sum(window.num_frames / window.fps for window in self.windows)
-            size = sum(sample_bytes[bucket] * count for bucket, count in counts.items())
+            size = sum(sample_bytes(*bucket) * count for bucket, count in counts.items())
             rate = f"{self.windows[0].fps:g} frames per second"
             lines.append(f"  {_duration(seconds)} of video at {rate}, about {size / 1e9:.3g} GB on disk")
         return lines + list(skipped_lines(self.skipped))
@@ -108,24 +121,28 @@ def skipped_lines(skipped: Sequence[Skipped], kinds: int = 8) -> Iterator[str]:
         yield f"    and {sum(map(len, ranked[kinds:]))} more"
 
 
-def plan_windows(
-    data: VideosConfig, config: LatentVideoConfig, fps: float, sources: Sequence[Source], say: Say = silent
+def plan_set(
+    data: VideosConfig, config: LatentVideoConfig, fps: float, *, without: Collection[Path] = (), say: Say = silent
 ) -> SetPlan:
-    """Which windows of which clips become samples of a model's set.
+    """Which windows of which clips become samples of a model's set; or that prompts do, of a `.txt` file.
 
     Of clips of equal content the first one counts; in a list, one with another caption is another sample.
 
     Args:
         fps: of the set.
+        without: folders in that of the clips that are none of them.
         say: is told now and then how far it is.
 
     Raises:
-        ValueError: the model has no videos of `data.lengths`.
+        ValueError: there are no clips, or the model has no videos of `data.lengths`.
     """
+    assert data.path is not None
+    if is_prompts(data.path):
+        return SetPlan(data.path, prompts=read_prompts(data.path))
     lengths = data.lengths or [config.video.num_frames]
     check_lengths(config, lengths)
-    assert data.path is not None
-    plan, first = SetPlan(data.path), dict[tuple[str, str | None], Source]()
+    sources = data.sources(without)
+    plan, first = SetPlan(data.path, sources), dict[tuple[str, str | None], Source]()
     progress = Progress("clips are looked at", len(sources), say)
     pool = ThreadPoolExecutor(LOOKERS)
     try:
@@ -145,6 +162,12 @@ def plan_windows(
     finally:
         pool.shutdown(cancel_futures=True)  # where it is interrupted, nobody waits for the other clips
     return plan
+
+
+def is_prompts(path: str | Path) -> bool:
+    """Whether this is a file of prompts, not of clips."""
+    path = Path(path).expanduser()
+    return path.suffix.lower() == ".txt" and path.is_file()
 
 
 @dataclass(frozen=True)

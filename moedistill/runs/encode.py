@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from moedistill.data.encode import SKIPPED, Encoded, Encoding, default_folder, is_current
+from moedistill.data.encode import SKIPPED, Encoded, Encoding, default_folder, is_current, sample_bytes
 from moedistill.data.make_pieces import make_pieces
 from moedistill.data.progress import Say, silent
 from moedistill.data.videos import VideosConfig
+from moedistill.data.windows import plan_set
 from moedistill.errors import UserError, user_errors
 from moedistill.model.latent_video import LatentVideoBackbone
 from moedistill.recipe.building import to_plain
@@ -137,19 +139,22 @@ def _encode(
     *,
     dry_run: bool = False,
 ) -> Encoded | None:
-    encoding = Encoding(data, backbone, folder, {"backbone": to_plain(recipe.backbone)}, say)
-    for line in encoding.table():
+    if not dry_run:
+        backbone.revisions()  # raises where the model is not there, before the clips are looked at
+    plan = plan_set(data, backbone.config, backbone.fps, without=[folder], say=say)
+    for line in plan.table(partial(sample_bytes, backbone)):
         say(line)
     if dry_run:
-        encoding.check()
+        plan.check()
         return None
+    encoding = Encoding(plan, data, backbone, folder, {"backbone": to_plain(recipe.backbone)})
 
     def shared() -> None:
         if share_out is not None and (code := share_out(folder)):
             raise SystemExit(code)
 
     with claimed(folder):
-        done = encoding.run(shared if share_out is not None else None)
+        done = encoding.run(say, shared if share_out is not None else None)
     say(
         f"{folder}: {done.samples} samples; {done.made} pieces encoded now, {done.kept} kept; "
         f"{len(done.skipped)} clips skipped, see {folder / SKIPPED}"

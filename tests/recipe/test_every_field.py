@@ -29,7 +29,7 @@ from moedistill.data.base import Sample
 from moedistill.data.latents import write_latents
 from moedistill.data.loading import Batch, load_batches
 from moedistill.data.prompts import PromptsConfig
-from moedistill.data.windows import plan_windows
+from moedistill.data.windows import plan_set
 from moedistill.errors import UserError
 from moedistill.flow.routers import Boundary, TimestepRouterConfig
 from moedistill.flow.sampling_points import SampleConfig
@@ -924,7 +924,7 @@ def test_which_samples_videos_make(tmp_path):
     def windows(path="clips", **changes):
         data = {"kind": "videos", "path": str(tmp_path / path), **changes}
         config = load_recipe(tiny_recipe([distil()], {"data": data})).data
-        return plan_windows(config, backbone, 16.0, config.sources()).windows
+        return plan_set(config, backbone, 16.0).windows
 
     [window] = windows()
     assert (window.source, window.start, window.num_frames, window.crop) == ("long.mp4", 0, 9, "center")

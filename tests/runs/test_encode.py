@@ -252,6 +252,10 @@ def test_a_dry_run_says_what_there_would_be_and_writes_nothing(clips, recipe, tm
     assert f"about {6 * (16 * 3 * 4 * 6 + 512 * 24) * 4 / 1e9:.3g} GB" in said
     assert "skipped: 2 clips" in said
     encoded(clips / "short.mp4", tmp_path / "set", recipe, "--dry-run", code=2)
+    # Without the model's weights, too.
+    video = "backbone.video={num_frames: 9, height: 32, width: 48}"
+    encoded(clips, tmp_path / "set", "dcm_wan_1_3b", "--set", video, "--dry-run")
+    assert "5 clips of 7 make 5 samples" in capsys.readouterr().out
 
 
 def test_frames_per_second_are_the_models_or_those_asked_for(recipe, tmp_path):
