@@ -52,7 +52,7 @@ def find_sources(
 
     Args:
         path_column, caption_column: of a list; by default the first of `PATH_COLUMNS` and of `CAPTION_COLUMNS`.
-        without: folders that are not looked into.
+        without: folders in it that are not looked into.
 
     Raises:
         ValueError: there is no such file or folder, nothing is in it, or a list cannot be read.
@@ -80,7 +80,8 @@ def _of_folder(root: Path, without: Collection[Path]) -> Iterator[Source]:
     seen: set[Path] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         here = Path(folder)
-        if (real := here.resolve()) in seen or real in without:  # links may go round in a circle
+        real = here.resolve()
+        if real in seen or (real in without and here != root):  # links may go round in a circle
             subfolders.clear()
             continue
         seen.add(real)
