@@ -352,7 +352,7 @@ def _check_boxes(path: Path) -> None:
                 break
             place += length
             file.seek(place)
-    if b"moov" in kinds:
+    if b"moov" in kinds or not kinds:
         return
     if b"meta" in kinds:
         raise FootageError("is a picture in HEIF or AVIF, which are not read: save it as PNG or JPEG")

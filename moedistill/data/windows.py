@@ -88,7 +88,7 @@ class SetPlan:
         if self.prompts:
             return [f"{self.what}: {_many(self.prompts, 'prompt')}"]
         clips = len({window.source for window in self.windows})
-        lines = [f"{self.what}: {clips} clips of {clips + len(self.skipped)} make {_many(self.windows, 'sample')}"]
+        lines = [f"{self.what}: {clips} of {clips + len(self.skipped)} clips make {_many(self.windows, 'sample')}"]
         counts = Counter((window.num_frames, window.height, window.width) for window in self.windows)
         rows = [("length", "size", "samples", "cropped away")]
         for bucket, count in sorted(counts.items()):

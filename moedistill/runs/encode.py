@@ -156,7 +156,7 @@ def _encode(
     with claimed(folder):
         done = encoding.run(say, shared if share_out is not None else None)
     say(
-        f"{folder}: {done.samples} samples; {done.made} pieces encoded now, {done.kept} kept; "
-        f"{len(done.skipped)} clips skipped, see {folder / SKIPPED}"
+        f"{folder}: samples: {done.samples}; pieces encoded now: {done.made}, kept: {done.kept}; "
+        f"clips skipped: {len(done.skipped)}, see {folder / SKIPPED}"
     )
     return done

@@ -821,3 +821,9 @@ def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch, error, reason):
     monkeypatch.setattr(Path, "open", fails)
     with pytest.raises(FootageError, match=reason):
         probe(path)
+
+
+def test_a_few_bytes_are_no_unfinished_recording(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"abc")
+    with pytest.raises(FootageError, match="is no video or picture"):
+        probe(tmp_path / "broken.mp4")

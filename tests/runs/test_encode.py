@@ -110,7 +110,7 @@ def test_every_clip_is_in_the_set_or_skipped_with_its_reason(clips, recipe, tmp_
     assert reasons["short.mp4"].startswith("has 5 frames at the rate of the set, and 9 are wanted")
     assert not (tmp_path / "set" / WORK).exists()
     said = capsys.readouterr().out
-    assert "5 clips of 7 make 5 samples" in said
+    assert "5 of 7 clips make 5 samples" in said
     run("data", "check", tmp_path / "set", "--recipe", recipe, "--set", f"data.path={tmp_path / 'set'}")
 
 
@@ -255,7 +255,7 @@ def test_a_dry_run_says_what_there_would_be_and_writes_nothing(clips, recipe, tm
     # Without the model's weights, too.
     video = "backbone.video={num_frames: 9, height: 32, width: 48}"
     encoded(clips, tmp_path / "set", "dcm_wan_1_3b", "--set", video, "--dry-run")
-    assert "5 clips of 7 make 5 samples" in capsys.readouterr().out
+    assert "5 of 7 clips make 5 samples" in capsys.readouterr().out
 
 
 def test_frames_per_second_are_the_models_or_those_asked_for(recipe, tmp_path):
