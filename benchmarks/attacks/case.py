@@ -191,7 +191,8 @@ class Reference:
             return "metrics.jsonl"
         if (run / "evaluate/metrics.json").read_bytes() != (self.run / "evaluate/metrics.json").read_bytes():
             return "evaluate/metrics.json"
-        pictures = [path.relative_to(self.run) for path in self.run.rglob("*.png")]
+        # But for the curves, which show a process's memory, too.
+        pictures = [path.relative_to(self.run) for path in self.run.rglob("*.png") if path.name != "curves.png"]
         different = [path for path in pictures if not _same_bytes(run / path, self.run / path)]
         return str(different[0]) if different else ""
 
