@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moedistill.components.fields import NonEmptyStr
 from moedistill.data.base import Dataset, DatasetConfig, Sample
+from moedistill.data.pieces import WORK
 from moedistill.data.storable import (
     LATENTS,
     Unusable,
@@ -374,8 +375,12 @@ def find_index(path: str | Path) -> Path:
     found = [path / name for name in (INDEX, PUBLISHED_INDEX) if (path / name).is_file()]
     if not found:
         unfinished = next(path.glob("*.safetensors"), None)
-        hint = f"; its {INDEX} is written last: let what makes the set run to its end" if unfinished else ""
-        raise ValueError(f"{path} holds neither {PUBLISHED_INDEX} nor {INDEX}{hint}")
+        hint = (
+            f"its {INDEX} is written last: let what makes the set run to its end"
+            if unfinished or (path / WORK).is_dir()
+            else f"of clips, `moedistill data encode {path} SET --recipe RECIPE` makes a set"
+        )
+        raise ValueError(f"{path} holds neither {PUBLISHED_INDEX} nor {INDEX}; {hint}")
     return found[0]
 
 

@@ -73,6 +73,12 @@ def find_sources(
     return _of_rows(path, rows, path_column, caption_column)
 
 
+def is_prompts(path: str | Path) -> bool:
+    """Whether this is a file of prompts, not of clips."""
+    path = Path(path).expanduser()
+    return path.suffix.lower() == ".txt" and path.is_file()
+
+
 # -- a folder ---------------------------------------------------------------------------------------------------------
 
 
@@ -97,9 +103,9 @@ def _of_folder(root: Path, without: Collection[Path]) -> Iterator[Source]:
                 yield Source(here / name, shown, None, "is a text without a clip of its name beside it")
 
 
-def _texts_of(name: str) -> tuple[str, str]:
+def _texts_of(name: str) -> list[str]:
     """What a clip's caption may be called."""
-    return f"{Path(name).stem}.txt", f"{name}.txt"
+    return [f"{of}{ending}" for ending in (".txt", ".TXT") for of in (Path(name).stem, name)]
 
 
 def _with_caption(path: Path, name: str) -> Source:
@@ -131,9 +137,16 @@ def _rows(path: Path) -> list[Any]:
             if not isinstance(rows, list):
                 raise ValueError(f"it holds a {type(rows).__name__}, where a list of clips must be")
             return rows
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [_entry(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a list of clips: {shorten(reason(error), 120)}") from error
+
+
+def _entry(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error.msg} at character {error.pos + 1}") from error
 
 
 def _of_rows(path: Path, rows: list[Any], path_column: str | None, caption_column: str | None) -> list[Source]:

@@ -10,7 +10,7 @@ from annotated_types import Len
 from moedistill.components.fields import NonEmptyStr, PositiveInt
 from moedistill.data.base import Dataset, DatasetConfig
 from moedistill.data.latents import LatentsConfig, SyntheticDataset
-from moedistill.data.sources import Source, find_sources
+from moedistill.data.sources import Source, find_sources, is_prompts
 
 if TYPE_CHECKING:
     from moedistill.model.backbone import Backbone
@@ -52,8 +52,11 @@ class VideosConfig(DatasetConfig):
         raise ValueError(f"{self.path} is to be encoded first; `moedistill run` does that, or `moedistill data encode`")
 
     def look_ahead(self) -> None:
-        if self.path is not None:
-            self.sources()
+        if self.path is None:
+            return
+        if is_prompts(self.path):
+            raise ValueError(f"{self.path} holds prompts; give clips, or read it by data: {{kind: prompts}}")
+        self.sources()
 
     def tiny(self) -> "VideosConfig":
         return self.replace(path=None)

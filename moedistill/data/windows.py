@@ -11,7 +11,7 @@ from moedistill.data.footage import Crop, Footage, FootageError, probe
 from moedistill.data.progress import Progress, Say, silent
 from moedistill.data.prompts import read_prompts
 from moedistill.data.sizes import buckets, check_lengths, fit, window_length, window_starts
-from moedistill.data.sources import Source
+from moedistill.data.sources import Source, is_prompts
 from moedistill.data.videos import VideosConfig
 from moedistill.errors import UserError, shorten
 from moedistill.model.latent_video import LatentVideoConfig
@@ -162,12 +162,6 @@ def plan_set(
     finally:
         pool.shutdown(cancel_futures=True)  # where it is interrupted, nobody waits for the other clips
     return plan
-
-
-def is_prompts(path: str | Path) -> bool:
-    """Whether this is a file of prompts, not of clips."""
-    path = Path(path).expanduser()
-    return path.suffix.lower() == ".txt" and path.is_file()
 
 
 @dataclass(frozen=True)

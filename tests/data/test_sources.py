@@ -26,8 +26,11 @@ def test_a_folders_clips_are_found_at_any_depth_in_order_with_the_texts_beside_t
     write(tmp_path / "a b/ü ñ.txt", "\ufeffein Hund\r\n")
     write(tmp_path / "a b/deep/er/c.png.txt", "")
     write(tmp_path / "left_over.txt", "whose?")
+    write(tmp_path / "UPPER.MOV")
+    write(tmp_path / "UPPER.TXT", "from a camera")
     found = clips(tmp_path)
     assert list(found.items()) == [
+        ("UPPER.MOV", ("from a camera", "")),
         ("b.mp4", ("a dog runs", "")),
         ("left_over.txt", (None, "is a text without a clip of its name beside it")),
         ("no_caption.mp4", (None, "")),
@@ -74,6 +77,13 @@ def test_lists_name_files_relative_to_themselves(tmp_path, name):
         (tmp_path / "lists/sub/a.mp4", "a dog runs", True),
         (tmp_path / "lists/b, c.mp4", "", True),
     ]
+
+
+def test_a_line_that_is_none_is_named_by_its_number_and_only_line_feeds_end_one(tmp_path):
+    entry = json.dumps({"path": "a.mp4", "caption": "two\u2028lines"}, ensure_ascii=False)
+    assert list(clips(write(tmp_path / "list.jsonl", f"{entry}\r\n\n")).values()) == [("two lines", "")]
+    with pytest.raises(ValueError, match="line 3: Expecting property name enclosed in double quotes at character 2"):
+        find_sources(write(tmp_path / "list.jsonl", f"{entry}\n\n{{oops\n"))
 
 
 def test_columns_of_other_names_are_named(tmp_path):

@@ -124,7 +124,8 @@ def test_an_empty_mask_of_a_later_sample_is_seen_before_training(tmp_path):
 
 def test_a_path_that_is_no_set_stops_a_run_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "build_run", None)
-    for path, message in ((tmp_path / "nowhere", "there is no file or folder"), (tmp_path, "holds neither")):
+    way_out = f"holds neither .*; of clips, `moedistill data encode {tmp_path} SET --recipe RECIPE` makes a set"
+    for path, message in ((tmp_path / "nowhere", "there is no file or folder"), (tmp_path, way_out)):
         with pytest.raises(UserError, match=message):
             run(recipe_on(path), output=tmp_path / "run", device="cpu")
 
