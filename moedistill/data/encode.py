@@ -6,6 +6,7 @@ processes have made it, and how often they were killed, leaves no trace.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -62,6 +63,11 @@ class _Wanted:
     source: str
     pieces: dict[str, str]
 
+    @property
+    def clip(self) -> tuple[str, str]:
+        """What its windows have in common: in a list, a file may stand under several captions."""
+        return self.source, self.entry["caption"]
+
 
 class Encoding:
     """A set on its way.
@@ -106,16 +112,21 @@ class Encoding:
         Raises:
             UserError: no clip can be used; `skipped.jsonl` says why.
         """
-        self._pieces.make_folder()
         todo = {part: [key for key in of if not self._has(key)] for part, of in self._of.items()}
         wanted, left = sum(map(len, self._of.values())), sum(map(len, todo.values()))
         if self._wanted and left:
+            self._pieces.make_folder()
             self._pieces.write_plan({part: [(key, self._of[part][key]) for key in keys] for part, keys in todo.items()})
             if share_out is None:
                 make_pieces(self._backbone, self.folder, say)
             else:
                 share_out()
         return self._pack(made=left, kept=wanted - left)
+
+    def replaced(self) -> int:
+        """How many samples of the set that is there are of other windows, or prompts, than those of this one."""
+        wanted = {_main(each.pieces) for each in self._wanted}
+        return sum(_main(pieces) not in wanted for pieces in self._old.samples)
 
     # -- what is wanted -----------------------------------------------------------------------------------------------
 
@@ -145,16 +156,18 @@ class Encoding:
     def _pack(self, made: int, kept: int) -> Encoded:
         """Writes the set of all samples whose pieces are there; then the pieces are not needed any more."""
         failed = {key: why for of in self._of.values() for key in of if (why := self._pieces.failure(key)) is not None}
-        skipped, whole = list(self.plan.skipped), []
+        whole, broken = list[_Wanted](), dict[tuple[str, str], list[str]]()
         for wanted in self._wanted:
             why = next((failed[key] for key in wanted.pieces.values() if key in failed), None)
             if why is None:
                 whole.append(wanted)
             else:
-                skipped.append(Skipped(wanted.source, why))
+                broken.setdefault(wanted.clip, []).append(why)
+        there = Counter(wanted.clip for wanted in whole)
+        skipped = [*self.plan.skipped, *(_skipped(clip, why, there[clip]) for clip, why in broken.items())]
         places = {source.name: place for place, source in enumerate(self.plan.sources)}
         skipped.sort(key=lambda each: places.get(each.source, 0))
-        lines = [json.dumps(asdict(each), ensure_ascii=False) for each in dict.fromkeys(skipped)]
+        lines = [json.dumps(asdict(each), ensure_ascii=False) for each in skipped]
         write_text(self.folder / SKIPPED, "".join(f"{line}\n" for line in lines))
         if not whole:
             raise UserError(
@@ -209,6 +222,17 @@ def _of_what(sources: Sequence[Source], how: str) -> str:
     return key_of(how, [(source.name, source.caption, size) for source, size in zip(sources, sizes, strict=True)])
 
 
+def _main(pieces: Mapping[str, str]) -> str:
+    """The key of what a sample is of, whatever its caption says of it: its latents, if it has them."""
+    return pieces.get("latents") or pieces["text"]
+
+
+def _skipped(clip: tuple[str, str], reasons: Sequence[str], there: int) -> Skipped:
+    """One line for a clip, of which windows cannot be decoded, and `there` are in the set."""
+    part = f" ({there} of its {there + len(reasons)} windows are in the set)" if there else ""
+    return Skipped(clip[0], reasons[0] + part)
+
+
 def _plain(of: Any) -> Any:
     return asdict(of) if isinstance(of, Window) else of
 
@@ -233,14 +257,15 @@ class _OldSet:
     """The pieces of a set that is there already.
 
     Raises:
-        UserError: the folder holds something else, or a set of another model.
+        UserError: the folder holds a set that was made otherwise, or by another model.
     """
 
     def __init__(self, folder: Path, revisions: Mapping[str, str]) -> None:
         self._where: dict[str, tuple[int | None, list[str] | None]] = {}
         """By key: the number of a sample, and which of its tensors; None for the negative prompt."""
+        self.samples: list[dict[str, str]] = []
+        """Of each: its pieces by part."""
         if not (folder / INDEX).exists():
-            _refuse_others(folder)
             return
         self._store = open_store(folder)
         index = json.loads(read_text(folder / INDEX, LARGEST_INDEX))
@@ -252,6 +277,7 @@ class _OldSet:
                 f"{folder} holds a set that another VAE has made; choose another folder, or remove that set"
             )
         for number, entry in enumerate(index["samples"]):
+            self.samples.append(entry["pieces"])
             for part, key in entry["pieces"].items():
                 self._where.setdefault(key, (number, made_for["parts"][part]))
         self._where[made_for["negative"]] = (None, None)
@@ -268,9 +294,9 @@ class _OldSet:
         return {name: tensors[name] for name in names}
 
 
-def _refuse_others(folder: Path) -> None:
+def refuse_others(folder: Path) -> None:
     """UserError where a folder without a set holds what is none of a set's files."""
-    if not folder.exists():
+    if not folder.exists() or (folder / INDEX).exists():
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another place for the set")

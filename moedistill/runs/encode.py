@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from moedistill.data.encode import SKIPPED, Encoded, Encoding, default_folder, is_current, sample_bytes
+from moedistill.data.encode import SKIPPED, Encoded, Encoding, default_folder, is_current, refuse_others, sample_bytes
 from moedistill.data.make_pieces import make_pieces
 from moedistill.data.progress import Say, silent
 from moedistill.data.videos import VideosConfig
-from moedistill.data.windows import plan_set
+from moedistill.data.windows import SetPlan, plan_set
 from moedistill.errors import UserError, user_errors
 from moedistill.model.latent_video import LatentVideoBackbone
 from moedistill.recipe.building import to_plain
@@ -20,6 +20,7 @@ from moedistill.runs.launch import end_with_launcher, launch, tell_launcher
 from moedistill.runs.memory import memory_errors
 from moedistill.runtime.devices import cpu_threads, find_device
 from moedistill.runtime.lock import claimed, in_turn
+from moedistill.runtime.signals import Interruption
 
 ShareOut = Callable[[Path], int]
 """Starts processes that each do `encode_share` of the set in a folder, and gives their exit code."""
@@ -79,7 +80,8 @@ def encode_set(
         UserError: no clip can be used, something is missing, or the folder holds something else.
         SystemExit: of a process that was started.
     """
-    with _encoding(recipe, device) as backbone:
+    kept = "" if dry_run else "stopped; what is encoded is kept, and the same command goes on from there"
+    with Interruption(lambda: kept), _encoding(recipe, device) as backbone:
         return _encode(recipe, data, backbone, folder, say, share_out, dry_run=dry_run)
 
 
@@ -102,6 +104,8 @@ def with_encoded_videos(recipe: Recipe, device: str | None, say: Say, share_out:
     data = recipe.data
     if not isinstance(data, VideosConfig) or data.path is None:
         return recipe
+    with user_errors("data"):
+        data.look_ahead()
     with _encoding(recipe, device) as backbone:
         folder = Path(data.cache).expanduser() if data.cache is not None else default_folder(data, backbone)
         with in_turn(folder.with_name(f".{folder.name}.turn")):
@@ -139,21 +143,25 @@ def _encode(
     *,
     dry_run: bool = False,
 ) -> Encoded | None:
-    if not dry_run:
-        backbone.revisions()  # raises where the model is not there, before the clips are looked at
-    plan = plan_set(data, backbone.config, backbone.fps, without=[folder], say=say)
-    for line in plan.table(partial(sample_bytes, backbone)):
-        say(line)
-    if dry_run:
-        plan.check()
-        return None
-    encoding = Encoding(plan, data, backbone, folder, {"backbone": to_plain(recipe.backbone)})
+    def planned() -> SetPlan:
+        plan = plan_set(data, backbone.config, backbone.fps, without=[folder], say=say)
+        for line in plan.table(partial(sample_bytes, backbone)):
+            say(line)
+        return plan
 
     def shared() -> None:
         if share_out is not None and (code := share_out(folder)):
             raise SystemExit(code)
 
-    with claimed(folder):
+    refuse_others(folder)
+    if dry_run:
+        planned().check()
+        return None
+    backbone.revisions()  # raises where the model is not there, before the clips are looked at
+    with claimed(folder):  # also while they are looked at: what has taken hours is not in vain in the end
+        encoding = Encoding(planned(), data, backbone, folder, {"backbone": to_plain(recipe.backbone)})
+        if lost := encoding.replaced():
+            say(f"  {folder} holds a set, of which {lost} samples are not among these: the new set takes its place")
         done = encoding.run(say, shared if share_out is not None else None)
     say(
         f"{folder}: samples: {done.samples}; pieces encoded now: {done.made}, kept: {done.kept}; "

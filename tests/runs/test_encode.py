@@ -19,6 +19,7 @@ from moedistill.data.latents import open_store
 from moedistill.data.pieces import WORK
 from moedistill.data.prompts import PromptsConfig
 from moedistill.recipe.loading import load_recipe
+from moedistill.runtime.lock import locked
 
 SIZE = (32, 48)
 STANDING = ("portrait.mp4", "rotated.mp4")
@@ -189,6 +190,7 @@ def test_pictures_are_clips_of_one_frame(recipe, tmp_path, capsys):
         Image.new("RGB", (48, 32), (shade, 200, 10)).save(folder / f"{shade}.png")
     encoded(folder, tmp_path / "none", recipe, "--caption", "green", code=2)
     assert skipped(tmp_path / "none")["0.png"].startswith("is one frame at the rate of the set, and 9 are wanted")
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["skipped.jsonl"]
     assert "no clip can be used, of 2" in capsys.readouterr().err
     encoded(folder, tmp_path / "set", recipe, "--caption", "green", "--lengths", "1")
     assert [each["shape"] for each in entries(tmp_path / "set")] == [[16, 1, 4, 6]] * 2
@@ -209,6 +211,25 @@ def test_equal_clips_are_taken_once_but_in_a_list_under_another_caption(clips, r
     file.unlink()
     encoded(clips, tmp_path / "set", recipe)
     assert skipped(tmp_path / "set")["z copy.mp4"] == "is the same file as a.mp4, which is taken"
+
+
+def test_each_clip_that_is_left_out_has_a_line_of_its_own(clips, recipe, tmp_path, monkeypatch):
+    rows = [("a.mp4", "one"), ("gone.mp4", "x"), ("gone.mp4", "y"), ("gone.mp4", "y"), ("long.mp4", "l"), ("b.mp4", "")]
+    file = clips / "list.json"
+    file.write_text(json.dumps([{"path": path, "caption": text} for path, text in rows]))
+    usual = make_pieces.read_frames
+
+    def fails(footage, *arguments, start, **options):
+        if footage.path.name == "long.mp4" and start > 0:
+            raise make_pieces.FootageError(f"is damaged at {start:.2f} s")
+        return usual(footage, *arguments, start=start, **options)
+
+    monkeypatch.setattr(make_pieces, "read_frames", fails)
+    encoded(file, tmp_path / "set", recipe, "--windows", 3)
+    lines = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in lines] == ["gone.mp4"] * 3 + ["long.mp4", "b.mp4"]
+    assert lines[3]["reason"] == "is damaged at 0.56 s (1 of its 3 windows are in the set)"
+    assert [each["source"] for each in entries(tmp_path / "set")] == ["a.mp4", "long.mp4"]
 
 
 def test_a_clip_that_fails_while_it_is_decoded_is_skipped_then(clips, recipe, tmp_path, monkeypatch):
@@ -292,6 +313,24 @@ def test_what_is_there_is_kept_and_only_what_is_new_is_encoded(clips, recipe, tm
     assert content(tmp_path / "set") == content(tmp_path / "anew")
 
 
+def test_whoever_puts_another_set_in_its_place_is_told_and_other_folders_are_refused_before_clips_are_looked_at(
+    clips, recipe, tmp_path, capsys, monkeypatch
+):
+    encoded(clips, tmp_path / "set", recipe)
+    (clips / "a.txt").write_text("another caption")
+    capsys.readouterr()
+    encoded(clips, tmp_path / "set", recipe)
+    assert "takes its place" not in capsys.readouterr().out
+    encoded(clips / "a.mp4", tmp_path / "set", recipe)
+    assert "holds a set, of which 4 samples are not among these: the new set takes its place" in capsys.readouterr().out
+    monkeypatch.setattr("moedistill.runs.encode.plan_set", None)
+    encoded(clips, recipe, recipe, code=2)
+    assert "is a file; choose another place" in capsys.readouterr().err
+    with locked(tmp_path / "set"):
+        encoded(clips, tmp_path / "set", recipe, code=2)
+    assert "is in use by" in capsys.readouterr().err
+
+
 def test_killed_at_random_it_goes_on_to_the_same_set(clips, recipe, tmp_path):
     """Ten times, each at a moment of its own; a piece that is there is not made again."""
     encoded(clips, tmp_path / "whole", recipe, "--windows", 4)
@@ -309,6 +348,16 @@ def test_killed_at_random_it_goes_on_to_the_same_set(clips, recipe, tmp_path):
         kept = there
     encoded(clips, folder, recipe, "--windows", 4)
     assert content(folder) == content(tmp_path / "whole")
+
+
+def test_whoever_stops_it_is_told_that_the_same_command_goes_on(clips, recipe, tmp_path):
+    command = Command("data", "encode", clips, tmp_path / "set", "--recipe", recipe, log=tmp_path / "log")
+    while command.running and not pieces(tmp_path / "set"):
+        time.sleep(0.001)
+    command.signal(signal.SIGINT, workers=False)
+    assert command.exit_code() == 130
+    assert "what is encoded is kept, and the same command goes on" in (tmp_path / "log").read_text()
+    assert pieces(tmp_path / "set")
 
 
 def pieces(folder):
@@ -386,6 +435,14 @@ def test_videos_in_a_recipe_are_encoded_once_and_trained_on(clips, recipe, tmp_p
     run("run", recipe, *data, "--output", tmp_path / "third", "--set", f"data.cache={cache}")
     assert len(made) == 2
     assert len(entries(cache)) == 7
+
+
+def test_prompts_are_no_videos_to_train_on(recipe, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog")
+    run("run", recipe, "--set", f"data={{kind: videos, path: {prompts}}}", "--output", tmp_path / "run", code=2)
+    assert "prompts.txt holds prompts; give clips, or read it by data: {kind: prompts}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("prompts-*"))
 
 
 def test_two_processes_of_a_run_find_one_set(clips, recipe, tmp_path):
