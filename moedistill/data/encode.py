@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -24,12 +24,12 @@ from moedistill.data.sources import Source
 from moedistill.data.storable import LATENTS
 from moedistill.data.videos import VideosConfig
 from moedistill.data.windows import SetPlan, Skipped, Window
-from moedistill.data.writing import INDEX, OWN_NAME, Item, write_set
+from moedistill.data.writing import INDEX, OWN_NAME, Item, is_as_named, write_set
 from moedistill.errors import UserError
 from moedistill.model.backbone import VideoSize
 from moedistill.model.latent_video import LatentVideoBackbone
 from moedistill.runtime.checkpoint import write_text
-from moedistill.runtime.reading import LARGEST_INDEX, read_text
+from moedistill.runtime.integrity import Damaged, read_json
 from moedistill.runtime.writing import disk_errors
 
 SKIPPED = "skipped.jsonl"
@@ -204,8 +204,8 @@ def is_current(data: VideosConfig, backbone: LatentVideoBackbone, folder: Path) 
     """
     if not (folder / INDEX).is_file():
         return False
-    index = json.loads(read_text(folder / INDEX, LARGEST_INDEX))
-    return bool(index.get("made_for", {}).get("of") == _of_what(data.sources([folder]), _how(data, backbone)))
+    made_for = _read_index(folder)["made_for"]
+    return bool(made_for.get("of") == _of_what(data.sources([folder]), _how(data, backbone)))
 
 
 def _how(data: VideosConfig, backbone: LatentVideoBackbone) -> str:
@@ -267,20 +267,21 @@ class _OldSet:
         """Of each: its pieces by part."""
         if not (folder / INDEX).exists():
             return
+        index = _read_index(folder)
         self._store = open_store(folder)
-        index = json.loads(read_text(folder / INDEX, LARGEST_INDEX))
-        made_for = index.get("made_for") if isinstance(index, dict) else None
-        if not isinstance(made_for, dict) or "parts" not in made_for:
-            raise UserError(f"{folder} holds a set that was made otherwise; choose another folder")
+        made_for = index["made_for"]
         if made_for["revisions"].get("vae") != revisions.get("vae"):
             raise UserError(
                 f"{folder} holds a set that another VAE has made; choose another folder, or remove that set"
             )
+        damaged = {name for name in _files(index) if not is_as_named(folder / name)}  # what was in them is made again
         for number, entry in enumerate(index["samples"]):
             self.samples.append(entry["pieces"])
-            for part, key in entry["pieces"].items():
-                self._where.setdefault(key, (number, made_for["parts"][part]))
-        self._where[made_for["negative"]] = (None, None)
+            if entry["file"] not in damaged:
+                for part, key in entry["pieces"].items():
+                    self._where.setdefault(key, (number, made_for["parts"][part]))
+        if index["negative"] not in damaged:
+            self._where[made_for["negative"]] = (None, None)
 
     def __contains__(self, key: str) -> bool:
         return key in self._where
@@ -292,6 +293,22 @@ class _OldSet:
         latents, cond = self._store.read(number)
         tensors = {LATENTS: latents, **cond}
         return {name: tensors[name] for name in names}
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The index of a set that was encoded; UserError where the folder's is of another."""
+    try:
+        index = read_json(folder / INDEX)
+    except Damaged as error:
+        raise UserError(f"{error}; remove it, and the set is made again") from error
+    made_for = index.get("made_for") if isinstance(index, dict) else None
+    if not isinstance(made_for, dict) or "parts" not in made_for:
+        raise UserError(f"{folder} holds a set that was made otherwise; choose another folder")
+    return cast("dict[str, Any]", index)
+
+
+def _files(index: Mapping[str, Any]) -> set[str]:
+    return {index["negative"], *(entry["file"] for entry in index["samples"])}
 
 
 def refuse_others(folder: Path) -> None:

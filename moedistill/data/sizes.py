@@ -77,7 +77,7 @@ def fit(height: int, width: int, sizes: Sequence[tuple[int, int]], *, upscale: b
     if not usable:
         least = min(fits, key=lambda each: each.scale)
         raise ValueError(
-            f"is {height}×{width}, and would have to be enlarged {least.scale:.3g} times for {least.height}×"
+            f"is {height}×{width}, and would have to be enlarged {least.scale:.4g} times for {least.height}×"
             f"{least.width}; `upscale` allows it, a smaller backbone.video makes it needless"
         )
     return min(usable, key=lambda each: (each.cropped, -each.height * each.width))

@@ -148,7 +148,7 @@ def _write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> st
     """Writes a file, if it is not there, and gives its name."""
     digest = _digest(tensors, tensors.__getitem__)
     file = folder / f"{stem}-{digest[:12]}.safetensors"
-    if not _is_whole(file, digest):
+    if not is_as_named(file):
         with new_file(file) as temporary:
             save_tensors(temporary, tensors)
     return file.name
@@ -164,12 +164,12 @@ def _digest(names: Iterable[str], get: Callable[[str], Tensor]) -> str:
     return total.hexdigest()
 
 
-def _is_whole(file: Path, digest: str) -> bool:
-    """Whether the file is there, and holds what its name says."""
+def is_as_named(file: Path) -> bool:
+    """Whether a set's file holds what its name says: all of it is read."""
     try:
         with safe_open(file, "pt") as tensors:
-            return _digest(tensors.keys(), tensors.get_tensor) == digest
-    except Exception:  # It is not there, or damaged, which could raise anything: it is written.
+            return file.stem.endswith(f"-{_digest(tensors.keys(), tensors.get_tensor)[:12]}")
+    except Exception:  # It is not there, or damaged, which could raise anything: what was in it is made again.
         Interruption.check()
         return False
 

@@ -313,6 +313,27 @@ def test_what_is_there_is_kept_and_only_what_is_new_is_encoded(clips, recipe, tm
     assert content(tmp_path / "set") == content(tmp_path / "anew")
 
 
+def test_what_is_damaged_of_a_set_is_made_again(clips, recipe, tmp_path, made, capsys):
+    encoded(clips, tmp_path / "set", recipe)
+    before = content(tmp_path / "set")
+    [shard] = (tmp_path / "set").glob("samples-*")
+    [negative] = (tmp_path / "set").glob("negative-*")
+    flipped = bytearray(before[shard.name])
+    flipped[-1] ^= 1
+    negative.unlink()
+    for damage in (flipped, flipped[: len(flipped) // 2]):
+        made.clear()
+        shard.write_bytes(damage)
+        encoded(clips, tmp_path / "set", recipe)
+        assert content(tmp_path / "set") == before
+        assert len(made) >= 5 + 5  # windows and captions
+    data = f"data={{kind: videos, path: {clips}, cache: {tmp_path / 'set'}}}"
+    for index, message in (("[1]", "holds a set that was made otherwise"), ("{", "it is no JSON (")):
+        (tmp_path / "set/index.json").write_text(index)
+        run("run", recipe, "--set", data, "--output", tmp_path / "run", code=2)
+        assert message in capsys.readouterr().err
+
+
 def test_whoever_puts_another_set_in_its_place_is_told_and_other_folders_are_refused_before_clips_are_looked_at(
     clips, recipe, tmp_path, capsys, monkeypatch
 ):
