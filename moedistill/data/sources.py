@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from moedistill.data.latents import INDEX, PUBLISHED_INDEX
 from moedistill.errors import shorten, suggest
 from moedistill.runtime.reading import LARGEST_INDEX, read_text, reason
 
@@ -91,6 +92,10 @@ def _of_folder(root: Path, without: Collection[Path]) -> Iterator[Source]:
             subfolders.clear()
             continue
         seen.add(real)
+        if any(name in names for name in (INDEX, PUBLISHED_INDEX)):
+            subfolders.clear()
+            yield Source(here, here.relative_to(root).as_posix(), None, "is a training set, and not clips")
+            continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files = sorted(name for name in names if not name.startswith("."))
         clips = [name for name in files if not name.lower().endswith(".txt")]
@@ -131,7 +136,7 @@ def _rows(path: Path) -> list[Any]:
     try:
         text = read_text(path, LARGEST_INDEX)
         if path.suffix.lower() == ".csv":
-            return list(csv.DictReader(StringIO(text, newline="")))
+            return list(csv.DictReader(StringIO(text, newline=""), delimiter=_delimiter(text)))
         if path.suffix.lower() == ".json":
             rows = json.loads(text)
             if not isinstance(rows, list):
@@ -140,6 +145,12 @@ def _rows(path: Path) -> list[Any]:
         return [_entry(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a list of clips: {shorten(reason(error), 120)}") from error
+
+
+def _delimiter(text: str) -> str:
+    """What parts the columns: where the header has no comma, what some spreadsheets write in its place."""
+    header = text.partition("\n")[0]
+    return "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
 
 
 def _entry(number: int, line: str) -> Any:

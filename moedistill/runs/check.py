@@ -125,6 +125,8 @@ def _crops(recipe: Recipe) -> list[int | None]:
 
 def _too_short(contents: Contents, recipe: Recipe) -> Iterator[Misfit]:
     """Losses over a `lag` of latent frames need more frames than that."""
+    if contents.store.text_only:  # which is said by itself
+        return
     for stage in recipe.stages:
         crop = getattr(stage, "latent_frames", None)
         for loss in getattr(stage, "losses", ()):

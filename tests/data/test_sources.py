@@ -54,6 +54,13 @@ def test_a_folder_in_the_folder_can_be_left_out(tmp_path):
     assert list(clips(tmp_path, without=[tmp_path / "set"])) == ["a.mp4"]
 
 
+def test_a_set_among_the_clips_is_none_of_them(tmp_path):
+    for name in ("a.mp4", "sets/one/index.json", "sets/one/show/0.mp4", "sets/two/videos2caption.json"):
+        write(tmp_path / name)
+    fault = "is a training set, and not clips"
+    assert clips(tmp_path) == {"a.mp4": (None, ""), "sets/one": (None, fault), "sets/two": (None, fault)}
+
+
 def test_a_caption_that_is_no_text_is_the_clips_fault(tmp_path):
     write(tmp_path / "a.mp4")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
@@ -66,6 +73,7 @@ ROWS = [{"path": "sub/a.mp4", "caption": " a dog\nruns"}, {"path": "b, c.mp4", "
 AS_LISTS = {
     "list.jsonl": "\n".join(json.dumps(row) for row in ROWS) + "\n\n",
     "list.json": json.dumps(ROWS),
+    "semicolons.csv": 'path;caption\nsub/a.mp4;" a dog\nruns"\n"b, c.mp4";\n',
     "list.csv": 'path,caption\nsub/a.mp4," a dog\nruns"\n"b, c.mp4",\n',
 }
 
