@@ -28,9 +28,9 @@ from moedistill.runs.build import flow_of
 from moedistill.runs.sample import read_trained
 from moedistill.runs.saved import read_state
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree
-from moedistill.runtime.integrity import read_json, read_tensors
+from moedistill.runtime.integrity import read_json
 from moedistill.runtime.sharding import whole
-from moedistill.stages.export import INDEX, read_export
+from moedistill.stages.export import INDEX, read_expert, read_export
 
 ExpertKind = Literal["full", "adapter", "teacher"]
 
@@ -348,8 +348,7 @@ def _expert_source(
 def _read_expert(place: Path, name: str, average: bool) -> Mapping[str, Any]:
     """An expert's tensors as they are saved; that they are whole was seen when the source was opened."""
     if os.path.lexists(place / INDEX):
-        file: str = read_json(place / INDEX)["experts"][name]["file"]
-        return read_tensors(place / file)
+        return read_expert(place, read_json(place / INDEX)["experts"][name])
     tree = load_tree(find_checkpoint(place), "ema" if average else "experts", verified=True, pieces=True)
     tensors: Mapping[str, Any] = tree[name]
     return tensors

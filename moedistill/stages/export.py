@@ -31,20 +31,28 @@ from moedistill.stages.run import Run
 if TYPE_CHECKING:
     from moedistill.recipe.keys import Recipe
 
-FORMAT = 2
-"""Format 2 has sha256 sums: of each expert's file, and of the index itself. One of format 1 is read without."""
+FORMAT = 3
+"""Format 2 has sha256 sums: of each expert's file, and of the index itself; one of format 1 is read without. Format 3
+has other names for what is trained in full beside an adapter: see `COPIES`.
+"""
 
 INDEX = "export.json"
 NO_SUM = "0" * 64
+COPIES = "copies."
+"""Begins the names of what is trained in full in an adapter's file. Under its own name another tool's loader of LoRAs
+would put it in the place of the base's, and it is the change of one expert alone.
+"""
+_ADAPTER = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(kw_only=True)
 class ExportConfig(StageConfig):
     """Writes `export.json` (router, trajectory, sampling steps, experts, provenance) and one safetensors per expert.
 
-    A full expert's file holds the weights of a plain network, under its own names. A LoRA expert's holds `lora_A`,
-    `lora_B` and the copied modules, by dotted path; rank and alpha are in export.json. So are sha256 sums: a changed
-    file is refused. Who edits export.json by hand sets `format` to 1; it is then read without sums.
+    A full expert's file holds the weights of a plain network, under its own names. A LoRA expert's holds `lora_A` and
+    `lora_B` by dotted path, and the copied modules by `copies.` and theirs; rank and alpha are in its header and in
+    export.json. So are sha256 sums: a changed file is refused. Who edits export.json by hand sets `format` to 1; it is
+    then read without sums.
 
     Args:
         weights: the experts' `trained` weights or, of those that have one, their `ema`.
@@ -102,8 +110,13 @@ class ExportStage(Stage):
                 # Every process gathers what is sharded; one writes.
                 weights = {key: whole(weight.detach()).cpu() for key, weight in weights.items()}
                 if run.main:
+                    if not recipe.experts[name].copies_base:
+                        experts[name]["prefix"] = COPIES
+                        weights = {
+                            key if key.endswith(_ADAPTER) else f"{COPIES}{key}": each for key, each in weights.items()
+                        }
                     new = files.enter_context(new_file(folder / file))
-                    save_tensors(new, weights, metadata={"format": "pt", "moedistill_expert": name})
+                    save_tensors(new, weights, metadata=_header(name, config))
                     experts[name]["sha256"] = sum_of(new)
         if not run.main:
             return
@@ -124,6 +137,18 @@ class ExportStage(Stage):
             index_file.write_text(text, encoding="utf-8")
         run.metrics[self.config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
+
+
+def _header(name: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """Of an expert's file. Whoever takes an adapter's for a LoRA file finds its scale, which would else be taken for 1;
+    diffusers finds a setting that it does not know, and refuses it, by which it also sees that there are copies.
+    """
+    header = {"format": "pt", "moedistill_expert": name}
+    if {"rank", "alpha"} <= config.keys():
+        header |= {"rank": str(config["rank"]), "alpha": str(config["alpha"])}
+        settings = {"r": config["rank"], "lora_alpha": config["alpha"], "use_moedistill_export_for_this_file": True}
+        header["lora_adapter_metadata"] = json.dumps(settings)
+    return header
 
 
 def _provenance(run: Run, weights: str) -> dict[str, Any]:
@@ -160,6 +185,7 @@ def _plugins(recipe: "Recipe") -> dict[str, str]:
 class _Expert(TypedDict):
     file: str | None
     sha256: NotRequired[str]
+    prefix: NotRequired[str]
 
 
 class _Provenance(TypedDict):
@@ -194,10 +220,17 @@ def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tenso
                 file = folder / expert["file"]
                 if index["format"] > 1 and sum_of(file) != expert.get("sha256"):
                     raise Damaged(file, f"is damaged: it is not what was written (its sha256 is not that of {INDEX})")
-                weights[name] = read_tensors(file)
+                weights[name] = read_expert(folder, expert)
     except Damaged as error:
         raise UserError(f"{error}; copy or export it again") from error
     return index, weights
+
+
+def read_expert(folder: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an expert in an export's folder, by the names that it trains them by; `entry` is the index's."""
+    return {
+        name.removeprefix(entry.get("prefix", "")): each for name, each in read_tensors(folder / entry["file"]).items()
+    }
 
 
 def _read_index(file: Path) -> dict[str, Any]:

@@ -63,6 +63,22 @@ def test_a_full_expert_s_file_is_a_plain_network(finished):
     assert torch.equal(velocity, velocity_of(loaded, "semantic", digits_inputs()))
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "moedistill_expert": "semantic"}
+    with safe_open(file.with_name("detail.safetensors"), "pt") as opened:
+        assert opened.metadata() | {"lora_adapter_metadata": ""} == {
+            "format": "pt", "moedistill_expert": "detail", "rank": "2", "alpha": "4.0", "lora_adapter_metadata": ""
+        }  # fmt: skip
+
+
+def test_an_export_with_the_names_of_earlier_times_is_read(finished, broken):
+    """Of format 2, where copies had the names of what they stand in for."""
+    index, file = index_of(finished), broken / "detail.safetensors"
+    save_file({name.removeprefix("copies."): weight for name, weight in load_file(file).items()}, file)
+    del index["experts"]["detail"]["prefix"]
+    index |= {"format": 1}  # without sums, which are others now
+    (broken / "export.json").write_text(json.dumps(index))
+    (_, now), (_, earlier) = load_mixture(finished.output / "export"), load_mixture(broken)
+    inputs = digits_inputs()
+    assert torch.equal(velocity_of(now, "detail", inputs), velocity_of(earlier, "detail", inputs))
 
 
 def test_a_lora_expert_s_file_and_index_are_enough_to_merge_it(finished):
@@ -74,8 +90,9 @@ def test_a_lora_expert_s_file_and_index_are_enough_to_merge_it(finished):
     for path in adapted:
         a, b = change.pop(f"{path}.lora_A.weight"), change.pop(f"{path}.lora_B.weight")
         base[f"{path}.weight"] += entry["alpha"] / entry["rank"] * b @ a
-    assert {name.split(".")[0] for name in change} == {"time_embed", "norm_out", "proj_out"}
-    base.update(change)
+    assert {name.split(".")[1] for name in change} == {"time_embed", "norm_out", "proj_out"}
+    assert all(name.startswith("copies.") for name in change)
+    base.update({name.removeprefix("copies."): weight for name, weight in change.items()})
     _, loaded = load_mixture(finished.output)
     merged = loaded.experts["detail"].merged()
     assert set(merged) == set(base)
@@ -158,7 +175,7 @@ def truncate(file):
     [
         (lambda folder: (folder / "detail.safetensors").unlink(), "detail.safetensors is missing; copy or export"),
         (lambda folder: truncate(folder / "detail.safetensors"), "detail.safetensors is damaged: it is not what was"),
-        (lambda folder: edit(folder, format=3), "has format 3; this moedistill reads up to 2: update it"),
+        (lambda folder: edit(folder, format=4), "has format 4; this moedistill reads up to 3: update it"),
         (lambda folder: truncate(folder / "export.json"), "export.json is damaged: it is no JSON"),
         (lambda folder: (folder / "export.json").write_text("[]"), "is not the index of an export, or is damaged"),
         (lambda folder: (folder / "export.json").unlink(), "no checkpoint in"),
