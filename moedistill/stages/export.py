@@ -55,7 +55,8 @@ class ExportConfig(StageConfig):
         return ExportStage(self)
 
     def check(self, recipe: "Recipe") -> Iterable[Finding]:
-        if not any(stage.trained_experts() for stage in recipe.stages if stage is not None):
+        started = any(getattr(expert, "init", None) for expert in (recipe.experts or {}).values())
+        if not started and not any(stage.trained_experts() for stage in recipe.stages if stage is not None):
             yield "", "there is nothing to export: no stage trains an expert"
         if self.weights == "ema" and not any(getattr(stage, "ema_decay", None) is not None for stage in recipe.stages):
             yield "weights", "ema: no stage keeps an average; give one ema_decay"
@@ -82,7 +83,7 @@ class ExportStage(Stage):
         mixture, recipe = run.mixture, run.recipe
         if run.main:
             index_file = files.enter_context(new_file(folder / INDEX))  # first in, so last out: it says all is there
-        trained = {name for stage in recipe.stages for name in stage.trained_experts()}
+        trained = recipe.started().union(*(stage.trained_experts() for stage in recipe.stages))
         experts: dict[str, Any] = {}
         for name, config in recipe.resolved()["experts"].items():
             file = f"{name}.safetensors" if name in trained else None
@@ -172,24 +173,42 @@ class _Index(TypedDict):
 _INDEX = TypeAdapter(_Index)
 
 
-def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+def read_export(
+    folder: Path, *, only: str | None = None, verified: bool = False
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """An export's index, and its experts' tensors by name.
+
+    Args:
+        only: of one expert alone.
+        verified: the experts' files were compared with their sums before.
 
     Raises:
         UserError: a file is missing or not what was written, or the format is a newer one.
     """
+    index = read_index(folder)
     try:
-        index = _read_index(folder / INDEX)
         weights = {}
         for name, expert in index["experts"].items():
-            if expert["file"] is not None:
+            if expert["file"] is not None and only in (None, name):
                 file = folder / expert["file"]
-                if index["format"] > 1 and sum_of(file) != expert.get("sha256"):
+                if not verified and index["format"] > 1 and sum_of(file) != expert.get("sha256"):
                     raise Damaged(file, f"is damaged: it is not what was written (its sha256 is not that of {INDEX})")
                 weights[name] = read_tensors(file)
     except Damaged as error:
         raise UserError(f"{error}; copy or export it again") from error
     return index, weights
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """An export's index.
+
+    Raises:
+        UserError: it is missing or not what was written, or the format is a newer one.
+    """
+    try:
+        return _read_index(folder / INDEX)
+    except Damaged as error:
+        raise UserError(f"{error}; copy or export it again") from error
 
 
 def _read_index(file: Path) -> dict[str, Any]:
