@@ -93,6 +93,7 @@ from .model.latent_video import LatentVideoConfig as LatentVideoConfig
 from .model.layout import Input as Input
 from .model.layout import SampleLayout as SampleLayout
 from .model.mixture import Mixture as Mixture
+from .model.native_names import NativeNames as NativeNames
 from .model.prompt import Prompt as Prompt
 from .recipe.keys import Recipe as Recipe
 from .recipe.keys import StageConfig as StageConfig

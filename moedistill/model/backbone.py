@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from moedistill.components.fields import Config, GridSize
 from moedistill.model.guidance import Guidance
 from moedistill.model.layout import SampleLayout
+from moedistill.model.native_names import NativeNames
 from moedistill.model.prompt import Prompt, as_prompts
 
 if TYPE_CHECKING:
@@ -146,6 +147,10 @@ class BackboneConfig(Config, ABC):
 
     def native_sigmas(self) -> "Tensor | None":
         """The model's own sigma table, ascending float32, entry k for native time k; None if it has none."""
+        return None
+
+    def native_names(self) -> NativeNames | None:
+        """What the model's makers call its tensors; None where files under their names are not known."""
         return None
 
     def time_shift(self) -> float | None:

@@ -7,7 +7,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, Input, VideoSize, tiny_tokenizer
+from moedistill import (
+    Conditioning,
+    DiffusersBackbone,
+    DiffusersBackboneConfig,
+    Input,
+    NativeNames,
+    VideoSize,
+    tiny_tokenizer,
+)
+from moedistill_hunyuan_video.native import NAMES
 
 TEXT_LENGTH = 256
 
@@ -114,6 +123,9 @@ class HunyuanVideoConfig(DiffusersBackboneConfig):
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     tiny_text: ClassVar[tuple[int, int, int]] = (10, 24, 16)
     """Length, width, and width of the pooled text."""
+
+    def native_names(self) -> NativeNames:
+        return NAMES
 
     def network_class(self) -> type:
         from diffusers import HunyuanVideoTransformer3DModel

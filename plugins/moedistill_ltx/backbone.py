@@ -17,11 +17,13 @@ from moedistill import (
     DiffusersBackbone,
     DiffusersBackboneConfig,
     Input,
+    NativeNames,
     VideoSize,
     read_json,
     read_tensors,
     tiny_t5,
 )
+from moedistill_ltx.native import NAMES
 
 TEXT_LENGTH = 128
 """Tokens that the pipeline pads a prompt to."""
@@ -115,6 +117,9 @@ class LTXConfig(DiffusersBackboneConfig):
     def __post_init__(self) -> None:
         if self.guidance.mode == "embedded":
             raise ValueError("guidance.mode embedded: LTX-Video has no input for the scale; use classifier_free")
+
+    def native_names(self) -> NativeNames:
+        return NAMES
 
     def network_class(self) -> type:
         from diffusers import LTXVideoTransformer3DModel

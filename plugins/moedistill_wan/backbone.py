@@ -17,12 +17,14 @@ from moedistill import (
     DiffusersBackboneConfig,
     Fraction,
     Input,
+    NativeNames,
     TimestepRouter,
     Trajectory,
     VideoSize,
     read_json,
     tiny_t5,
 )
+from moedistill_wan.native import NAMES
 
 TEXT_LENGTH = 512
 """Tokens that the pipeline pads a prompt to, with zeros after the text encoder: the network takes no mask."""
@@ -187,6 +189,9 @@ class WanConfig(DiffusersBackboneConfig):
         if self.boundary_ratio is None:
             return None
         return TimestepRouter.from_ratio(self.bases(), [self.boundary_ratio], closed="high")
+
+    def native_names(self) -> NativeNames:
+        return NAMES
 
     def network_class(self) -> type:
         from diffusers import WanTransformer3DModel

@@ -26,7 +26,7 @@ FLOORS = [
     {"recipe"},
     {"stages"},
     {"runs"},
-    {"integrations"},
+    {"integrations", "exporters"},
     {"analysis", "testing"},
     {"cli"},
     {"__main__"},
