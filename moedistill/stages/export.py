@@ -18,6 +18,7 @@ from moedistill.components.plugins import BUILTIN, plugin_of
 from moedistill.errors import UserError
 from moedistill.flow.routers import TimestepRouter
 from moedistill.model.ema import WhichWeights
+from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runtime.checkpoint import save_tensors
@@ -86,49 +87,76 @@ class ExportStage(Stage):
         trained = recipe.started().union(*(stage.trained_experts() for stage in recipe.stages))
         experts: dict[str, Any] = {}
         for name, config in recipe.resolved()["experts"].items():
-            file = f"{name}.safetensors" if name in trained else None
-            experts[name] = {"file": file, **config}
-            if file:
+            experts[name] = {"file": None, **config}
+            if name in trained:
                 weights: Mapping[str, Tensor] = mixture.experts[name].saved
                 if self.config.weights == "ema" and name in mixture.ema:
                     weights = mixture.ema[name].average
                 # Every process gathers what is sharded; one writes.
                 weights = {key: whole(weight.detach()).cpu() for key, weight in weights.items()}
                 if run.main:
+                    file, metadata = expert_file(name)
                     new = files.enter_context(new_file(folder / file))
-                    save_tensors(new, weights, metadata={"format": "pt", "moedistill_expert": name})
-                    experts[name]["sha256"] = sum_of(new)
+                    save_tensors(new, weights, metadata=metadata)
+                    experts[name] |= {"file": file, "sha256": sum_of(new)}
         if not run.main:
             return
-        index = {
-            "format": FORMAT,
-            "sha256": NO_SUM,
-            "experts": experts,
-            "router": mixture.router.to_dict() if mixture.router else None,
-            "trajectory": mixture.trajectory.points.tolist(),
-            "sigmas": sampling_sigmas(recipe).tolist() if recipe.sample else None,
-            "eta": recipe.sample.eta if recipe.sample else 0.0,
-            "provenance": _provenance(run, self.config.weights),
-            "recipe": recipe.resolved(),
-        }
-        text = json.dumps(index, indent=1)
-        text = text.replace(NO_SUM, hashlib.sha256(text.encode()).hexdigest(), 1)
+        text = make_index(recipe, mixture, experts, _provenance(run, self.config.weights))
         with disk_errors(folder / INDEX):
             index_file.write_text(text, encoding="utf-8")
         run.metrics[self.config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
 
 
-def _provenance(run: Run, weights: str) -> dict[str, Any]:
+def expert_file(name: str) -> tuple[str, dict[str, str]]:
+    """The name of an expert's file in an export, and its metadata."""
+    return f"{name}.safetensors", {"format": "pt", "moedistill_expert": name}
+
+
+def make_index(
+    recipe: "Recipe", mixture: Mixture, experts: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, Any]
+) -> str:
+    """The text of an export's index, with its own sum.
+
+    Args:
+        experts: by name: `file`, its `sha256`, and the expert's keys in the recipe.
+    """
+    index = {
+        "format": FORMAT,
+        "sha256": NO_SUM,
+        "experts": experts,
+        "router": mixture.router.to_dict() if mixture.router else None,
+        "trajectory": mixture.trajectory.points.tolist(),
+        "sigmas": sampling_sigmas(recipe).tolist() if recipe.sample else None,
+        "eta": recipe.sample.eta if recipe.sample else 0.0,
+        "provenance": provenance,
+        "recipe": recipe.resolved(),
+    }
+    text = json.dumps(index, indent=1)
+    return text.replace(NO_SUM, hashlib.sha256(text.encode()).hexdigest(), 1)
+
+
+def where_from(recipe: "Recipe") -> dict[str, Any]:
+    """What every export says of where it comes from; a run adds what its stages did."""
     from moedistill import __version__
 
     return {
         "moedistill": __version__,
         "torch": torch.__version__,
-        "seed": run.recipe.seed,
+        "seed": recipe.seed,
+        "weights": "trained",
+        "smoke": False,
+        "plugins": _plugins(recipe),
+        "stages": {},
+        "metrics": {},
+    }
+
+
+def _provenance(run: Run, weights: str) -> dict[str, Any]:
+    return {
+        **where_from(run.recipe),
         "weights": weights,
         "smoke": run.smoke,
-        "plugins": _plugins(run.recipe),
         "stages": {
             stage.name: {"kind": stage.kind, "experts": list(stage.trained_experts()), "steps": stage.steps}
             for stage in run.recipe.stages
