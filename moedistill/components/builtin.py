@@ -45,6 +45,13 @@ def register_components(components: Components) -> None:
     add("stage", "export", "moedistill.stages.export:ExportConfig", "files that others can load")
 
     add(
+        "exporter",
+        "diffusers",
+        "moedistill.exporters.diffusers_format:DiffusersConfig",
+        "a pipeline's folder, or LoRA files",
+    )
+
+    add(
         "metric",
         "paired_distance",
         "moedistill.metrics.relative:PairedDistanceConfig",

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from moedistill.components.fields import Config
+from moedistill.components.fields import Component, Config
 from moedistill.components.plugins import BUILTIN, plugin_of
 from moedistill.errors import UserError
 from moedistill.flow.routers import TimestepRouter
@@ -48,9 +49,12 @@ class ExportConfig(StageConfig):
 
     Args:
         weights: the experts' `trained` weights or, of those that have one, their `ema`.
+        formats: what is written besides for other tools, each to a folder of its name in the stage's, as `moedistill
+            export` does it: `[diffusers]`, or with keys `[{kind: diffusers, components: copy}]`.
     """
 
     weights: WhichWeights = "trained"
+    formats: list[Annotated[Any, Component("exporter", by_name=True)]] = field(default_factory=list)
 
     def build(self) -> "ExportStage":
         return ExportStage(self)
@@ -77,8 +81,12 @@ class ExportStage(Stage):
         self.config = config
 
     def execute(self, run: Run) -> None:
+        folder = run.folder(self.config.name) if run.main else run.output / self.config.name
         with ExitStack() as files:
-            self._write(run, run.folder(self.config.name) if run.main else run.output / self.config.name, files)
+            self._write(run, folder, files)
+        for each in self.config.formats if run.main else ():
+            shutil.rmtree(folder / each.kind, ignore_errors=True)  # of the stage's own earlier time
+            each.export(folder, recipe=run.recipe, say=run.say)
 
     def _write(self, run: Run, folder: Path, files: ExitStack) -> None:
         mixture, recipe = run.mixture, run.recipe
