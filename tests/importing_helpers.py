@@ -18,7 +18,7 @@ def recipe_of(family, experts, **changes):
     names = list(experts)
     return {
         "name": f"tiny_{family}",
-        "backbone": {"kind": family, "pretrained": None, "video": {"num_frames": 5, "height": 32, "width": 32}},
+        "backbone": {"kind": family, "pretrained": None, "video": {"num_frames": 9, "height": 32, "width": 32}},
         "trajectory": {"kind": "flow_matching", "num_steps": 8, "shift": 5.0},
         "router": {**ROUTER, "experts": names},
         "experts": experts,

@@ -33,6 +33,9 @@ ENDINGS = {
 MODULATION = ".modulation"
 """The parameter of a module that `.diff_m` is a change of."""
 
+OVER, PRETRAINED = "moedistill_over", "pretrained"
+"""The key of a header under which exports say what a change is one of, and what most are changes of."""
+
 ADAPTERS = "lora_adapter_metadata"
 """The key of a header under which diffusers has an adapter's ranks and alphas."""
 
@@ -75,6 +78,11 @@ def read_changes(files: WeightFiles, names: NativeNames | None, shapes: Mapping[
         ValueError: with every name of what is of no kind known here, changes nothing that the network has, misses its
             counterpart, or has another shape.
     """
+    if (over := files.metadata.get(OVER, PRETRAINED)) != PRETRAINED:
+        raise ValueError(
+            f"{files.place} says that it is a change of the expert {over!r}, and not of the pretrained weights; start "
+            "from the run or export that it was made of (experts.X.init), or export that with --merge"
+        )
     by_path, unknown = _by_path(files)
     here = {name: NativeTensor(name, shape, (name,)) for name, shape in shapes.items()}
     native = {tensor.name: tensor for tensor in names.tensors(shapes)} if names is not None else {}

@@ -10,8 +10,9 @@ from torch import Tensor
 from moedistill.errors import shorten
 from moedistill.exporters.source import Lazy
 from moedistill.importing.files import WeightFiles, check_names, open_weights, places_by_noise
-from moedistill.importing.routed import base_of, routed_experts
+from moedistill.importing.routed import routed_experts
 from moedistill.integrations.diffusers.loading import read_json
+from moedistill.integrations.diffusers.models import DiffusersModelsConfig
 from moedistill.model.experts import FullConfig
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
@@ -38,7 +39,8 @@ def read_diffusers(
     if len(experts) < len(NETWORKS) and (source / NETWORKS[len(experts)]).is_dir():
         raise ValueError(f"{source} has a {NETWORKS[len(experts)]} too, and the recipe one expert, {experts[0]!r}")
     _check_boundary(source, mixture, experts)
-    found, opened = {}, []
+    found: dict[str, Mapping[str, Tensor]] = {}
+    opened = []
     for expert, place in zip(experts, places, strict=True):
         _check_config(place / "config.json", recipe)
         files = open_weights(place)
@@ -48,16 +50,16 @@ def read_diffusers(
         check_names({name: each.shape for name, each in own.items()}, theirs, files.place)
         found[expert] = files
         opened.append(files)
-    return found, opened  # type: ignore[return-value]
+    return found, opened
 
 
 def _check_config(file: Path, recipe: Recipe) -> None:
     """ValueError where a network's config is not that of the recipe's, as far as both say something."""
-    architecture = getattr(recipe.backbone, "architecture", None)
-    if architecture is None or not file.is_file():
-        raise ValueError(f"there is no {file}; a network's folder as diffusers saves it has one")
-    theirs, own = read_json(file), json.loads(json.dumps(dict(architecture()), default=str))
-    cls: Any = recipe.backbone.network_class()  # type: ignore[attr-defined]
+    backbone = recipe.backbone
+    if not isinstance(backbone, DiffusersModelsConfig):
+        raise ValueError(f"the recipe's backbone, {backbone.kind}, is none of diffusers' networks")
+    theirs, own = read_json(file), json.loads(json.dumps(dict(backbone.architecture())))
+    cls = backbone.network_class()
     if (name := theirs.get("_class_name", cls.__name__)) != cls.__name__:
         raise ValueError(f"{file} is of a {shorten(str(name), 60)}, and the recipe's network is a {cls.__name__}")
     for key in sorted(theirs.keys() & own.keys()):
@@ -124,5 +126,4 @@ def _full_experts(recipe: Recipe, mixture: Mixture) -> list[str]:
                 f"experts.{name} is {recipe.experts[name].kind}, and the weights are those of whole networks; make it "
                 "kind: full"
             )
-        base_of(recipe, name)
     return experts

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moedistill.errors import suggest, user_errors
+from moedistill.exporters.files import write_one_file
 from moedistill.importing.dcm import read_dcm
 from moedistill.importing.files import WeightFiles
 from moedistill.importing.loras import read_loras
@@ -17,7 +18,6 @@ from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
 from moedistill.runs.planning.fake_step import empty_mixture
 from moedistill.runtime.integrity import sum_of
-from moedistill.runtime.streaming import stream_tensors
 from moedistill.runtime.weight_files import whole_folder
 from moedistill.stages.export import INDEX, expert_file, make_index, where_from
 
@@ -60,7 +60,8 @@ def import_weights(kind: str, source: Path, dest: Path, recipe: Recipe) -> list[
                 entries[name] = {"file": None, **config}
                 if name in experts:
                     entries[name] |= _write_expert(folder, name, mixture, experts[name])
-            sums = {file.name: sum_of(file) for each in files for file in each.files}
+            home = source if source.is_dir() else source.parent
+            sums = {file.relative_to(home).as_posix(): sum_of(file) for each in files for file in each.files}
             provenance = where_from(recipe) | {"imported": {"kind": kind, "files": sums}}
             text = make_index(recipe, mixture, entries, provenance)
             (folder / INDEX).write_text(text, encoding="utf-8")
@@ -75,12 +76,12 @@ def _write_expert(folder: Path, name: str, mixture: Mixture, weights: Mapping[st
     """
     shapes = {key: tuple(each.shape) for key, each in mixture.experts[name].parameters.items()}
 
-    def make(key: str) -> Tensor:
-        tensor = weights[key].to(torch.float32)
+    def made(key: str) -> Tensor:
+        tensor = weights[key].float()
         if not tensor.isfinite().all():
             raise ValueError(f"expert {name!r}: {key} is not finite in the source; get it again")
         return tensor
 
     file, metadata = expert_file(name)
-    stream_tensors(folder / file, shapes, make, metadata=metadata)
+    write_one_file(folder / file, shapes, map(made, shapes), dtype=torch.float32, metadata=metadata)
     return {"file": file, "sha256": sum_of(folder / file)}
