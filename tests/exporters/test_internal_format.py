@@ -1,7 +1,6 @@
 """Our own format is read by moedistill alone, and whoever tries otherwise is told."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ def semantic(run):
 def test_no_name_is_one_that_other_tools_look_for(run):
     names = load_file(run / "export/detail.safetensors")
     assert not any(name.startswith(OTHERS) for name in names)
-    assert any(name.startswith("copies.condition_embedder.") for name in names)
+    assert all(name.startswith("moedistill.") for name in names)
 
 
 def test_a_pipeline_refuses_it(run, semantic):
@@ -41,13 +40,14 @@ def test_a_pipeline_refuses_it(run, semantic):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_network_refuses_it_and_says_what_to_do(run, semantic):
-    """Else it would have the adapter without its copies."""
-    network = semantic.transformer
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_network_refuses_it(run, semantic, given):
+    """Without the prefix it would have the adapter at a quarter of its strength, and copies for its own layers."""
+    network, file = semantic.transformer, run / "export/detail.safetensors"
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(TypeError) as refused:
-        network.load_lora_adapter(str(run / "export/detail.safetensors"), prefix=None)
-    assert "use_moedistill_export_for_this_file" in str(refused.value.__cause__)
+    where = {"file": (file, None), "folder": (file.parent, file.name)}[given]
+    with pytest.raises(ValueError, match=r"moedistill\.blocks.* not found in the base model"):
+        network.load_lora_adapter(str(where[0]), weight_name=where[1], prefix=None)
     after = network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -56,5 +56,3 @@ def test_its_header_has_the_scale(run):
     with safe_open(run / "export/detail.safetensors", "pt") as file:
         header = file.metadata()
     assert (header["rank"], header["alpha"]) == ("2", "8.0")
-    settings = json.loads(header["lora_adapter_metadata"])
-    assert (settings["r"], settings["lora_alpha"]) == (2, 8.0)

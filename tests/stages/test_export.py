@@ -64,16 +64,15 @@ def test_a_full_expert_s_file_is_a_plain_network(finished):
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "moedistill_expert": "semantic"}
     with safe_open(file.with_name("detail.safetensors"), "pt") as opened:
-        assert opened.metadata() | {"lora_adapter_metadata": ""} == {
-            "format": "pt", "moedistill_expert": "detail", "rank": "2", "alpha": "4.0", "lora_adapter_metadata": ""
-        }  # fmt: skip
+        assert opened.metadata() == {"format": "pt", "moedistill_expert": "detail", "rank": "2", "alpha": "4.0"}
 
 
 def test_an_export_with_the_names_of_earlier_times_is_read(finished, broken):
-    """Of format 2, where copies had the names of what they stand in for."""
+    """Of format 2, where an adapter's file had no prefix."""
     index, file = index_of(finished), broken / "detail.safetensors"
-    save_file({name.removeprefix("copies."): weight for name, weight in load_file(file).items()}, file)
-    del index["experts"]["detail"]["prefix"]
+    save_file({name.removeprefix("moedistill."): weight for name, weight in load_file(file).items()}, file)
+    for expert in index["experts"].values():
+        expert.pop("prefix", None)
     index |= {"format": 1}  # without sums, which are others now
     (broken / "export.json").write_text(json.dumps(index))
     (_, now), (_, earlier) = load_mixture(finished.output / "export"), load_mixture(broken)
@@ -83,16 +82,17 @@ def test_an_export_with_the_names_of_earlier_times_is_read(finished, broken):
 
 def test_a_lora_expert_s_file_and_index_are_enough_to_merge_it(finished):
     folder, entry = finished.output / "export", index_of(finished)["experts"]["detail"]
-    base, change = load_file(folder / "semantic.safetensors"), load_file(folder / entry["file"])
+    base, stored = load_file(folder / "semantic.safetensors"), load_file(folder / entry["file"])
+    assert all(name.startswith("moedistill.") for name in stored)
+    change = {name.removeprefix("moedistill."): weight for name, weight in stored.items()}
     assert (entry["kind"], entry["from"], entry["rank"], entry["alpha"]) == ("lora", "semantic", 2, 4.0)
     adapted = {name.removesuffix(".lora_A.weight") for name in change if name.endswith(".lora_A.weight")}
     assert adapted == {f"blocks.{i}.attn.{linear}" for i in (0, 1) for linear in ("to_q", "to_k", "to_v", "to_out")}
     for path in adapted:
         a, b = change.pop(f"{path}.lora_A.weight"), change.pop(f"{path}.lora_B.weight")
         base[f"{path}.weight"] += entry["alpha"] / entry["rank"] * b @ a
-    assert {name.split(".")[1] for name in change} == {"time_embed", "norm_out", "proj_out"}
-    assert all(name.startswith("copies.") for name in change)
-    base.update({name.removeprefix("copies."): weight for name, weight in change.items()})
+    assert {name.split(".")[0] for name in change} == {"time_embed", "norm_out", "proj_out"}
+    base.update(change)
     _, loaded = load_mixture(finished.output)
     merged = loaded.experts["detail"].merged()
     assert set(merged) == set(base)
