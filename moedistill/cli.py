@@ -802,20 +802,56 @@ def show_data(
 @click.argument("kind")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--recipe", metavar="RECIPE", help="Whose experts the weights are; DEST is then an export.")
+@set_option
 @plugin_option
-def convert(kind: str, source: Path, dest: Path, plugin_files: tuple[str, ...]) -> None:
-    """Make of SOURCE, a model's files as its makers publish them, the new folder DEST for `backbone.pretrained`.
+def convert(
+    kind: str,
+    source: Path,
+    dest: Path,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    plugin_files: tuple[str, ...],
+) -> None:
+    """Make of SOURCE, weights that others publish, the new folder DEST.
 
-    KIND is the backbone's, such as open_sora. A recipe that names the published folder itself does this at its first
-    use; here you choose the place.
+    With --recipe they are of experts that were distilled elsewhere, and DEST is an export of RECIPE, which says what
+    the files do not: trajectory, boundaries, steps. `sample`, `evaluate`, `apply`, `export` and experts.X.init read it.
+    KIND is then
+
+    \b
+      dcm        a file in DCM's released layout, with both experts
+      loras      a folder with a LoRA file for high and one for low noise; or one file, for one expert
+      diffusers  a folder with transformer and transformer_2, both whole
+      comfyui    whole networks under their makers' names: a folder with high and low, or one file
+
+    Without it they are a model's files as its makers publish them, KIND is the backbone's, such as open_sora, and DEST
+    is for `backbone.pretrained`. A recipe that names the published folder does this itself at its first use.
 
     \b
     Example:
+      moedistill convert dcm DCM/wan1.3b released --recipe dcm_wan_1_3b_published
+      moedistill convert loras Wan2.2-Lightning/T2V released --recipe my_recipe.yaml
       moedistill convert open_sora Open-Sora-v2 models/open_sora
     """
     from moedistill.errors import user_errors
     from moedistill.model.backbone import BackboneConfig
 
+    if recipe is not None:
+        from moedistill.recipe.loading import load_recipe
+
+        loaded = load_recipe(recipe, overrides, _plugins(plugin_files))
+        from moedistill.importing.write import import_weights
+
+        experts = import_weights(kind, source, dest, loaded)
+        click.echo(f"{dest}: an export with {' and '.join(experts)}; sample it, or give it as experts.X.init")
+        return
+    if overrides:
+        raise click.UsageError("--set changes a recipe; give one with --recipe")
+    from moedistill.importing.write import IMPORTERS
+
+    if kind in IMPORTERS:
+        raise click.UsageError(f"{kind} is of experts: give the recipe that they fit with --recipe")
     with user_errors("convert"):
         cls = _plugins(plugin_files).components.get("backbone", kind)
         assert issubclass(cls, BackboneConfig)
