@@ -19,7 +19,7 @@ from exported_by_hand import (
 
 from moedistill.exporters.reading import comfyui, lightx2v
 from moedistill.exporters.reading import diffusers as by_rules
-from moedistill.exporters.reading.compare import compare_changes, compare_values
+from moedistill.exporters.reading.compare import compare_changes, compare_values, part_of_change, whole_change
 from moedistill.exporters.reading.files import TensorFile
 
 
@@ -30,16 +30,22 @@ def wan():
 
 def by_comfyui(path, trained, dtype=torch.float32):
     native = trained.native()
-    return compare_changes(comfyui.read_changes(TensorFile(path), native), native, trained, dtype)
+    return compare_changes(comfyui.read_changes(TensorFile(path), native), native, whole_change(trained), dtype)
 
 
 def by_lightx2v(path, trained, dtype=torch.float32):
     native = trained.native()
-    return compare_changes(lightx2v.read_changes(TensorFile(path), native), native, trained, dtype)
+    return compare_changes(lightx2v.read_changes(TensorFile(path), native), native, whole_change(trained), dtype)
 
 
 def by_diffusers(path, trained, dtype=torch.float32):
-    return compare_changes(by_rules.read_changes(TensorFile(path)), by_rules.Own(), trained, dtype)
+    return compare_changes(by_rules.read_changes(TensorFile(path)), by_rules.Own(), whole_change(trained), dtype)
+
+
+def weights_by_comfyui(path, trained):
+    native = trained.native()
+    reading = comfyui.read_values(TensorFile(path), native)
+    return compare_values(reading, native, trained.shapes, trained.tensor)
 
 
 CONSUMERS = pytest.mark.parametrize(
@@ -84,19 +90,19 @@ def test_native_weights_are_recognised_and_exact(family, tmp_path):
     for found in [comfyui.read_values(TensorFile(file), native)] + (
         [lightx2v.read_values([TensorFile(file)], native)] if family == "wan" else []
     ):
-        compared = compare_values(found, native, trained)
+        compared = compare_values(found, native, trained.shapes, trained.tensor)
         assert (compared.faults, compared.error, compared.compared) == ([], 0.0, len(trained.shapes))
 
 
 def test_weights_may_be_off_by_rounding_and_no_more(tmp_path):
     trained = full("wan")
-    native, weights = trained.native(), native_weights(trained)
+    weights = native_weights(trained)
     file = write(tmp_path / "weights.safetensors", weights, dtype=torch.bfloat16)
-    assert compare_values(comfyui.read_values(TensorFile(file), native), native, trained).faults == []
+    assert weights_by_comfyui(file, trained).faults == []
     name = "blocks.0.self_attn.q.weight"
     weights[name] = weights[name] * (1 + 2**-9)  # much less than bfloat16 can hold
     file = write(tmp_path / "other.safetensors", weights, dtype=torch.bfloat16)
-    (fault,) = compare_values(comfyui.read_values(TensorFile(file), native), native, trained).faults
+    (fault,) = weights_by_comfyui(file, trained).faults
     assert "1 tensors are not the trained ones: blocks.0.attn1.to_q.weight" in fault
 
 
@@ -114,6 +120,41 @@ def test_other_ways_in_which_comfyui_takes_changes(wan, tmp_path):
         path, ending = re.fullmatch(r"diffusion_model\.(.*?)(\.(?:lora_.*|alpha|diff.*))", name).groups()
         underscored[f"lora_unet_{path.replace('.', '_')}{ending}"] = tensor
     assert by_comfyui(write(tmp_path / "underscored.safetensors", underscored), wan).faults == []
+
+
+def test_a_part_of_a_change_is_told_from_something_else(tmp_path):
+    """Of a full expert's change a file carries what is nearest to it of some rank."""
+    trained = full("wan")
+    trained.pretrained = trained.original
+    wanted = part_of_change(trained)
+    assert all(name.rpartition(".")[0] in {*trained.pairs, *wan_paths(trained)} for name in wanted.names)
+    tensors = {}
+    for name in wanted.names:
+        path, change = name.rpartition(".")[0], wanted.change(name)
+        if change.ndim == 1:
+            tensors[f"transformer.{path}.lora_B.bias"] = change
+            continue
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        tensors |= {f"transformer.{path}.lora_A.weight": v[:2], f"transformer.{path}.lora_B.weight": u[:, :2] * s[:2]}
+    for path in trained.pairs:
+        tensors[f"transformer.{path}.lora_B.bias"] = torch.zeros(trained.shapes[f"{path}.bias"])
+
+    def read(**changed):
+        file = write(tmp_path / "cut.safetensors", {**tensors, **changed})
+        return compare_changes(by_rules.read_changes(TensorFile(file)), by_rules.Own(), wanted, torch.float32)
+
+    found = read()
+    assert found.faults == []
+    assert found.error < 1e-5
+    name = "transformer.proj_out.lora_B.weight"
+    (fault,) = read(**{name: tensors[name] / 2}).faults
+    assert "proj_out.weight is off by 1 of what training changed" in fault
+    (fault,) = read(**{name: torch.randn(tensors[name].shape)}).faults
+    assert "proj_out.weight is off by" in fault
+
+
+def wan_paths(trained):
+    return {name.rpartition(".")[0] for name in trained.copies}
 
 
 def test_layers_that_lightx2v_loses_when_it_applies_changes_dynamically(wan, tmp_path):
@@ -169,7 +210,7 @@ def test_trap_swapped_norms(tmp_path):
     native = trained.native()
     weights = {name.replace(".norm3.", ".norm2."): each for name, each in native_weights(trained).items()}
     file = TensorFile(write(tmp_path / "weights.safetensors", weights))
-    faults = compare_values(comfyui.read_values(file, native), native, trained).faults
+    faults = compare_values(comfyui.read_values(file, native), native, trained.shapes, trained.tensor).faults
     assert "4 tensors are not used: blocks.0.norm2.bias" in faults[0]
     assert "4 weights are missing: blocks.0.norm2.bias" in faults[1]  # by diffusers' names
 
@@ -279,7 +320,7 @@ def test_comfyui_takes_the_makers_names_of_hunyuanvideo_s_weights(tmp_path):
         tensors[own] = parts
     for names in (lambda name: name, native.makers_name):
         file = TensorFile(write(tmp_path / "w.safetensors", {names(own): each for own, each in tensors.items()}))
-        found = compare_values(comfyui.read_values(file, native), native, trained)
+        found = compare_values(comfyui.read_values(file, native), native, trained.shapes, trained.tensor)
         assert (found.faults, found.error) == ([], 0.0)
 
 

@@ -3,16 +3,17 @@
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from exported_by_hand import Trained, diffusers_lora, full, wan_lora, write
 
 from moedistill.exporters.reading import diffusers as by_rules
-from moedistill.exporters.reading import fresh, stock
-from moedistill.exporters.reading.compare import compare_values
+from moedistill.exporters.reading import stock
+from moedistill.exporters.reading.compare import compare_values, whole_change
 from moedistill.exporters.reading.files import TensorFile
-from moedistill.exporters.reading.fresh import Call, Stock
+from moedistill.exporters.reading.fresh import Call, Fresh, Stock
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,12 @@ def told(trained):
     network = trained.network
     without = ["tokenizer", "text_encoder", "vae", "scheduler"]
     return Stock(type(network).__name__, dict(network.config), "WanPipeline", without)
+
+
+@pytest.fixture(scope="module")
+def process(wan):
+    with Fresh(told(wan)) as process:
+        yield process
 
 
 def call_of(trained):
@@ -44,32 +51,33 @@ def call_of(trained):
 
 
 @pytest.mark.parametrize(("make", "into"), [(diffusers_lora, "transformer"), (wan_lora, "transformer_2")])
-def test_a_right_file_of_changes_is_exact(make, into, wan, tmp_path):
+def test_a_right_file_of_changes_is_exact(make, into, process, wan, tmp_path):
     file = write(tmp_path / "wan.safetensors", *make(wan))
-    found = fresh.read_changes(file, torch.float32, told(wan), wan, into, call_of(wan))
+    found = process.read_changes(file, torch.float32, whole_change(wan), into, call_of(wan))
     assert found.faults == []
     assert found.compared == len(wan.pairs) + len(wan.copies)
     assert found.error <= 1e-5
 
 
-def test_another_output_is_told(wan, tmp_path):
+def test_another_output_is_told(process, wan, tmp_path):
     file, call = write(tmp_path / "wan.safetensors", *diffusers_lora(wan)), call_of(wan)
     wrong = Call(call.arguments, call.output * 1.001)
-    (fault,) = fresh.read_changes(file, torch.float32, told(wan), wan, "transformer", wrong).faults
+    (fault,) = process.read_changes(file, torch.float32, whole_change(wan), "transformer", wrong).faults
     assert fault == "what the network gives is off by 0.001 of it, more than 1e-05"
 
 
-def test_a_folder_of_weights(tmp_path):
+def test_a_folder_of_weights(process, tmp_path):
     trained = full("wan")
     trained.network.load_state_dict(dict(trained.merged()))
     trained.network.to(torch.bfloat16).save_pretrained(tmp_path / "transformer")
     (file,) = (tmp_path / "transformer").glob("*.safetensors")
-    assert compare_values(by_rules.read_values([TensorFile(file)]), by_rules.Own(), trained).faults == []
-    found = fresh.read_weights(tmp_path / "transformer", torch.bfloat16, told(trained), trained, None)
+    reading = by_rules.read_values([TensorFile(file)])
+    assert compare_values(reading, by_rules.Own(), trained.shapes, trained.tensor).faults == []
+    found = process.read_weights(tmp_path / "transformer", torch.bfloat16, trained.merged(), None)
     assert (found.faults, found.compared) == ([], len(trained.shapes))
     other = full("wan")
     other.copies["proj_out.bias"] = other.copies["proj_out.bias"] * 1.01
-    (fault,) = fresh.read_weights(tmp_path / "transformer", torch.bfloat16, told(other), other, None).faults
+    (fault,) = process.read_weights(tmp_path / "transformer", torch.bfloat16, other.merged(), None).faults
     assert "1 tensors are not the trained ones: proj_out.bias is off by 0.0" in fault
 
 
@@ -82,11 +90,11 @@ def read_here(file, trained):
     return added, faults
 
 
-def test_trap_alpha_on_time_layers(wan, tmp_path):
+def test_trap_alpha_on_time_layers(process, wan, tmp_path):
     tensors, header = wan_lora(wan)
     tensors["diffusion_model.time_projection.1.alpha"] = torch.tensor(32.0)
     file = write(tmp_path / "wan.safetensors", tensors, header)
-    (fault,) = fresh.read_changes(file, torch.float32, told(wan), wan, "transformer", None).faults
+    (fault,) = process.read_changes(file, torch.float32, whole_change(wan), "transformer", None).faults
     assert fault.startswith("ValueError: `state_dict` should be empty at this point")
 
 
@@ -115,10 +123,17 @@ def test_trap_differences_that_are_dropped_in_silence(wan, tmp_path):
     assert set(wan.copies) - set(added) == {f"condition_embedder.time_proj.{last}" for last in ("weight", "bias")}
 
 
-def test_moedistill_cannot_be_imported_there(tmp_path):
+def test_a_process_that_ends_is_told(wan, tmp_path):
+    file = write(tmp_path / "wan.safetensors", *diffusers_lora(wan))
+    with Fresh(told(wan)) as process:
+        process._process.kill()
+        process._process.wait()
+        (fault,) = process.read_changes(file, torch.float32, whole_change(wan), "transformer", None).faults
+    assert fault.startswith("the process that read it ended")
+
+
+def test_moedistill_cannot_be_imported_there():
     """Installed beside diffusers it may be: whoever has it not must see the same."""
-    code = f"import sys; exec(open({stock.__file__!r}).read().split('def main')[0]); sys.meta_path.insert(0, Absent())"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport moedistill"], capture_output=True, text=True, check=False
-    )
-    assert "moedistill is not to be imported here" in done.stderr
+    program = Path(stock.__file__).read_text().replace("warnings = Warnings()", "import moedistill.errors")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ModuleNotFoundError: moedistill is not to be imported here" in done.stderr

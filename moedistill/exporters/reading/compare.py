@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moedistill.errors import shorten
+from moedistill.exporters.lora_files import Change
 from moedistill.exporters.source import ExpertSource
 
 OF_A_CHANGE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -22,6 +23,7 @@ NAMED = 4
 """How many of the tensors concerned a fault names."""
 
 Make = Callable[[], Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
@@ -68,22 +70,76 @@ class Comparison:
     faults: list[str]
 
 
-def compare_changes(reading: Reading, layout: Layout, expert: ExpertSource, dtype: torch.dtype) -> Comparison:
+@dataclass(frozen=True)
+class Wanted:
+    """The changes of a network that a file is to carry.
+
+    Attributes:
+        shapes: of all tensors of the network, by diffusers' names.
+        names: of the tensors that training changed.
+        change: gives the change of one of `shapes`, float32.
+        original: gives what it is a change of.
+        part: the file is to carry a part of the change, the nearest of some rank, and not the whole of it.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    names: frozenset[str]
+    change: Callable[[str], Tensor]
+    original: Callable[[str], Tensor]
+    part: bool = False
+
+
+def whole_change(expert: Change) -> Wanted:
+    """The change that an adapter is."""
+    names = frozenset({*expert.copies, *(f"{path}.weight" for path in expert.pairs)})
+
+    def change(name: str) -> Tensor:
+        if name in expert.copies:
+            return expert.copies[name].float() - expert.original(name).float()
+        if name in names:
+            a, b = expert.pairs[name.removesuffix(".weight")]
+            return b @ a  # and not by way of the sum, which rounds a small change off
+        return torch.zeros(expert.shapes[name])
+
+    return Wanted(expert.shapes, names, change, expert.original)
+
+
+def part_of_change(expert: ExpertSource) -> Wanted:
+    """The change of the pretrained network that an expert is, of which a file carries a part: of linears alone."""
+    linears = {name.removesuffix(".weight") for name, shape in expert.shapes.items() if len(shape) == 2}
+    ours = [name for name in expert.shapes if name.rpartition(".")[0] in linears]
+    names = frozenset(name for name in ours if not expert.tensor(name).float().equal(expert.pretrained(name).float()))
+
+    def change(name: str) -> Tensor:
+        return expert.tensor(name).float() - expert.pretrained(name).float()
+
+    return Wanted(expert.shapes, names, change, expert.pretrained, part=True)
+
+
+def distance(found: Tensor, trained: Tensor, part: bool) -> float:
+    """How far what is added is from the trained change, as a share of it.
+
+    Of a part, how far it is from being one: the nearest matrix of a rank has no component along what it leaves out.
+    """
+    if part:
+        return abs(_share(((trained - found) * found).sum(), found.square().sum()))
+    return _share((found - trained).norm(), trained.norm())
+
+
+def compare_changes(reading: Reading, layout: Layout, wanted: Wanted, dtype: torch.dtype) -> Comparison:
     """Compares what is added to each parameter with what training added.
 
     Args:
         dtype: of the file: the tolerance is that of `OF_A_CHANGE`.
     """
     tolerance, compared, worst, off = OF_A_CHANGE[dtype], 0, 0.0, []
-    unseen = changed(expert)
-    faults = reading.all_faults()
-    for name, found in _parts(reading, layout, expert, faults):
+    unseen, faults = set(wanted.names), reading.all_faults()
+    for name, found in _parts(reading, layout, wanted, faults):
         unseen.discard(name)
-        trained = change(expert, name)
-        if found.shape != trained.shape:
-            faults.append(f"{name} would be {list(found.shape)}, and is {list(trained.shape)}")
+        if found.shape != wanted.shapes[name]:
+            faults.append(f"{name} would be {list(found.shape)}, and is {list(wanted.shapes[name])}")
             continue
-        error = _share((found - trained).norm(), trained.norm())
+        error = distance(found, wanted.change(name), wanted.part)
         compared, worst = compared + 1, max(worst, error)
         if not error <= tolerance:  # also where it is no number
             off.append((error, name))
@@ -92,47 +148,33 @@ def compare_changes(reading: Reading, layout: Layout, expert: ExpertSource, dtyp
     return Comparison(compared, worst, [*faults, *_said(off, "of what training changed", tolerance)])
 
 
-def compare_values(reading: Reading, layout: Layout, expert: ExpertSource) -> Comparison:
-    """Compares each parameter with the trained one: it must be that, rounded once to the dtype of the file."""
+def compare_values(reading: Reading, layout: Layout, shapes: Shapes, take: Callable[[str], Tensor]) -> Comparison:
+    """Compares each parameter with the trained one: it must be that, rounded once to the dtype of the file.
+
+    Args:
+        shapes: of all tensors of the network, by diffusers' names.
+        take: gives the trained one.
+    """
     compared, worst, off = 0, 0.0, []
-    unseen = set(expert.shapes)
-    faults = reading.all_faults()
+    unseen, faults = set(shapes), reading.all_faults()
     for name, make in reading.values.items():
         for part, found in layout.parts(name, make()).items():
             if part not in unseen:
                 faults.append(f"{name} is {part}, which the network has not, or has already")
                 continue
             unseen.discard(part)
-            trained = expert.tensor(part).float()
+            trained = take(part).float()
             if found.shape != trained.shape:
                 faults.append(f"{part} would be {list(found.shape)}, and is {list(trained.shape)}")
                 continue
-            distance, allowed = (found.float() - trained).norm(), rounding(trained, found.dtype)
-            error = _share(distance, trained.norm())
+            off_by, allowed = (found.float() - trained).norm(), rounding(trained, found.dtype)
+            error = _share(off_by, trained.norm())
             compared, worst = compared + 1, max(worst, error)
-            if not distance <= allowed:
+            if not off_by <= allowed:
                 off.append((error, part))
     if unseen:
         faults.append(f"{len(unseen)} weights are missing: {some(sorted(unseen))}")
     return Comparison(compared, worst, [*faults, *_said(off, "of the trained weight", None)])
-
-
-def changed(expert: ExpertSource) -> set[str]:
-    """Names of the tensors in which an expert differs from what it is a change of."""
-    if expert.kind == "adapter":
-        return {*expert.copies, *(f"{path}.weight" for path in expert.pairs)}
-    return set(expert.shapes) if expert.kind == "full" else set()
-
-
-def change(expert: ExpertSource, name: str) -> Tensor:
-    """What an expert adds to one of the tensors of `shapes`, float32."""
-    path = name.removesuffix(".weight")
-    if expert.kind == "adapter" and name not in expert.copies and path != name and path in expert.pairs:
-        a, b = expert.pairs[path]
-        return b @ a  # not by way of the sum, which rounds a small change off
-    if name not in changed(expert):
-        return torch.zeros(expert.shapes[name])
-    return expert.tensor(name).float() - expert.original(name).float()
 
 
 def rounding(trained: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,17 +182,17 @@ def rounding(trained: Tensor, dtype: torch.dtype) -> Tensor:
     return OF_ROUNDING * (trained.to(dtype).float() - trained).norm() + 1e-6 * trained.norm()
 
 
-def _parts(reading: Reading, layout: Layout, expert: ExpertSource, faults: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _parts(reading: Reading, layout: Layout, wanted: Wanted, faults: list[str]) -> Iterator[tuple[str, Tensor]]:
     """What is added to each of diffusers' tensors, one at a time."""
     for name, make in reading.added.items():
         for part, added in layout.parts(name, make()).items():
-            if part in expert.shapes:
+            if part in wanted.shapes:
                 yield part, added
             else:
                 faults.append(f"{name} is {part}, which the network has not")
     for name, make in reading.values.items():
         for part, value in layout.parts(name, make()).items():
-            yield part, value.float() - expert.original(part).float()
+            yield part, value.float() - wanted.original(part).float()
 
 
 def _share(distance: Tensor, whole: Tensor) -> float:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from moedistill.errors import shorten
 from moedistill.exporters.reading import stock
-from moedistill.exporters.reading.compare import OF_A_CHANGE, OF_ROUNDING, Comparison, change, changed, some
-from moedistill.exporters.source import ExpertSource
+from moedistill.exporters.reading.compare import OF_A_CHANGE, OF_ROUNDING, Comparison, Wanted, some
 
 OF_OUTPUT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 """By the dtype of a file: how far what the network gives may be from what training's gives, as a share of it."""
@@ -56,40 +56,6 @@ class Call:
     output: Tensor
 
 
-def read_weights(folder: Path, dtype: torch.dtype, told: Stock, expert: ExpertSource, call: Call | None) -> Comparison:
-    """Loads a network's folder with `from_pretrained`, and compares all its weights with the trained ones.
-
-    Args:
-        dtype: of its files, in which it is loaded.
-        call: also compare what it gives, computed in float32.
-    """
-    request = {"folder": str(folder), "lora": None}
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = _answer(Path(scratch), request, told, expert.merged(), dtype, call)
-        return _judged(answer, dtype, call, lambda trained, rounded: OF_ROUNDING * rounded + 1e-6 * trained)
-
-
-def read_changes(
-    file: Path, dtype: torch.dtype, told: Stock, expert: ExpertSource, into: str, call: Call | None
-) -> Comparison:
-    """Loads a LoRA's file with `load_lora_weights`, and compares what it adds with what training added.
-
-    Args:
-        dtype: of the file.
-        into: which of the pipeline's networks it is loaded into.
-        call: also compare what the network gives, computed in float32; it then has the weights that `expert` changes.
-    """
-    request: dict[str, Any] = {"lora": str(file), "into": into, "base": None}
-    trained = ((name, change(expert, name)) for name in sorted(changed(expert)))
-    with tempfile.TemporaryDirectory() as scratch:
-        if call is not None:
-            base = {name: expert.original(name).float().contiguous() for name in expert.shapes}
-            request["base"] = str(Path(scratch, "base.safetensors"))
-            save_file(base, request["base"])
-        answer = _answer(Path(scratch), request, told, trained, dtype, call)
-        return _judged(answer, dtype, call, lambda trained, rounded: OF_A_CHANGE[dtype] * trained)
-
-
 @dataclass
 class _Answer:
     """What the process found.
@@ -101,49 +67,104 @@ class _Answer:
     """
 
     faults: list[str]
-    warnings: list[str]
-    distances: dict[str, tuple[float, float, float]]
-    more: list[str]
-    output: Tensor | None
+    warnings: list[str] = field(default_factory=list)
+    distances: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    more: list[str] = field(default_factory=list)
+    output: Tensor | None = None
 
 
-def _answer(
-    scratch: Path,
-    request: dict[str, Any],
-    told: Stock,
-    trained: Iterator[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    call: Call | None,
-) -> _Answer:
-    """Starts the process, gives it the request and the tensors to compare with."""
-    request |= {"class": told.network, "config": told.config, "pipeline": told.pipeline, "call": None}
-    request |= {"components": told.components, "output": str(scratch / "output.pt")}
-    request["dtype"] = str(dtype).removeprefix("torch.")
-    if call is not None:
-        request["call"] = str(scratch / "call.pt")
-        torch.save(call.arguments, request["call"])
-    (scratch / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, "-I", stock.__file__, str(scratch / "request.json")]
-    with (scratch / "errors").open("w+b") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+class Fresh:
+    """The process, from entering to leaving it as a context: it starts once, for any number of files.
+
+    Args:
+        told: what the files are loaded with.
+    """
+
+    def __init__(self, told: Stock) -> None:
+        self._told = told
+
+    def __enter__(self) -> "Fresh":
+        self._stack = ExitStack()
+        self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._errors = self._stack.enter_context((self._scratch / "errors").open("w+b"))
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", stock.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
-        assert process.stdin is not None
+        self._stack.callback(self._end)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _end(self) -> None:
+        with suppress(BrokenPipeError):
+            self._process.communicate()
+
+    def read_weights(
+        self, folder: Path, dtype: torch.dtype, trained: Iterator[tuple[str, Tensor]], call: Call | None
+    ) -> Comparison:
+        """Loads a network's folder with `from_pretrained`, and compares all its weights with the trained ones.
+
+        Args:
+            dtype: of its files, in which it is loaded.
+            trained: all tensors, by name.
+            call: also compare what it gives, computed in float32.
+        """
+        answer = self._answer({"folder": str(folder), "lora": None}, trained, dtype, call)
+        return _judged(answer, dtype, call, lambda trained, rounded: OF_ROUNDING * rounded + 1e-6 * trained)
+
+    def read_changes(self, file: Path, dtype: torch.dtype, wanted: Wanted, into: str, call: Call | None) -> Comparison:
+        """Loads a LoRA's file with `load_lora_weights`, and compares what it adds with what training added.
+
+        Args:
+            dtype: of the file.
+            into: which of the pipeline's networks it is loaded into.
+            call: also compare what the network gives, computed in float32; it then stands on `wanted.original`.
+        """
+        request: dict[str, Any] = {"lora": str(file), "into": into, "base": None}
+        trained = ((name, wanted.change(name)) for name in sorted(wanted.names))
+        if call is not None:
+            base = {name: wanted.original(name).float().contiguous() for name in wanted.shapes}
+            request["base"] = str(self._scratch / "base.safetensors")
+            save_file(base, request["base"])
+        answer = self._answer(request, trained, dtype, call)
+        return _judged(answer, dtype, call, lambda trained, rounded: OF_A_CHANGE[dtype] * trained)
+
+    def _answer(
+        self, request: dict[str, Any], trained: Iterator[tuple[str, Tensor]], dtype: torch.dtype, call: Call | None
+    ) -> _Answer:
+        """Gives the process a request and the tensors to compare with."""
+        told, output = self._told, self._scratch / "output.pt"
+        request |= {"class": told.network, "config": told.config, "pipeline": told.pipeline, "call": None}
+        request |= {"components": told.components, "output": str(output), "dtype": str(dtype).removeprefix("torch.")}
+        if call is not None:
+            request["call"] = str(self._scratch / "call.pt")
+            torch.save(call.arguments, request["call"])
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
+            self._send(json.dumps(request).encode())
             for name, tensor in trained:
-                content = to_bytes({name: tensor.contiguous()})
-                process.stdin.write(struct.pack("<Q", len(content)) + content)
+                self._send(to_bytes({name: tensor.contiguous()}))
+            self._send(b"")
+            self._process.stdin.flush()
+            said = self._process.stdout.readline()
         except BrokenPipeError:
-            pass  # it says why, or did not end well
-        said, _ = process.communicate()
-        if process.returncode:
-            errors.seek(0)
-            last = (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
-            return _Answer([f"the process ended with {process.returncode}: {shorten(last, 200)}"], [], {}, [], None)
-    found = json.loads(said.splitlines()[-1])
-    output = torch.load(request["output"], weights_only=True) if Path(request["output"]).is_file() else None
-    return _Answer(**found, output=output)
+            said = b""
+        if not said:
+            self._errors.seek(0)
+            last = (self._errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+            return _Answer([f"the process that read it ended: {shorten(last, 200)}"])
+        answer = _Answer(**json.loads(said))
+        if output.is_file():
+            answer.output = torch.load(output, weights_only=True)
+            output.unlink()
+        return answer
+
+    def _send(self, content: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(struct.pack("<Q", len(content)) + content)
 
 
 def _judged(

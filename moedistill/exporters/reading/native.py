@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-Shapes = Mapping[str, tuple[int, ...]]
+from moedistill.exporters.reading.compare import Shapes
 
 
 class Native(ABC):

@@ -1,7 +1,8 @@
 """Run by `fresh` in a process of its own: reads exported files with diffusers as it is installed, and nothing else.
 
-It is a program and not a module of moedistill, which cannot be imported here. A request, in a JSON file, says what to
-load; tensors to compare with come through standard input, one by one; what was found goes to standard output.
+It is a program and not a module of moedistill, which cannot be imported here. Through standard input come requests, in
+JSON, what to load; after each, one by one, the tensors to compare with. What was found goes to standard output, a line
+for each request.
 """
 
 import json
@@ -11,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,11 +42,13 @@ class Warnings(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def received() -> Iterator[tuple[str, Tensor]]:
-    """Tensors by name, each with its length before it."""
+def received() -> Iterator[bytes]:
+    """What is sent next, each with its length before it, until one of no length."""
     while head := sys.stdin.buffer.read(8):
         (length,) = struct.unpack("<Q", head)
-        yield from from_bytes(sys.stdin.buffer.read(length)).items()
+        if not length:
+            return
+        yield sys.stdin.buffer.read(length)
 
 
 def read_weights(request: dict[str, Any]) -> tuple[Any, dict[str, Tensor], list[str]]:
@@ -97,10 +99,10 @@ def read_changes(request: dict[str, Any]) -> tuple[Any, dict[str, Tensor], list[
     return network, added, faults
 
 
-def compare(found: dict[str, Tensor], dtype: torch.dtype, changes: bool) -> dict[str, Any]:
-    """Distances from the tensors received, by name: [distance, their norm, what it costs to round them to `dtype`]."""
+def compare(found: dict[str, Tensor], sent: Iterator[bytes], dtype: torch.dtype, changes: bool) -> dict[str, Any]:
+    """Distances from the tensors sent, by name: [distance, their norm, what it costs to round them to `dtype`]."""
     distances = {}
-    for name, trained in received():
+    for name, trained in (item for content in sent for item in from_bytes(content).items()):
         tensor = found.pop(name, None)
         if tensor is None or tensor.shape != trained.shape:
             distances[name] = [float("inf"), 1.0, 0.0]
@@ -118,23 +120,31 @@ def predict(network: Any, call: str, output: str) -> None:
     arguments = torch.load(call, weights_only=True)
     with torch.no_grad():
         found = network.float()(**arguments)
-    torch.save(found[0] if isinstance(found, tuple) else found.sample, output)
+    torch.save(found[0], output)
+
+
+def answer(request: dict[str, Any], sent: Iterator[bytes]) -> dict[str, Any]:
+    """What was found for a request, and what is sent after it."""
+    network, found, faults = (read_changes if request["lora"] else read_weights)(request)
+    compared = compare(found, sent, getattr(torch, request["dtype"]), bool(request["lora"]))
+    if request["call"] and not faults:
+        predict(network, request["call"], request["output"])
+    return {"faults": faults, **compared}
 
 
 def main() -> None:
     sys.meta_path.insert(0, Absent())
-    request = json.loads(Path(sys.argv[1]).read_text())
     warnings = Warnings()
-    try:
-        network, found, faults = (read_changes if request["lora"] else read_weights)(request)
-        answer = {"faults": faults, **compare(found, getattr(torch, request["dtype"]), bool(request["lora"]))}
-        if request["call"] and not faults:
-            predict(network, request["call"], request["output"])
-    except Exception as error:  # whatever it raises is what a user would see
-        for _ in received():
-            pass  # so that the sender can end
-        answer = {"faults": [f"{type(error).__name__}: {str(error).splitlines()[0]}"], "distances": {}, "more": []}
-    sys.stdout.write(json.dumps({**answer, "warnings": warnings.said}) + "\n")
+    while content := next(sent := received(), None):
+        try:
+            found = answer(json.loads(content), sent)
+        except Exception as error:  # whatever it raises is what a user would see
+            found = {"faults": [f"{type(error).__name__}: {str(error).splitlines()[0]}"]}
+        for _ in sent:
+            pass
+        sys.stdout.write(json.dumps({**found, "warnings": warnings.said}) + "\n")
+        sys.stdout.flush()
+        warnings.said.clear()
 
 
 if __name__ == "__main__":
