@@ -81,6 +81,7 @@ from .model.backbone import Backbone as Backbone
 from .model.backbone import BackboneConfig as BackboneConfig
 from .model.backbone import Record as Record
 from .model.backbone import VideoSize as VideoSize
+from .model.comfyui import ComfyUI as ComfyUI
 from .model.conditioning import Conditioning as Conditioning
 from .model.ema import EMA as EMA
 from .model.experts import Expert as Expert

@@ -1,67 +1,17 @@
-"""A format that other tools load: the contract of its exporter, and what it is told."""
+"""A format that other tools load: the contract of its exporter."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
 
 from moedistill.components.fields import Config
-from moedistill.exporters.source import ExpertSource, Source
-
-Form = Literal["lora", "merged"]
-"""How an expert leaves: as a low-rank change of the network that it stands on, or as the weights of a plain network."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What was asked for.
-
-    Args:
-        form: of every expert; None for that of its kind: an adapter leaves as LoRA, a full expert merged.
-        svd: the rank to which a full expert's change is cut, which then leaves as LoRA; None for none.
-        dtype: of the tensors in the files.
-    """
-
-    form: Form | None = None
-    svd: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-
-    def form_of(self, expert: ExpertSource) -> Form:
-        """How this expert leaves; a teacher as it is leaves merged, if at all.
-
-        Raises:
-            ValueError: it cannot leave as it was asked for.
-        """
-        if expert.kind == "full" and self.form == "lora" and self.svd is None:
-            raise ValueError(
-                f"expert {expert.name!r} has all weights of its own, which no LoRA carries; leave --lora out, so that "
-                "it is merged, or give --svd RANK for what of it a LoRA of that rank carries"
-            )
-        if expert.kind == "teacher":
-            return "merged"
-        if self.form is not None:
-            return self.form
-        return "lora" if expert.kind == "adapter" or self.svd is not None else "merged"
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrittenFile:
-    """A file that was written.
-
-    Args:
-        path: within the folder of its format.
-        expert: whose weights it holds; None for what goes with them.
-        form: of the expert in it.
-        error: of weights, what their dtype costs: the root mean square of the rounding over that of the values.
-    """
-
-    path: str
-    expert: str | None = None
-    form: Form | None = None
-    error: float | None = None
+from moedistill.exporters.export import Exported, export
+from moedistill.exporters.options import ExportOptions as ExportOptions
+from moedistill.exporters.options import WrittenFile as WrittenFile
+from moedistill.exporters.options import file_stem as file_stem
+from moedistill.exporters.source import Source
+from moedistill.recipe.keys import Recipe
 
 
 @dataclass(kw_only=True)
@@ -83,9 +33,18 @@ class ExporterConfig(Config, ABC):
             WriteError: the disk refuses.
         """
 
+    def usage(self, source: Source, files: Sequence[WrittenFile], options: ExportOptions) -> str:
+        """How the files are used, in Markdown, for the model card beside them."""
+        return ""
 
-def file_stem(source: Source, expert: str) -> str:
-    """What the file of an expert is called, without its ending: by its noise, or, of more than two, by its name."""
-    names = list(source.experts)
-    ending = ("high_noise", "low_noise")[names.index(expert)] if len(names) == 2 else expert
-    return f"{source.recipe.name}_{ending}"
+    def export(
+        self,
+        run: str | Path,
+        output: str | Path | None = None,
+        options: ExportOptions | None = None,
+        *,
+        recipe: Recipe | None = None,
+        say: Callable[[str], object] = lambda _: None,
+    ) -> Exported:
+        """Writes this format alone; see `moedistill.exporters.export.export`."""
+        return export(run, [self], output, options, recipe=recipe, say=say)[0]

@@ -66,5 +66,5 @@ def write_one_file(
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             assert tensor.shape == tuple(shape), f"{name} is {list(tensor.shape)}, not {list(shape)}"
             stored = rounding.to(dtype, tensor.detach().cpu())
-            out.write(memoryview(stored.flatten().view(torch.uint8).numpy()))
+            out.write(stored.flatten().view(torch.uint8).numpy().data)
     return rounding.error

@@ -21,15 +21,15 @@ from moedistill.flow.trajectory import Trajectory
 from moedistill.model.backbone import TEACHER, teacher_name
 from moedistill.model.ema import WhichWeights
 from moedistill.model.experts import FullConfig, LoRAConfig
+from moedistill.model.mixture import Weights
 from moedistill.recipe.keys import Recipe
 from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runs.build import flow_of
 from moedistill.runs.sample import read_trained
 from moedistill.runs.saved import read_state
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree
-from moedistill.runtime.integrity import read_json, read_tensors
 from moedistill.runtime.sharding import whole
-from moedistill.stages.export import INDEX
+from moedistill.stages.export import INDEX, read_export, read_index
 
 ExpertKind = Literal["full", "adapter", "teacher"]
 
@@ -176,7 +176,11 @@ class ExpertSource:
         """A tensor, by its name in `shapes`, of what this expert is a change of: the full expert that an adapter stands
         on, or the pretrained network.
         """
-        return self._under(name) if self.over is not None else self._pretrained.tensor(name)
+        return self._under(name) if self.over is not None else self.pretrained(name)
+
+    def pretrained(self, name: str) -> Tensor:
+        """A tensor of the pretrained network, in the dtype that training had it in."""
+        return self._pretrained.tensor(name)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of a plain network equal to this expert: float32 where it was trained, else in the base's dtype."""
@@ -193,7 +197,7 @@ class ExpertSource:
         """A tensor of the network that adapters change."""
         if self._full is not None and name in self._full.stored.tensors:
             return whole(self._full.stored.tensors[name])
-        return self._pretrained.tensor(name)
+        return self.pretrained(name)
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors of a plain network equal to this expert, by its names, one at a time in the order of its files;
@@ -232,6 +236,11 @@ class Source:
     provenance: Mapping[str, Any]
     place: Path
 
+    @property
+    def is_export(self) -> bool:
+        """Whether `place` is an export's folder."""
+        return os.path.lexists(self.place / INDEX)
+
     def boundary(self, after: int = 0) -> float:
         """The sigma that parts two neighbouring experts, `after` the first, second …: from it up is the upper one's.
 
@@ -252,14 +261,27 @@ class Source:
         return (upper + lower) / 2
 
 
-def open_source(folder: str | Path, *, weights: WhichWeights = "trained", plugins: Plugins | None = None) -> Source:
+def open_source(
+    folder: str | Path,
+    *,
+    weights: WhichWeights = "trained",
+    recipe: Recipe | None = None,
+    plugins: Plugins | None = None,
+) -> Source:
     """Opens a run's folder, a checkpoint, or an export's folder; nothing of the model is loaded.
+
+    Args:
+        recipe: of an export, where it is at hand: it is then not read again.
 
     Raises:
         UserError: as `read_trained`; or an expert is of a kind whose equal as a plain network is not known here.
     """
     place = Path(folder)
-    recipe, trained, averages = read_trained(place, weights=weights, plugins=plugins, pieces=True)
+    if recipe is not None:
+        trained: Weights = read_export(place)[1]
+        averages: Weights = {}
+    else:
+        recipe, trained, averages = read_trained(place, weights=weights, plugins=plugins, pieces=True)
     flow = flow_of(recipe)
     with user_errors("sample"):
         sigmas = sampling_sigmas(recipe).tolist() if recipe.sample else None
@@ -325,8 +347,7 @@ def _expert_source(
 def _read_expert(place: Path, name: str, average: bool) -> Mapping[str, Any]:
     """An expert's tensors as they are saved; that they are whole was seen when the source was opened."""
     if os.path.lexists(place / INDEX):
-        file: str = read_json(place / INDEX)["experts"][name]["file"]
-        return read_tensors(place / file)
+        return read_export(place, only=name, verified=True)[1][name]
     tree = load_tree(find_checkpoint(place), "ema" if average else "experts", verified=True, pieces=True)
     tensors: Mapping[str, Any] = tree[name]
     return tensors
@@ -334,7 +355,7 @@ def _read_expert(place: Path, name: str, average: bool) -> Mapping[str, Any]:
 
 def _provenance(place: Path, weights: WhichWeights) -> Mapping[str, Any]:
     if os.path.lexists(place / INDEX):
-        said: Mapping[str, Any] = read_json(place / INDEX)["provenance"]
+        said: Mapping[str, Any] = read_index(place)["provenance"]
         return said
     state = read_state(find_checkpoint(place))
     return {"weights": weights, "smoke": state.get("smoke", False), "metrics": state["metrics"]}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moedistill import (
+    ComfyUI,
     Conditioning,
     DiffusersBackbone,
     DiffusersBackboneConfig,
@@ -16,7 +17,7 @@ from moedistill import (
     VideoSize,
     tiny_tokenizer,
 )
-from moedistill_hunyuan_video.native import NAMES
+from moedistill_hunyuan_video.native import IN_COMFYUI, NAMES
 
 TEXT_LENGTH = 256
 
@@ -126,6 +127,19 @@ class HunyuanVideoConfig(DiffusersBackboneConfig):
 
     def native_names(self) -> NativeNames:
         return NAMES
+
+    def comfyui(self) -> ComfyUI:
+        scale = self.guidance.student_scale or self.guidance.embedded_scale("transformer")
+        return ComfyUI(
+            networks={"transformer": "hunyuan_video_t2v_720p_bf16.safetensors"},
+            text_encoders=("clip_l.safetensors", "llava_llama3_fp16.safetensors"),
+            text_type="hunyuan_video",
+            vae="hunyuan_video_vae_bf16.safetensors",
+            latents="EmptyHunyuanLatentVideo",
+            fps=self.fps or HunyuanVideoBackbone.fps,
+            told=("FluxGuidance", ("conditioning",), scale),
+            renamed=IN_COMFYUI,
+        )
 
     def network_class(self) -> type:
         from diffusers import HunyuanVideoTransformer3DModel

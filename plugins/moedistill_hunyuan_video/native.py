@@ -55,3 +55,13 @@ NAMES = NativeNames(
     # The makers' gives shift and scale, the one here scale and shift.
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
 )
+
+IN_COMFYUI = {
+    f"{native}.{number}": f"{native.removesuffix('.mlp')}.{layer}_layer"
+    for native in EMBEDDERS
+    for number, layer in ((0, "in"), (2, "out"))
+} | {
+    "txt_in.c_embedder.linear_1": "txt_in.c_embedder.in_layer",
+    "txt_in.c_embedder.linear_2": "txt_in.c_embedder.out_layer",
+}
+"""What ComfyUI renames when it loads whole weights, and knows in a LoRA by its new name alone."""

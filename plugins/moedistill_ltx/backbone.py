@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moedistill import (
+    ComfyUI,
     Conditioning,
     DiffusersBackbone,
     DiffusersBackboneConfig,
@@ -120,6 +121,17 @@ class LTXConfig(DiffusersBackboneConfig):
 
     def native_names(self) -> NativeNames:
         return NAMES
+
+    def comfyui(self) -> ComfyUI:
+        fps = self.fps or LTXBackbone.fps
+        return ComfyUI(
+            checkpoint="ltx-video-2b-v0.9.safetensors",
+            text_encoders=("t5xxl_fp16.safetensors",),
+            text_type="ltxv",
+            latents="EmptyLTXVLatentVideo",
+            fps=fps,
+            told=("LTXVConditioning", ("positive", "negative"), fps),
+        )
 
     def network_class(self) -> type:
         from diffusers import LTXVideoTransformer3DModel

@@ -27,7 +27,7 @@ FLOORS = [
     {"stages"},
     {"runs"},
     {"integrations", "exporters"},
-    {"analysis", "testing"},
+    {"analysis", "importing", "testing"},
     {"cli"},
     {"__main__"},
 ]

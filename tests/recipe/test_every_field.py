@@ -30,7 +30,7 @@ from moedistill.data.latents import write_latents
 from moedistill.data.loading import Batch, load_batches
 from moedistill.data.prompts import PromptsConfig
 from moedistill.data.windows import plan_windows
-from moedistill.errors import UserError
+from moedistill.errors import RecipeError, UserError
 from moedistill.flow.routers import Boundary, TimestepRouterConfig
 from moedistill.flow.sampling_points import SampleConfig
 from moedistill.flow.trajectory import FlowMatching, Native, Points, Trajectory
@@ -49,6 +49,7 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture, is_sharded, make_accelerator
 from moedistill.runs.encode import with_encoded_videos
 from moedistill.runs.loop import run
+from moedistill.runs.sample import load_mixture
 from moedistill.runtime.checkpoint import bytes_of, load_tree
 from moedistill.stages.rehearsal import size
 from moedistill.stages.run import Run
@@ -841,6 +842,25 @@ def test_parents(kind):
         assert not torch.equal(
             velocity_of(mixture, "teacher", digits_inputs()), velocity_of(mixture, "semantic", digits_inputs())
         )
+
+
+@observes("expert.*.init")
+@pytest.mark.parametrize("kind", kinds("expert"))
+def test_starts(kind, tmp_path):
+    def detail(**init):
+        return {"experts.detail": {"kind": kind, "from": "semantic", **init}}
+
+    if kind == "frozen":
+        with pytest.raises(RecipeError, match=r"experts\.detail\.init: .* holds no weights"):
+            built(detail(init=str(tmp_path)))
+        return
+    stages = [distil("detail", steps=1), {"name": "export", "kind": "export"}]
+    run(tiny_recipe(stages, detail()), output=tmp_path, device="cpu")
+    started, fresh = built(detail(init=str(tmp_path))), built(detail())
+    _, trained = load_mixture(tmp_path)
+    velocities = [velocity_of(each, "detail", digits_inputs()) for each in (trained, started, fresh)]
+    assert torch.equal(velocities[0], velocities[1])
+    assert not torch.equal(velocities[0], velocities[2])
 
 
 @observes(*(f"expert.lora.{name}" for name in ("rank", "alpha", "targets", "copies")))
