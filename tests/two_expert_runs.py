@@ -14,7 +14,7 @@ SMALL = {"num_frames": 9, "height": 32, "width": 48}
 BACKBONES = {"wan": "wan", "wan22": "wan", "hunyuan_video": "hunyuan_video", "cogvideox_2b": "cogvideox", "ltx": "ltx"}
 
 
-def two_expert_recipe(family, model, semantic="lora", **changes):
+def two_expert_recipe(family, model, semantic="lora", more_stages=(), **changes):
     """Three sampling steps over the network or networks of a family: semantic, semantic, detail."""
     backbone = {"kind": BACKBONES[family], "pretrained": str(model), "video": VIDEOS.get(family, SMALL)}
     experts = {
@@ -47,7 +47,7 @@ def two_expert_recipe(family, model, semantic="lora", **changes):
         "router": router,
         "experts": experts,
         "training": {"batch_size": 1, "monitor": None},
-        "stages": [*stages, {"name": "export", "kind": "export"}],
+        "stages": [*stages, {"name": "export", "kind": "export"}, *more_stages],
         "sample": sample,
         **changes,
     }
