@@ -36,7 +36,7 @@ FLOORS = [
 HOMES = {
     "accelerate": {"stages", "runs"},
     "peft": {"model"},
-    "diffusers": {"integrations"},
+    "diffusers": {"integrations", "exporters"},
     "transformers": {"integrations"},
 }
 """What the core's few heavy dependencies are for."""
