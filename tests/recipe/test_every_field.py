@@ -700,7 +700,8 @@ def test_weights_trained_or_averaged(done, error_of):
 def test_formats_of_an_export(tmp_path, error_of):
     stages = [{"name": "out", "kind": "export", "formats": ["diffusers"]}]
     stages.append({"name": "copies", "kind": "export", "formats": [{"kind": "diffusers", "components": "copy"}]})
-    output = finished(tmp_path, "wan", "full", more_stages=stages)
+    experts = {"semantic": {"kind": "full"}, "detail": {"kind": "full", "from": "semantic"}}  # all in one pipeline
+    output = finished(tmp_path, "wan", more_stages=stages, experts=experts)
     folders = [output / name / "diffusers" for name in ("out", "copies")]
     assert [(folder / "vae").is_symlink() for folder in folders] == [True, False]
     assert not (output / "export/diffusers").exists()
