@@ -14,23 +14,18 @@ SMALL = {"num_frames": 9, "height": 32, "width": 48}
 BACKBONES = {"wan": "wan", "wan22": "wan", "hunyuan_video": "hunyuan_video", "cogvideox_2b": "cogvideox", "ltx": "ltx"}
 
 
-def two_expert_recipe(family, model, semantic="lora", **changes):
+def two_expert_recipe(family, model, semantic="lora", more_stages=(), guidance=None, **changes):
     """Three sampling steps over the network or networks of a family: semantic, semantic, detail."""
     backbone = {"kind": BACKBONES[family], "pretrained": str(model), "video": VIDEOS.get(family, SMALL)}
-    experts = {
-        "semantic": {"kind": semantic},
-        "detail": {"kind": "lora", "from": "semantic", "rank": 2, "alpha": 8},
-    }
-    if semantic == "lora":
-        experts["semantic"] |= {"rank": 3, "alpha": 6, "copies": "none"}
+    if guidance is not None:
+        backbone["guidance"] = guidance
+    experts = changes.get("experts") or own_experts(family, semantic)
     router = {"kind": "timestep", "experts": ["semantic", "detail"], "boundaries": [{"point": 8}]}
     sample = {"points": [20, 14, 8]}
     if family == "wan22":  # the teacher's own boundary
         backbone["boundary_ratio"] = 0.875
         router |= {"boundaries": [{"ratio": 0.875}], "closed": "high"}
         sample = {"points": [20, 14, 5]}
-        experts["semantic"]["base"] = "transformer"
-        experts["detail"] |= {"from": "teacher", "base": "transformer_2"}
     if family == "cogvideox_2b":
         backbone["model"] = "2b"
     stages = [
@@ -47,10 +42,21 @@ def two_expert_recipe(family, model, semantic="lora", **changes):
         "router": router,
         "experts": experts,
         "training": {"batch_size": 1, "monitor": None},
-        "stages": [*stages, {"name": "export", "kind": "export"}],
+        "stages": [*stages, {"name": "export", "kind": "export"}, *more_stages],
         "sample": sample,
         **changes,
     }
+
+
+def own_experts(family, semantic):
+    detail = {"kind": "lora", "from": "semantic", "rank": 2, "alpha": 8}
+    experts = {"semantic": {"kind": semantic}, "detail": detail}
+    if semantic == "lora":
+        experts["semantic"] |= {"rank": 3, "alpha": 6, "copies": "none"}
+    if family == "wan22":
+        experts["semantic"] |= {"base": "transformer"}
+        detail |= {"from": "teacher", "base": "transformer_2"}
+    return experts
 
 
 def finished(folder, family, semantic="lora", **changes):
