@@ -19,6 +19,9 @@ from .data.latents import write_latents as write_latents
 from .data.loading import Batch as Batch
 from .errors import RecipeError as RecipeError
 from .errors import UserError as UserError
+from .exporters.base import ExporterConfig as ExporterConfig
+from .exporters.options import ExportOptions as ExportOptions
+from .exporters.options import WrittenFile as WrittenFile
 from .flow.process import add_noise as add_noise
 from .flow.process import diffuse as diffuse
 from .flow.process import displacement as displacement
@@ -81,6 +84,7 @@ from .model.backbone import Backbone as Backbone
 from .model.backbone import BackboneConfig as BackboneConfig
 from .model.backbone import Record as Record
 from .model.backbone import VideoSize as VideoSize
+from .model.comfyui import ComfyUI as ComfyUI
 from .model.conditioning import Conditioning as Conditioning
 from .model.ema import EMA as EMA
 from .model.experts import Expert as Expert
@@ -93,6 +97,7 @@ from .model.latent_video import LatentVideoConfig as LatentVideoConfig
 from .model.layout import Input as Input
 from .model.layout import SampleLayout as SampleLayout
 from .model.mixture import Mixture as Mixture
+from .model.native_names import NativeNames as NativeNames
 from .model.prompt import Prompt as Prompt
 from .recipe.keys import Recipe as Recipe
 from .recipe.keys import StageConfig as StageConfig

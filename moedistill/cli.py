@@ -23,7 +23,7 @@ from moedistill.runtime.signals import Interruption
 if TYPE_CHECKING:
     from moedistill.components.plugins import Plugins
 
-KINDS = ("backbone", "trajectory", "router", "expert", "dataset", "loss", "stage", "metric", "recipe")
+KINDS = ("backbone", "trajectory", "router", "expert", "dataset", "loss", "stage", "metric", "exporter", "recipe")
 
 
 def _in_utf8(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -54,9 +54,7 @@ device_option = click.option("--device", metavar="NAME", help="Where to compute:
 def cli() -> None:
     """Distil a video diffusion model into a few-step mixture of timestep experts.
 
-    \b
-    Example:
-      moedistill run dcm_digits --smoke
+    Example: moedistill run dcm_digits --smoke
     """
 
 
@@ -213,7 +211,7 @@ def show(recipe: str, overrides: tuple[str, ...], plugin_files: tuple[str, ...])
 def list_(kind: str | None, name: str | None, plugin_files: tuple[str, ...]) -> None:
     """List what there is, and broken plugins; or explain NAME: what it is, and what each of its keys means.
 
-    KIND is one of backbone, trajectory, router, expert, dataset, loss, stage, metric, recipe; all if not given.
+    KIND is one of backbone, trajectory, router, expert, dataset, loss, stage, metric, exporter, recipe; else all.
 
     \b
     Example:
@@ -446,6 +444,63 @@ def runs(folders: tuple[str, ...], plugin_files: tuple[str, ...]) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for parts in list_states(folders or ("runs",), _plugins(plugin_files)):
         click.echo("\n".join(packed(parts, width)))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--format", "formats", multiple=True, default=("diffusers",), show_default=True, metavar="NAME",
+    help="What to write: see moedistill list exporter. Repeatable.",
+)  # fmt: skip
+@click.option("--lora", "form", flag_value="lora", help="Every expert as a LoRA.")
+@click.option("--merge", "form", flag_value="merged", help="Every expert as the weights of a plain network.")
+@click.option("--svd", type=click.IntRange(min=1), metavar="RANK", help="A full expert as a LoRA, cut to this rank.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
+    help="Of the weights in the files.",
+)  # fmt: skip
+@click.option("--copy", is_flag=True, help="Copy a pipeline's other components, not link them.")
+@click.option("--ema", is_flag=True, help="The averaged weights, not the last ones.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR",
+    help="A new or empty folder, of several formats with one for each in it; RUN/export/NAME if not given.",
+)  # fmt: skip
+@plugin_option
+def export(
+    run: Path,
+    formats: tuple[str, ...],
+    form: str | None,
+    svd: int | None,
+    dtype: str,
+    copy: bool,
+    ema: bool,
+    output: Path | None,
+    plugin_files: tuple[str, ...],
+) -> None:
+    """Write the experts of RUN, a run's folder, a checkpoint or an export, in files that other tools load.
+
+    Unless told otherwise an adapter leaves as LoRA, and an expert with all weights of its own merged. Only the base
+    model's network is read. Beside the files lie a model card with the code that runs them, and moedistill.json.
+
+    \b
+    Example:
+      moedistill export runs/dcm_wan_1_3b/20250131-120000 --merge --output few_step_wan
+      moedistill export runs/dcm_wan_1_3b/20250131-120000 --format diffusers --dtype float16
+    """
+    if svd is not None and form == "merged":
+        raise click.UsageError("--svd is of LoRA files: leave --merge out")
+    import torch
+
+    from moedistill.errors import user_errors
+    from moedistill.exporters.export import export as write
+    from moedistill.exporters.options import ExportOptions, chosen_formats
+
+    plugins = _plugins(plugin_files)
+    with user_errors("--format"):
+        chosen = chosen_formats(plugins.components, formats, copy=copy)
+    options = ExportOptions(form=form, svd=svd, dtype=getattr(torch, dtype))  # type: ignore[arg-type]
+    weights = "ema" if ema else "trained"
+    write(run, chosen, output, options, weights=weights, plugins=plugins, say=click.echo)  # type: ignore[arg-type]
 
 
 @cli.command()
@@ -768,20 +823,56 @@ def show_data(
 @click.argument("kind")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--recipe", metavar="RECIPE", help="Whose experts the weights are; DEST is then an export.")
+@set_option
 @plugin_option
-def convert(kind: str, source: Path, dest: Path, plugin_files: tuple[str, ...]) -> None:
-    """Make of SOURCE, a model's files as its makers publish them, the new folder DEST for `backbone.pretrained`.
+def convert(
+    kind: str,
+    source: Path,
+    dest: Path,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    plugin_files: tuple[str, ...],
+) -> None:
+    """Make of SOURCE, weights that others publish, the new folder DEST.
 
-    KIND is the backbone's, such as open_sora. A recipe that names the published folder itself does this at its first
-    use; here you choose the place.
+    With --recipe they are of experts that were distilled elsewhere, and DEST is an export of RECIPE, which says what
+    the files do not: trajectory, boundaries, steps. `sample`, `evaluate`, `apply`, `export` and experts.X.init read it.
+    KIND is then
+
+    \b
+      dcm        a file in DCM's released layout, with both experts
+      loras      a folder with a LoRA file for high and one for low noise; or one file, for one expert
+      diffusers  a folder with transformer and transformer_2, both whole
+      comfyui    whole networks under their makers' names: a folder with high and low, or one file
+
+    Without it they are a model's files as its makers publish them, KIND is the backbone's, such as open_sora, and DEST
+    is for `backbone.pretrained`. A recipe that names the published folder does this itself at its first use.
 
     \b
     Example:
+      moedistill convert dcm DCM/wan1.3b released --recipe dcm_wan_1_3b_published
+      moedistill convert loras Wan2.2-Lightning/T2V released --recipe my_recipe.yaml
       moedistill convert open_sora Open-Sora-v2 models/open_sora
     """
     from moedistill.errors import user_errors
     from moedistill.model.backbone import BackboneConfig
 
+    if recipe is not None:
+        from moedistill.recipe.loading import load_recipe
+
+        loaded = load_recipe(recipe, overrides, _plugins(plugin_files))
+        from moedistill.importing.write import import_weights
+
+        experts = import_weights(kind, source, dest, loaded)
+        click.echo(f"{dest}: an export with {' and '.join(experts)}; sample it, or give it as experts.X.init")
+        return
+    if overrides:
+        raise click.UsageError("--set changes a recipe; give one with --recipe")
+    from moedistill.importing.write import IMPORTERS
+
+    if kind in IMPORTERS:
+        raise click.UsageError(f"{kind} is of experts: give the recipe that they fit with --recipe")
     with user_errors("convert"):
         cls = _plugins(plugin_files).components.get("backbone", kind)
         assert issubclass(cls, BackboneConfig)

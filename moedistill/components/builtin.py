@@ -45,6 +45,25 @@ def register_components(components: Components) -> None:
     add("stage", "export", "moedistill.stages.export:ExportConfig", "files that others can load")
 
     add(
+        "exporter",
+        "diffusers",
+        "moedistill.exporters.diffusers_format:DiffusersConfig",
+        "a pipeline's folder, or LoRA files",
+    )
+    add(
+        "exporter",
+        "comfyui",
+        "moedistill.exporters.comfyui:ComfyUIConfig",
+        "weights and LoRA files under native names, and a workflow",
+    )
+    add(
+        "exporter",
+        "lightx2v",
+        "moedistill.exporters.lightx2v:LightX2VConfig",
+        "weights and LoRA files under native names, and a configuration",
+    )
+
+    add(
         "metric",
         "paired_distance",
         "moedistill.metrics.relative:PairedDistanceConfig",

@@ -39,11 +39,16 @@ WhichWeights = Literal["trained", "ema"]
 class Component:
     """Marks a field whose value is a component of a registry, chosen by its `kind`.
 
+    Args:
+        registry: which one.
+        by_name: a name alone will do, for a component with the defaults of its keys.
+
     Example:
         `losses: list[Annotated[LossConfig, Component("loss")]]`
     """
 
     registry: str
+    by_name: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> "CoreSchema":
         """For pydantic the value is `{"$component": n}`, n a place in the table that `recipe.building` made."""
@@ -57,7 +62,7 @@ class Component:
         return core_schema.with_info_plain_validator_function(look_up)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"$component": self.registry}
+        return {"$component": self.registry, **({"$by_name": True} if self.by_name else {})}
 
 
 @dataclass(kw_only=True)

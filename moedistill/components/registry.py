@@ -7,7 +7,7 @@ from importlib import import_module
 
 from moedistill.errors import suggest
 
-REGISTRIES = ("backbone", "trajectory", "router", "expert", "dataset", "loss", "stage", "metric")
+REGISTRIES = ("backbone", "trajectory", "router", "expert", "dataset", "loss", "stage", "metric", "exporter")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from moedistill.components.fields import Config, GridSize
+from moedistill.model.comfyui import ComfyUI
 from moedistill.model.guidance import Guidance
 from moedistill.model.layout import SampleLayout
+from moedistill.model.native_names import NativeNames
 from moedistill.model.prompt import Prompt, as_prompts
 
 if TYPE_CHECKING:
@@ -89,6 +91,8 @@ class BackboneConfig(Config, ABC):
     guidance: Guidance = field(default_factory=Guidance)
     has_pipeline: ClassVar[bool] = False
     """Whether videos come from a pipeline of the model's own (`OwnPipeline`); it draws no fresh noise between steps."""
+    in_lightx2v: ClassVar[bool] = False
+    """Whether LightX2V runs the model, under its native names."""
 
     @abstractmethod
     def build(self, seed: int = 0) -> "Backbone":
@@ -146,6 +150,14 @@ class BackboneConfig(Config, ABC):
 
     def native_sigmas(self) -> "Tensor | None":
         """The model's own sigma table, ascending float32, entry k for native time k; None if it has none."""
+        return None
+
+    def native_names(self) -> NativeNames | None:
+        """What the model's makers call its tensors; None where files under their names are not known."""
+        return None
+
+    def comfyui(self) -> ComfyUI | None:
+        """How ComfyUI, as it comes, loads and samples the model, under its native names; None where it cannot."""
         return None
 
     def time_shift(self) -> float | None:

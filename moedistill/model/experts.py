@@ -31,10 +31,13 @@ class ExpertConfig(Config, ABC):
     Args:
         from: what the expert starts as: `teacher` or another expert.
         base: which of the teacher's networks it changes, where there are several; that of `from`, if not given.
+        init: weights to start with, in place of those of `from`: an export, a run or a checkpoint that has an expert
+            like it of the same name, or `PATH#NAME` where that has another; null for none.
     """
 
     parent: Annotated[NonEmptyStr, Field(alias="from")] = TEACHER
     base: NonEmptyStr | None = None
+    init: NonEmptyStr | None = None
     trainable: ClassVar[bool] = True
     copies_base: ClassVar[bool] = False
 

@@ -26,7 +26,7 @@ from moedistill.model.sample_in_batches import FreshNoise, followings, sample_in
 from moedistill.model.shared_network import SharedNetwork
 from moedistill.runtime.devices import HOST
 from moedistill.runtime.integrity import misfit
-from moedistill.runtime.sharding import fill, gather_root, materialise, rest, shard
+from moedistill.runtime.sharding import Pieces, fill, gather_root, materialise, rest, shard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -59,6 +59,7 @@ class Mixture(nn.Module):
         forwards: samples that a network has evaluated so far, on this process; a guided teacher evaluates each twice.
         ema: averages of the experts that were trained with one, by expert.
         sharded: whether networks are cut among processes, which must then call them alike.
+        started: experts that were given what they start with.
         averages_on_host: whether averages stay there, also those that are used.
 
     Raises:
@@ -86,6 +87,7 @@ class Mixture(nn.Module):
         self.guidance, self.seed = guidance or Guidance(), seed
         self.autocast_dtype = autocast_dtype
         self.ema: dict[str, EMA] = {}
+        self.started: set[str] = set()
         self.bases = list(backbone.networks)
         self.experts: dict[str, Expert] = {}
         for base, network in backbone.networks.items():
@@ -325,14 +327,36 @@ class Mixture(nn.Module):
             return nullcontext()
         return torch.autocast(device.type, self.autocast_dtype, cache_enabled=False)
 
+    def start(self, expert: str, weights: Mapping[str, Tensor | Pieces], source: str) -> None:
+        """Gives an expert, by parameter name, what it starts with in place of its parent's weights.
+
+        Raises:
+            UserError: they do not fit the recipe's expert; `source` says where they came from.
+        """
+        self.experts[expert].wake()
+        if fault := self.misfit(expert, weights):
+            raise UserError(f"experts.{expert}.init: {source} does not fit: {fault}")
+        for key, parameter in self.experts[expert].parameters.items():
+            fill(parameter, weights[key])
+        self.started.add(expert)
+
+    def misfit(self, expert: str, weights: Mapping[str, Tensor | Pieces]) -> str | None:
+        """In what weights by parameter name are not an expert's; None if they are."""
+        # What is trained is float32, and saved so; for inference it may lie in the dtype of the base.
+        own = {
+            key: parameter if key in weights and weights[key].dtype == parameter.dtype else _float32(parameter)
+            for key, parameter in self.experts[expert].parameters.items()
+        }
+        return misfit(weights, own)
+
     def initialise(self, *, but: Collection[str] = ()) -> None:
-        """Makes every expert but those named equal to its parent, parents first."""
+        """Makes every expert equal to its parent, parents first, but those named, and those that were `started`."""
 
         def generation(expert: Expert) -> int:
             return 0 if expert.parent is None else 1 + generation(expert.parent)
 
         for expert in sorted(self.experts.values(), key=generation):
-            if expert.name not in but:
+            if expert.name not in but and expert.name not in self.started:
                 expert.initialise(self.seed)
 
     def train_only(self, *experts: str) -> None:
@@ -348,7 +372,7 @@ class Mixture(nn.Module):
     def load(self, experts: Weights, averages: Weights, source: str) -> None:
         """Takes over trained experts and averages, each as tensors by parameter name, by expert.
 
-        The other experts become equal to their parents.
+        The other experts become equal to their parents, unless they were `started`.
 
         Raises:
             UserError: they do not fit the recipe's experts; `source` says where they came from.
@@ -359,13 +383,7 @@ class Mixture(nn.Module):
         for kind, name, weights in kinds:
             if name not in self.experts:
                 raise UserError(f"{source} has weights of an expert {name!r}, which the recipe does not name")
-            expert = self.experts[name]
-            # What is trained is float32, and saved so; for inference it may lie in the dtype of the base.
-            own = {
-                key: parameter if key in weights and weights[key].dtype == parameter.dtype else _float32(parameter)
-                for key, parameter in expert.parameters.items()
-            }
-            if fault := misfit(weights, own):
+            if fault := self.misfit(name, weights):
                 raise UserError(
                     f"the {kind} of expert {name!r} in {source} do not fit the recipe: {fault}; use its own recipe"
                 )

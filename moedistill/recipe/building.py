@@ -164,11 +164,13 @@ class Builder:
         """`raw` with every component in it built, and replaced by its place in the table."""
         if not _has_component(hint):
             return raw
-        base, registry = _unwrap(hint)
-        if registry is not None:
+        base, mark = _unwrap(hint)
+        if mark is not None:
             if raw is None and type(None) in get_args(base):
                 return None
-            self._table.append(self.component(registry, raw, path))
+            if mark.by_name and isinstance(raw, str):
+                raw = {"kind": raw}
+            self._table.append(self.component(mark.registry, raw, path))
             return {"$component": len(self._table) - 1}
         origin, args = get_origin(base), get_args(base)
         if origin in (Union, types.UnionType):
@@ -189,10 +191,10 @@ class Builder:
     def _name_defaults(self, config: Any) -> None:
         """Gives components that came from a field's default their `kind`."""
         for field, hint in zip(dataclasses.fields(config), field_types(type(config)).values(), strict=True):
-            _, registry = _unwrap(hint)
+            _, mark = _unwrap(hint)
             value = getattr(config, field.name)
-            if registry is not None and value is not None and not failed(value) and not value.kind:
-                _set_kind(value, self.components.name_of(registry, type(value)))
+            if mark is not None and value is not None and not failed(value) and not value.kind:
+                _set_kind(value, self.components.name_of(mark.registry, type(value)))
 
 
 def to_plain(value: Any) -> Any:
@@ -244,17 +246,17 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else FAILED
 
 
-def _unwrap(hint: Any) -> tuple[Any, str | None]:
-    """An annotation without its metadata, and the registry if it marks a component."""
+def _unwrap(hint: Any) -> tuple[Any, Component | None]:
+    """An annotation without its metadata, and the mark if it is of a component."""
     if get_origin(hint) is not Annotated:
         return hint, None
     base, *metadata = get_args(hint)
-    return base, next((item.registry for item in metadata if isinstance(item, Component)), None)
+    return base, next((item for item in metadata if isinstance(item, Component)), None)
 
 
 def _has_component(hint: Any, above: tuple[Any, ...] = ()) -> bool:
-    base, registry = _unwrap(hint)
-    if registry is not None:
+    base, mark = _unwrap(hint)
+    if mark is not None:
         return True
     if dataclasses.is_dataclass(base):
         inner = () if base in above else tuple(field_types(base).values())  # type: ignore[arg-type]

@@ -61,7 +61,8 @@ def _adapt(schema: Any, prefix: str) -> Any:
     if not isinstance(schema, dict):
         return schema
     if "$component" in schema:
-        return {"$ref": f"#/$defs/{schema['$component']}"}
+        component = {"$ref": f"#/$defs/{schema['$component']}"}
+        return {"anyOf": [{"type": "string"}, component]} if "$by_name" in schema else component
     result = {key: _adapt(value, prefix) for key, value in schema.items()}
     if isinstance(result.get("$ref"), str):
         result["$ref"] = result["$ref"].replace("#/$defs/", f"#/$defs/{prefix}.")

@@ -22,6 +22,7 @@ from moedistill.flow.sampling_points import SampleConfig
 from moedistill.losses.optim import OptimizerConfig
 from moedistill.model.backbone import BackboneConfig
 from moedistill.recipe.building import to_plain
+from moedistill.recipe.starting import find_start
 from moedistill.recipe.yaml_tree import dump_yaml
 
 if TYPE_CHECKING:
@@ -346,14 +347,20 @@ class Recipe:
         plain: dict[str, Any] = to_plain(self)
         return plain
 
-    def missing(self, *, data: bool = True) -> Iterator[str]:
+    def started(self) -> set[str]:
+        """The experts that start with weights of their own (`init`)."""
+        return {name for name, expert in self.experts.items() if expert.init is not None}
+
+    def missing(self, *, data: bool = True, starts: bool = True) -> Iterator[str]:
         """What the recipe names but is not on this machine, or cannot be used as it is: data, prompts, stored samples.
 
-        It makes no recipe invalid, as it may be run elsewhere; `run` refuses to begin. Without `data` only what stages
-        name is looked at.
+        It makes no recipe invalid, as it may be run elsewhere; `run` refuses to begin. Without `data` the dataset is
+        not looked at, and without `starts` not what experts start with.
         """
         looks: dict[str, Callable[[], None]] = {"data": self.data.look_ahead} if self.data and data else {}
         looks |= {f"stage {stage.name}": partial(stage.look_ahead, self) for stage in self.stages}
+        for name in sorted(self.started()) if starts else ():
+            looks[f"experts.{name}.init"] = partial(find_start, str(self.experts[name].init))
         for where, look_ahead in looks.items():
             try:
                 look_ahead()

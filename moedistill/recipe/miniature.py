@@ -20,6 +20,8 @@ def miniature(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         backbone=_tiny(recipe.backbone),
+        # Weights of the real model fit no miniature.
+        experts={name: expert.replace(init=None) for name, expert in recipe.experts.items()},
         data=recipe.data and _tiny(recipe.data),
         stages=[_tiny(stage) for stage in recipe.stages],
         training=replace(training, batch_size=samples, log_every=1, monitor=monitor),

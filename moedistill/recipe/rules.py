@@ -49,6 +49,7 @@ class Rules:
         yield from self.routing(trajectory)
         yield from self.idle_experts()
         yield from self.ancestry()
+        yield from self.starts()
         yield from self.copies_of_8_bits()
         yield from self.teachers(trajectory)
         yield from self.trained_experts()
@@ -187,6 +188,13 @@ class Rules:
             elif name in self.ancestors(name):
                 circle = " → ".join([name, *self.ancestors(name)])
                 yield path, f"goes round in a circle: {circle}", "let one of them start from the teacher"
+
+    def starts(self) -> Iterator[Violation]:
+        """What starts with weights has some."""
+        for name, expert in (self.experts or {}).items():
+            if getattr(expert, "init", None) is not None and getattr(expert, "trainable", True) is False:
+                message = f"expert {name!r} is {expert.kind or 'frozen'}: it holds no weights that could be given to it"
+                yield ("experts", name, "init"), message, "make it full or lora, or leave init out"
 
     def ancestors(self, name: str) -> list[str]:
         """Parents of an expert, nearest first, up to the teacher or to a name met before."""

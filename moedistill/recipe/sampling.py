@@ -76,9 +76,9 @@ def notes_on(recipe: "Recipe", sample: SampleConfig) -> list[str]:
 
 
 def trained_before(recipe: "Recipe", stage: str) -> set[str]:
-    """The experts that stages before the one of this name train."""
+    """The experts that stages before the one of this name train, or that start with weights of their own."""
     earlier = takewhile(lambda other: other.name != stage, recipe.stages)
-    return {expert for other in earlier for expert in other.trained_experts()}
+    return recipe.started().union(*(other.trained_experts() for other in earlier))
 
 
 def untrained_notes(

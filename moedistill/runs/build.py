@@ -3,7 +3,7 @@
 import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +23,7 @@ from moedistill.model.experts import LoRAConfig
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
 from moedistill.runs.asked_sharding import asked_sharding, hidden_from_accelerate
+from moedistill.runs.starting import start_experts
 from moedistill.runtime.devices import find_device
 from moedistill.runtime.shards import can_write_shards
 from moedistill.stages.run import Run
@@ -39,11 +40,15 @@ def build_mixture(
     *,
     inference: bool = False,
     mesh: "DeviceMesh | None" = None,
+    known: Collection[str] = (),
 ) -> Mixture:
-    """Loads the backbone, unless it is given, and attaches the experts; each starts as its parent.
+    """Loads the backbone, unless it is given, and attaches the experts; each starts as its parent, or with its `init`.
 
-    For `inference` copies of the base are kept in its dtype. With a `mesh` networks are cut among its processes, none
-    of which ever holds the whole.
+    For `inference` copies of the base are kept in its dtype, and no `init` is read: all weights come from where they
+    were saved. With a `mesh` networks are cut among its processes, none of which ever holds the whole.
+
+    Args:
+        known: experts whose weights come from a checkpoint: their `init` is not read.
 
     Raises:
         UserError: what is wrong with the recipe but cannot be seen in it.
@@ -63,6 +68,8 @@ def build_mixture(
         mixture.shard(mesh, torch.device(device))
         with user_errors("backbone"):
             mixture.fill(recipe.backbone, recipe.seed)
+    if not inference:
+        start_experts(recipe, mixture, known)
     mixture.initialise()
     return mixture
 
@@ -248,10 +255,14 @@ def build_run(
     *,
     smoke: bool = False,
     backbone: Backbone | None = None,
+    known: Collection[str] = (),
 ) -> Run:
-    """Loads the models, or takes a `backbone` that is there, and opens the data; UserError where they do not fit."""
+    """Loads the models, or takes a `backbone` that is there, and opens the data; UserError where they do not fit.
+
+    See `build_mixture` for `known`.
+    """
     mesh = mesh_of(accelerator) if is_sharded(recipe, accelerator) and backbone is None else None
-    mixture = build_mixture(recipe, accelerator.device, backbone, mesh=mesh)
+    mixture = build_mixture(recipe, accelerator.device, backbone, mesh=mesh, known=known)
     with user_errors("data"):
         dataset = recipe.data.build(mixture.backbone) if recipe.data else None
         _check_samples(recipe, mixture, dataset)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,9 +32,11 @@ from moedistill.runs.launch import check_launch, launched_here, tell_launcher
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
 from moedistill.runs.not_finite import explain
 from moedistill.runs.planning.count import check_before_loading
+from moedistill.runs.planning.fake_step import empty_mixture
 from moedistill.runs.processes import described, on_main
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
+from moedistill.runs.starting import check_starts
 from moedistill.runtime.checkpoint import (
     FORMAT,
     Checkpoints,
@@ -188,20 +190,29 @@ def _begin(
     training = recipe.training
     with user_errors("this run"):
         share_of_batch(training.batch_size, training.gradient_accumulation_steps, processes)
-    if missing := list(recipe.missing()):
+    if missing := list(recipe.missing(starts=False)):
         raise UserError("\n".join(missing))
     checked = check_before(recipe, processes)
     for named in (output, resume_from):
         if named is not None:
             _give_names(Path(named))
     where = plan(recipe, output=output, resume=resume, resume_from=resume_from, command=command)
+    odd_starts = _check_starts(recipe, where.state.get("trained", ()))
     numbered = output is None and (where.checkpoint is None or where.branch)
     folder = stack.enter_context(claimed(where.folder, numbered=numbered))
     with disk_errors(folder):
         Checkpoints(folder / "checkpoints", keep=1).remove_leftovers()
     # Once more, now that nobody else writes there.
     where = plan(recipe, output=folder, resume=resume, resume_from=resume_from, command=command, seen=where)
-    return where, checked.warnings if checked is not None else []
+    return where, [*(checked.warnings if checked is not None else ()), *odd_starts]
+
+
+def _check_starts(recipe: Recipe, known: Collection[str]) -> list[str]:
+    """Tries what experts start with, on a model without weights; what is likely not meant."""
+    if not recipe.started() - set(known):
+        return []
+    with user_errors("experts"):
+        return check_starts(recipe, empty_mixture(recipe, recipe.backbone.skeleton()), known)
 
 
 def _give_names(folder: Path) -> None:
@@ -221,11 +232,12 @@ class _Runner:
         # What goes on with a miniature is one.
         self.command = replace(command, smoke=where.state.get("smoke", command.smoke))
         with memory_errors(lambda: "loading the model", lambda _: loading_remedies(recipe)):
-            self.run = build_run(recipe, folder, accelerator, smoke=self.command.smoke)
+            known = where.state.get("trained", ())
+            self.run = build_run(recipe, folder, accelerator, smoke=self.command.smoke, known=known)
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.training.keep_checkpoints, self.run.say)
         first, step = (where.state["stage"], where.state["step"]) if where.checkpoint is not None else (0, 0)
         with memory_errors(lambda: "trying the stages", lambda _: loading_remedies(recipe)):
-            look_ahead(self.run, first, step, self._trained(first))
+            look_ahead(self.run, first, step, self._saved_experts(first))
         self.last_checkpoint: Path | None = None
         self.saving: Saving | None = None
         self.group: Any = None
@@ -410,7 +422,7 @@ class _Runner:
         self.training = None
         self.run.mixture.settle()
         # What is not trained yet starts as its parent is now; an evaluation may come before its turn.
-        self.run.mixture.initialise(but=self._trained(number + 1))
+        self.run.mixture.initialise(but=self._saved_experts(number + 1))
 
     def _with_a_way_out(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; says of data that cannot be read what is saved, and how to go on."""
@@ -529,15 +541,20 @@ class _Runner:
         if self.run.main or launched_here() is None:
             tell_launcher(self._going_on_from(checkpoint))
 
-    def _trained(self, number: int) -> set[str]:
-        """The experts that stages before `number` train."""
-        return {expert for stage in self.recipe.stages[:number] for expert in stage.trained_experts()}
+    def _saved_experts(self, number: int) -> set[str]:
+        """The experts that stages before `number` train, and those that start with weights of their own.
+
+        Both are in every checkpoint, so that what an `init` names may change or go once a run has one.
+        """
+        return self.recipe.started().union(*(stage.trained_experts() for stage in self.recipe.stages[:number]))
 
     def _save(self, number: int, training: Training) -> None:
         name = checkpoint_name(number, training.config.name, training.step)
         mixture = self.run.mixture
         trees = {
-            "experts": {expert: dict(mixture.experts[expert].saved) for expert in sorted(self._trained(number + 1))},
+            "experts": {
+                expert: dict(mixture.experts[expert].saved) for expert in sorted(self._saved_experts(number + 1))
+            },
             "ema": {expert: average.average for expert, average in mixture.ema.items()},
             "training": training.state(),
             "state": {
@@ -549,7 +566,7 @@ class _Runner:
                 "metrics": self.run.metrics,
                 "cost": self.run.cost,
                 "recipe": self.recipe.resolved(),
-                "trained": sorted(self._trained(number + 1)),
+                "trained": sorted(self._saved_experts(number + 1)),
                 "used": sorted({name for stage in self.recipe.stages[: number + 1] for name in stage.used_experts()}),
             },
         }

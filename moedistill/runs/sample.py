@@ -48,24 +48,31 @@ class SampleResult:
 
 
 def read_trained(
-    source: str | Path, *, weights: WhichWeights = "trained", plugins: Plugins | None = None
+    source: str | Path,
+    *,
+    weights: WhichWeights = "trained",
+    plugins: Plugins | None = None,
+    pieces: bool = False,
 ) -> tuple[Recipe, Weights, Weights]:
     """Recipe, experts' weights and, for ema, their averages, of a run's folder, a checkpoint, or an export's folder.
 
-    Where data or stages cannot be read, as without the plugins of their losses and metrics, the recipe has none.
+    Where data or stages cannot be read, as without the plugins of their losses and metrics, the recipe has none. With
+    `pieces` what several processes wrote is not put together, as in `load_tree`.
 
     Raises:
         UserError: there is nothing of the kind, it is not complete, `weights` is ema and there are no averages, or the
             plugin of the backbone, an expert, the trajectory or the router is missing. An export of which nothing but
             the router's plugin is missing keeps its boundaries, if those are a `TimestepRouter`'s.
     """
-    recipe, experts, averages = _read_trained(Path(source), plugins, averaged=weights == "ema")
+    recipe, experts, averages = _read_trained(Path(source), plugins, averaged=weights == "ema", pieces=pieces)
     if weights == "ema" and not averages:
         raise UserError(f"{source} holds no averaged weights; sample the trained ones")
     return recipe, experts, averages
 
 
-def _read_trained(folder: Path, plugins: Plugins | None, *, averaged: bool) -> tuple[Recipe, Weights, Weights]:
+def _read_trained(
+    folder: Path, plugins: Plugins | None, *, averaged: bool, pieces: bool
+) -> tuple[Recipe, Weights, Weights]:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: there is no such folder; give a run's, such as runs/dcm_digits/20260101-120000")
     if os.path.lexists(folder / INDEX):
@@ -75,7 +82,7 @@ def _read_trained(folder: Path, plugins: Plugins | None, *, averaged: bool) -> t
         checkpoint = find_checkpoint(folder)
         state = read_state(checkpoint)
         recipe = _recipe_of(checkpoint, state["recipe"], plugins, {})
-        return recipe, *read_weights(checkpoint, state, averaged=averaged)
+        return recipe, *read_weights(checkpoint, state, averaged=averaged, pieces=pieces)
     except Damaged as error:
         damaged = error.path.parent
         whole = newest_whole(damaged.parent, damaged)

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from moedistill.components.fields import Config, WhichWeights
+from moedistill.components.fields import Component, Config, WhichWeights
 from moedistill.components.plugins import BUILTIN, plugin_of
 from moedistill.errors import UserError
 from moedistill.flow.routers import TimestepRouter
+from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Finding, StageConfig, TrainingStageConfig
 from moedistill.recipe.sampling import sampling_sigmas
 from moedistill.runtime.checkpoint import save_tensors
@@ -29,11 +31,17 @@ from moedistill.stages.run import Run
 if TYPE_CHECKING:
     from moedistill.recipe.keys import Recipe
 
-FORMAT = 2
-"""Format 2 has sha256 sums: of each expert's file, and of the index itself. One of format 1 is read without."""
+FORMAT = 3
+"""Format 2 has sha256 sums: of each expert's file, and of the index itself; one of format 1 is read without. Format 3
+has a prefix before the names in an adapter's file: see `PREFIX`.
+"""
 
 INDEX = "export.json"
 NO_SUM = "0" * 64
+PREFIX = "moedistill."
+"""Begins all names in an adapter's file. A loader of LoRAs finds no linear of such a name, and refuses the file; else
+it would take the scale for 1, which is in no tensor, and put one expert's copies in the place of the base's layers.
+"""
 
 
 @dataclass(kw_only=True)
@@ -41,21 +49,32 @@ class ExportConfig(StageConfig):
     """Writes `export.json` (router, trajectory, sampling steps, experts, provenance) and one safetensors per expert.
 
     A full expert's file holds the weights of a plain network, under its own names. A LoRA expert's holds `lora_A`,
-    `lora_B` and the copied modules, by dotted path; rank and alpha are in export.json. So are sha256 sums: a changed
-    file is refused. Who edits export.json by hand sets `format` to 1; it is then read without sums.
+    `lora_B` and the copied modules, by `moedistill.` and their dotted paths, which no other tool takes for a LoRA; rank
+    and alpha are in its header and in export.json. So are sha256 sums: a changed file is refused. Who edits export.json
+    by hand sets `format` to 1; it is then read without sums.
 
     Args:
         weights: the experts' `trained` weights or, of those that have one, their `ema`.
+        formats: what is written besides for other tools, each to a folder of its name in the stage's, as `moedistill
+            export` does it: `[diffusers]`, or with keys `[{kind: diffusers, components: copy}]`.
     """
 
     weights: WhichWeights = "trained"
+    formats: list[Annotated[Any, Component("exporter", by_name=True)]] = field(default_factory=list)
 
     def build(self) -> "ExportStage":
         return ExportStage(self)
 
     def check(self, recipe: "Recipe") -> Iterable[Finding]:
-        if not any(stage.trained_experts() for stage in recipe.stages if stage is not None):
+        started = any(getattr(expert, "init", None) for expert in (recipe.experts or {}).values())
+        if not started and not any(stage.trained_experts() for stage in recipe.stages if stage is not None):
             yield "", "there is nothing to export: no stage trains an expert"
+        kinds = [each.kind for each in self.formats]
+        if len(kinds) > len(set(kinds)):
+            yield "formats", f"each kind once, not {', '.join(kinds)}: each has one folder"
+        for number, each in enumerate(self.formats if recipe.backbone is not None else ()):
+            if (reason := each.suits(recipe)) is not None:
+                yield f"formats.{number}", f"{each.kind} cannot hold it: {reason}"
         if self.weights == "ema" and not any(getattr(stage, "ema_decay", None) is not None for stage in recipe.stages):
             yield "weights", "ema: no stage keeps an average; give one ema_decay"
         if self.weights == "ema":
@@ -74,59 +93,112 @@ class ExportStage(Stage):
         self.config = config
 
     def execute(self, run: Run) -> None:
+        folder = run.folder(self.config.name) if run.main else run.output / self.config.name
         with ExitStack() as files:
-            self._write(run, run.folder(self.config.name) if run.main else run.output / self.config.name, files)
+            self._write(run, folder, files)
+        for each in self.config.formats if run.main else ():
+            shutil.rmtree(folder / each.kind, ignore_errors=True)  # of the stage's own earlier time
+            each.export(folder, recipe=run.recipe, say=run.say)
 
     def _write(self, run: Run, folder: Path, files: ExitStack) -> None:
         mixture, recipe = run.mixture, run.recipe
         if run.main:
             index_file = files.enter_context(new_file(folder / INDEX))  # first in, so last out: it says all is there
-        trained = {name for stage in recipe.stages for name in stage.trained_experts()}
+        trained = recipe.started().union(*(stage.trained_experts() for stage in recipe.stages))
         experts: dict[str, Any] = {}
         for name, config in recipe.resolved()["experts"].items():
-            file = f"{name}.safetensors" if name in trained else None
-            experts[name] = {"file": file, **config}
-            if file:
+            experts[name] = {"file": None, **config}
+            if name in trained:
                 weights: Mapping[str, Tensor] = mixture.experts[name].saved
                 if self.config.weights == "ema" and name in mixture.ema:
                     weights = mixture.ema[name].average
                 # Every process gathers what is sharded; one writes.
                 weights = {key: whole(weight.detach()).cpu() for key, weight in weights.items()}
                 if run.main:
-                    new = files.enter_context(new_file(folder / file))
-                    save_tensors(new, weights, metadata={"format": "pt", "moedistill_expert": name})
-                    experts[name]["sha256"] = sum_of(new)
+                    file = ExpertFile(name, config, adapter=not recipe.experts[name].copies_base)
+                    new = files.enter_context(new_file(folder / file.name))
+                    save_tensors(new, {file.key(key): each for key, each in weights.items()}, metadata=file.header)
+                    experts[name] |= file.entry(sum_of(new))
         if not run.main:
             return
-        index = {
-            "format": FORMAT,
-            "sha256": NO_SUM,
-            "experts": experts,
-            "router": mixture.router.to_dict() if mixture.router else None,
-            "trajectory": mixture.trajectory.points.tolist(),
-            "sigmas": sampling_sigmas(recipe).tolist() if recipe.sample else None,
-            "eta": recipe.sample.eta if recipe.sample else 0.0,
-            "provenance": _provenance(run, self.config.weights),
-            "recipe": recipe.resolved(),
-        }
-        text = json.dumps(index, indent=1)
-        text = text.replace(NO_SUM, hashlib.sha256(text.encode()).hexdigest(), 1)
+        text = make_index(recipe, mixture, experts, _provenance(run, self.config.weights))
         with disk_errors(folder / INDEX):
             index_file.write_text(text, encoding="utf-8")
         run.metrics[self.config.name] = {"folder": str(folder)}
         run.say(f"  {folder}")
 
 
-def _provenance(run: Run, weights: str) -> dict[str, Any]:
+class ExpertFile:
+    """How an expert's tensors are written to a file of an export.
+
+    Args:
+        expert: its name.
+        config: its keys, resolved.
+        adapter: whether what it trains is beside the weights of a network; else it is all of them.
+
+    Attributes:
+        name: of the file.
+        header: its metadata.
+    """
+
+    def __init__(self, expert: str, config: Mapping[str, Any], *, adapter: bool) -> None:
+        self.name, self._prefix = f"{expert}.safetensors", PREFIX if adapter else ""
+        scale = {key: str(config[key]) for key in ("rank", "alpha") if key in config}
+        self.header = {"format": "pt", "moedistill_expert": expert, **scale}
+
+    def key(self, name: str) -> str:
+        """The name in the file of what the expert calls `name`."""
+        return f"{self._prefix}{name}"
+
+    def entry(self, sha256: str) -> dict[str, str]:
+        """What the index says of the file, beside the expert's keys."""
+        return {"file": self.name, "sha256": sha256, "prefix": self._prefix}
+
+
+def make_index(
+    recipe: "Recipe", mixture: Mixture, experts: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, Any]
+) -> str:
+    """The text of an export's index, with its own sum.
+
+    Args:
+        experts: by name: `file`, its `sha256`, and the expert's keys in the recipe.
+    """
+    index = {
+        "format": FORMAT,
+        "sha256": NO_SUM,
+        "experts": experts,
+        "router": mixture.router.to_dict() if mixture.router else None,
+        "trajectory": mixture.trajectory.points.tolist(),
+        "sigmas": sampling_sigmas(recipe).tolist() if recipe.sample else None,
+        "eta": recipe.sample.eta if recipe.sample else 0.0,
+        "provenance": provenance,
+        "recipe": recipe.resolved(),
+    }
+    text = json.dumps(index, indent=1)
+    return text.replace(NO_SUM, hashlib.sha256(text.encode()).hexdigest(), 1)
+
+
+def where_from(recipe: "Recipe") -> dict[str, Any]:
+    """What every export says of where it comes from; a run adds what its stages did."""
     from moedistill import __version__
 
     return {
         "moedistill": __version__,
         "torch": torch.__version__,
-        "seed": run.recipe.seed,
+        "seed": recipe.seed,
+        "weights": "trained",
+        "smoke": False,
+        "plugins": _plugins(recipe),
+        "stages": {},
+        "metrics": {},
+    }
+
+
+def _provenance(run: Run, weights: str) -> dict[str, Any]:
+    return {
+        **where_from(run.recipe),
         "weights": weights,
         "smoke": run.smoke,
-        "plugins": _plugins(run.recipe),
         "stages": {
             stage.name: {"kind": stage.kind, "experts": list(stage.trained_experts()), "steps": stage.steps}
             for stage in run.recipe.stages
@@ -151,6 +223,7 @@ def _plugins(recipe: "Recipe") -> dict[str, str]:
 class _Expert(TypedDict):
     file: str | None
     sha256: NotRequired[str]
+    prefix: NotRequired[str]
 
 
 class _Provenance(TypedDict):
@@ -171,24 +244,43 @@ class _Index(TypedDict):
 _INDEX = TypeAdapter(_Index)
 
 
-def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+def read_export(
+    folder: Path, *, only: str | None = None, verified: bool = False
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """An export's index, and its experts' tensors by name.
+
+    Args:
+        only: of one expert alone.
+        verified: the experts' files were compared with their sums before.
 
     Raises:
         UserError: a file is missing or not what was written, or the format is a newer one.
     """
+    index = read_index(folder)
     try:
-        index = _read_index(folder / INDEX)
         weights = {}
         for name, expert in index["experts"].items():
-            if expert["file"] is not None:
+            if expert["file"] is not None and only in (None, name):
                 file = folder / expert["file"]
-                if index["format"] > 1 and sum_of(file) != expert.get("sha256"):
+                if not verified and index["format"] > 1 and sum_of(file) != expert.get("sha256"):
                     raise Damaged(file, f"is damaged: it is not what was written (its sha256 is not that of {INDEX})")
-                weights[name] = read_tensors(file)
+                prefix = expert.get("prefix", "")
+                weights[name] = {key.removeprefix(prefix): tensor for key, tensor in read_tensors(file).items()}
     except Damaged as error:
         raise UserError(f"{error}; copy or export it again") from error
     return index, weights
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """An export's index.
+
+    Raises:
+        UserError: it is missing or not what was written, or the format is a newer one.
+    """
+    try:
+        return _read_index(folder / INDEX)
+    except Damaged as error:
+        raise UserError(f"{error}; copy or export it again") from error
 
 
 def _read_index(file: Path) -> dict[str, Any]:

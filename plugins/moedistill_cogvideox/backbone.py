@@ -5,7 +5,7 @@ interpolated. Inside the network and its pipeline latents are `[B, T, C, H, W]`.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -295,6 +295,30 @@ class CogVideoXConfig(DiffusersBackboneConfig):
 
     def native_sigmas(self) -> Tensor:
         return sigma_table(self._published.snr_shift_scale)
+
+    def linear_copies(self, copies: Mapping[str, Tensor], original: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """See `DiffusersBackboneConfig.linear_copies`: the final norm's own scale and shift go into the linear that
+        modulates it.
+
+        `(g'·n + b')·(1 + scale) + shift` is `(g·n + b)·(1 + scale') + shift'` with `r = g'/g`, `q = b' - r·b`,
+        `scale' = r·scale + r - 1` and `shift' = shift + q·scale + q`, and the linear gives shift and scale.
+        """
+        norm, linear = "norm_out.norm", "norm_out.linear"
+        new = {name: copies[name] for name in copies if not name.startswith(norm)}
+        if len(new) == len(copies):
+            return new
+        gain, bias = (original(f"{norm}.{name}").double() for name in ("weight", "bias"))
+        r = copies[f"{norm}.weight"].double() / gain
+        q = copies[f"{norm}.bias"].double() - r * bias
+        if not bool((gain.abs() > 1e-4).all()):  # what is scaled to nothing cannot be scaled back
+            return dict(copies)
+        for name, one in (("weight", 0.0), ("bias", 1.0)):
+            whole = copies.get(f"{linear}.{name}", original(f"{linear}.{name}"))
+            shift, scale = whole.double().chunk(2)
+            ratio, added = (value.view(-1, *[1] * (scale.ndim - 1)) for value in (r, q))
+            folded = [shift + added * scale + added * one, ratio * scale + (ratio - 1) * one]
+            new[f"{linear}.{name}"] = torch.cat(folded).float()
+        return new
 
     def network_class(self) -> type:
         from diffusers import CogVideoXTransformer3DModel

@@ -7,7 +7,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moedistill import Conditioning, DiffusersBackbone, DiffusersBackboneConfig, Input, VideoSize, tiny_tokenizer
+from moedistill import (
+    ComfyUI,
+    Conditioning,
+    DiffusersBackbone,
+    DiffusersBackboneConfig,
+    Input,
+    NativeNames,
+    VideoSize,
+    tiny_tokenizer,
+)
+from moedistill_hunyuan_video.native import IN_COMFYUI, NAMES
 
 TEXT_LENGTH = 256
 
@@ -114,6 +124,22 @@ class HunyuanVideoConfig(DiffusersBackboneConfig):
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     tiny_text: ClassVar[tuple[int, int, int]] = (10, 24, 16)
     """Length, width, and width of the pooled text."""
+
+    def native_names(self) -> NativeNames:
+        return NAMES
+
+    def comfyui(self) -> ComfyUI:
+        scale = self.guidance.student_scale or self.guidance.embedded_scale("transformer")
+        return ComfyUI(
+            networks={"transformer": "hunyuan_video_t2v_720p_bf16.safetensors"},
+            text_encoders=("clip_l.safetensors", "llava_llama3_fp16.safetensors"),
+            text_type="hunyuan_video",
+            vae="hunyuan_video_vae_bf16.safetensors",
+            latents="EmptyHunyuanLatentVideo",
+            fps=self.fps or HunyuanVideoBackbone.fps,
+            told=("FluxGuidance", ("conditioning",), scale),
+            renamed=IN_COMFYUI,
+        )
 
     def network_class(self) -> type:
         from diffusers import HunyuanVideoTransformer3DModel

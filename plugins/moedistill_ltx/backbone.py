@@ -13,15 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from moedistill import (
+    ComfyUI,
     Conditioning,
     DiffusersBackbone,
     DiffusersBackboneConfig,
     Input,
+    NativeNames,
     VideoSize,
     read_json,
     read_tensors,
     tiny_t5,
 )
+from moedistill_ltx.native import NAMES
 
 TEXT_LENGTH = 128
 """Tokens that the pipeline pads a prompt to."""
@@ -115,6 +118,20 @@ class LTXConfig(DiffusersBackboneConfig):
     def __post_init__(self) -> None:
         if self.guidance.mode == "embedded":
             raise ValueError("guidance.mode embedded: LTX-Video has no input for the scale; use classifier_free")
+
+    def native_names(self) -> NativeNames:
+        return NAMES
+
+    def comfyui(self) -> ComfyUI:
+        fps = self.fps or LTXBackbone.fps
+        return ComfyUI(
+            checkpoint="ltx-video-2b-v0.9.safetensors",
+            text_encoders=("t5xxl_fp16.safetensors",),
+            text_type="ltxv",
+            latents="EmptyLTXVLatentVideo",
+            fps=fps,
+            told=("LTXVConditioning", ("positive", "negative"), fps),
+        )
 
     def network_class(self) -> type:
         from diffusers import LTXVideoTransformer3DModel

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from moedistill import (
+    ComfyUI,
     Conditioning,
     DiffusersBackbone,
     DiffusersBackboneConfig,
     Fraction,
     Input,
+    NativeNames,
     TimestepRouter,
     Trajectory,
     VideoSize,
     read_json,
     tiny_t5,
 )
+from moedistill_wan.native import NAMES
 
 TEXT_LENGTH = 512
 """Tokens that the pipeline pads a prompt to, with zeros after the text encoder: the network takes no mask."""
@@ -173,6 +176,7 @@ class WanConfig(DiffusersBackboneConfig):
         "encoder (5.7 billion) and the VAE; at 2 bytes per parameter 14, 40 and 69 GB"
     )
     vae_dtype = torch.float32
+    in_lightx2v = True
     optional_arguments = ("image_dim", "pos_embed_seq_len")
     tiny_text: ClassVar[tuple[int, int]] = (12, 24)
 
@@ -187,6 +191,26 @@ class WanConfig(DiffusersBackboneConfig):
         if self.boundary_ratio is None:
             return None
         return TimestepRouter.from_ratio(self.bases(), [self.boundary_ratio], closed="high")
+
+    def native_names(self) -> NativeNames:
+        return NAMES
+
+    def comfyui(self) -> ComfyUI:
+        size = "1.3B" if self.model_name().endswith("1.3b") else "14B"
+        if self.boundary_ratio is None:
+            networks = {"transformer": f"wan2.1_t2v_{size}_fp16.safetensors"}
+        else:
+            noises = zip(self.bases(), ("high", "low"), strict=True)
+            networks = {base: f"wan2.2_t2v_{noise}_noise_14B_fp16.safetensors" for base, noise in noises}
+        from_images = any(name in self.inputs() for name in IMAGE_INPUTS)
+        return ComfyUI(
+            networks=networks,
+            text_encoders=("umt5_xxl_fp16.safetensors",),
+            text_type="wan",
+            vae="wan_2.1_vae.safetensors",
+            latents=None if from_images else "EmptyHunyuanLatentVideo",
+            fps=self.fps or WanBackbone.fps,
+        )
 
     def network_class(self) -> type:
         from diffusers import WanTransformer3DModel

@@ -29,6 +29,7 @@ from moedistill.model.backbone import VideoSize
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.loop import run
 from moedistill.runs.sample import sample_run
+from moedistill.runtime import weight_files
 from moedistill.runtime.checkpoint import load_tree
 from moedistill.testing.checks import CHECKS
 from moedistill.testing.subject import Subject
@@ -199,7 +200,7 @@ def test_fused_names_make_the_same_network(tmp_path, converted):
 
 
 def test_a_network_in_parts_is_the_same(monkeypatch, files, converted, tmp_path):
-    monkeypatch.setattr(converting, "SHARD", 60_000)
+    monkeypatch.setattr(weight_files, "SHARD", 60_000)
     OpenSoraConfig.convert(files, tmp_path / "model")
     parts = sorted((tmp_path / "model/transformer").glob("*.safetensors"))
     assert len(parts) > 5
@@ -210,7 +211,7 @@ def test_a_network_in_parts_is_the_same(monkeypatch, files, converted, tmp_path)
 
 def test_no_more_than_a_part_and_a_piece_is_held(monkeypatch, tmp_path):
     """Counted: bytes of tensors that are alive when each is read, and when each is about to be written."""
-    monkeypatch.setattr(converting, "SHARD", 60_000)
+    monkeypatch.setattr(weight_files, "SHARD", 60_000)
     file = tmp_path / published.NETWORK
     save_file(network_tensors(), file)
     alive, most = {}, []

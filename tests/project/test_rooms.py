@@ -26,8 +26,8 @@ FLOORS = [
     {"recipe"},
     {"stages"},
     {"runs"},
-    {"integrations"},
-    {"analysis", "testing"},
+    {"integrations", "exporters"},
+    {"analysis", "importing", "testing"},
     {"cli"},
     {"__main__"},
 ]
@@ -36,7 +36,7 @@ FLOORS = [
 HOMES = {
     "accelerate": {"stages", "runs"},
     "peft": {"model"},
-    "diffusers": {"integrations"},
+    "diffusers": {"integrations", "exporters"},
     "transformers": {"integrations"},
 }
 """What the core's few heavy dependencies are for."""

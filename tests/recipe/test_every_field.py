@@ -21,6 +21,7 @@ from footage_files import write_clip
 from helpers import as_if_trained, digits_inputs, distil, evaluate, set_up, tiny_recipe, velocity_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from two_expert_runs import finished
 
 from moedistill import cli, hookimpl
 from moedistill.components.fields import Config
@@ -30,7 +31,7 @@ from moedistill.data.latents import write_latents
 from moedistill.data.loading import Batch, load_batches
 from moedistill.data.prompts import PromptsConfig
 from moedistill.data.windows import plan_set
-from moedistill.errors import UserError
+from moedistill.errors import RecipeError, UserError
 from moedistill.flow.routers import Boundary, TimestepRouterConfig
 from moedistill.flow.sampling_points import SampleConfig
 from moedistill.flow.trajectory import FlowMatching, Native, Points, Trajectory
@@ -49,6 +50,7 @@ from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture, is_sharded, make_accelerator
 from moedistill.runs.encode import with_encoded_videos
 from moedistill.runs.loop import run
+from moedistill.runs.sample import load_mixture
 from moedistill.runtime.checkpoint import bytes_of, load_tree
 from moedistill.stages.rehearsal import size
 from moedistill.stages.run import Run
@@ -694,6 +696,22 @@ def test_weights_trained_or_averaged(done, error_of):
         assert "no stage keeps an average" in error_of(distil(), stage)
 
 
+@observes("stage.export.formats", "exporter.diffusers.components")
+def test_formats_of_an_export(tmp_path, error_of):
+    stages = [{"name": "out", "kind": "export", "formats": ["diffusers"]}]
+    stages.append({"name": "copies", "kind": "export", "formats": [{"kind": "diffusers", "components": "copy"}]})
+    experts = {"semantic": {"kind": "full"}, "detail": {"kind": "full", "from": "semantic"}}  # all in one pipeline
+    output = finished(tmp_path, "wan", more_stages=stages, experts=experts)
+    folders = [output / name / "diffusers" for name in ("out", "copies")]
+    assert [(folder / "vae").is_symlink() for folder in folders] == [True, False]
+    assert not (output / "export/diffusers").exists()
+    export = {"name": "export", "kind": "export"}
+    refused = error_of(distil(), {**export, "formats": ["diffusers"]})
+    assert "formats.0: diffusers cannot hold it: diffusers has no pipeline for backbone 'digits'" in refused
+    assert "unknown exporter 'diffuser'" in error_of(distil(), {**export, "formats": ["diffuser"]})
+    assert "each kind once" in error_of(distil(), {**export, "formats": ["diffusers", "diffusers"]})
+
+
 # -- guidance, backbone, data -----------------------------------------------------------------------------------------
 
 GUIDED = {"mode": "classifier_free", "scale": 3.0}
@@ -841,6 +859,25 @@ def test_parents(kind):
         assert not torch.equal(
             velocity_of(mixture, "teacher", digits_inputs()), velocity_of(mixture, "semantic", digits_inputs())
         )
+
+
+@observes("expert.*.init")
+@pytest.mark.parametrize("kind", kinds("expert"))
+def test_starts(kind, tmp_path):
+    def detail(**init):
+        return {"experts.detail": {"kind": kind, "from": "semantic", **init}}
+
+    if kind == "frozen":
+        with pytest.raises(RecipeError, match=r"experts\.detail\.init: .* holds no weights"):
+            built(detail(init=str(tmp_path)))
+        return
+    stages = [distil("detail", steps=1), {"name": "export", "kind": "export"}]
+    run(tiny_recipe(stages, detail()), output=tmp_path, device="cpu")
+    started, fresh = built(detail(init=str(tmp_path))), built(detail())
+    _, trained = load_mixture(tmp_path)
+    velocities = [velocity_of(each, "detail", digits_inputs()) for each in (trained, started, fresh)]
+    assert torch.equal(velocities[0], velocities[1])
+    assert not torch.equal(velocities[0], velocities[2])
 
 
 @observes(*(f"expert.lora.{name}" for name in ("rank", "alpha", "targets", "copies")))

@@ -348,3 +348,19 @@ def test_settings_of_a_launcher():
 def test_settings_that_do_not_fit_are_refused(settings, reason):
     with pytest.raises(UserError, match=re.escape(reason)):
         asked_sharding({**FSDP2, **settings})
+
+
+def test_experts_start_with_weights_cut_as_they_are_read(runs, tmp_path):
+    """Of an export that one process wrote, and of a checkpoint that two did."""
+    changes = {"experts.semantic.init": str(runs / "one" / "export"), "experts.detail.init": str(runs / "two")}
+    made = recipe(**changes)
+    made["stages"] = [{**made["stages"][0], "steps": 1}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made))
+    run(made, output=tmp_path / "one", device="cpu")
+    arguments = ["run", tmp_path / "recipe.yaml", "--device", "cpu", "--output", tmp_path / "two", *SHARDED]
+    start(arguments, tmp_path / "logs", 2)
+    check_same(tmp_path / "one", tmp_path / "two")
+    detail, given = (
+        load_tree(find_checkpoint(folder), "experts")["detail"] for folder in (tmp_path / "two", runs / "two")
+    )
+    assert equal(detail, given)

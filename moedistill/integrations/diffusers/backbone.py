@@ -7,7 +7,7 @@ A plugin subclasses `DiffusersBackboneConfig` (its recipe keys, and which classe
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -58,6 +58,17 @@ class DiffusersBackboneConfig(DiffusersModelsConfig, ABC):
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
         return FlowMatchEulerDiscreteScheduler(shift=5.0)
+
+    def linear_copies(self, copies: Mapping[str, Tensor], original: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """What does the same as `copies`, parameters that are trained in full, in those of linears alone.
+
+        By default they are given back as they are: an adapter that copies anything else is exported merged.
+
+        Args:
+            copies: by name, float32.
+            original: gives what one of the network's parameters is without them.
+        """
+        return dict(copies)
 
     # -- what follows from it -----------------------------------------------------------------------------------------
 

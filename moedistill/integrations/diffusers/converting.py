@@ -5,33 +5,27 @@ Then one tensor after the other is read, made and written; in memory is a part o
 (Text encoders are transformers' own files, and loaded whole.)
 """
 
-import glob
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import click
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moedistill.errors import UserError, WriteError, shorten
+from moedistill.errors import WriteError, shorten
 from moedistill.integrations.diffusers.loading import UNREAD, load_model, load_processor
 from moedistill.runtime.lock import in_turn
 from moedistill.runtime.reading import check_file, reason
-from moedistill.runtime.writing import TEMPORARY, disk_errors, sync
+from moedistill.runtime.weight_files import write_shards
+from moedistill.runtime.writing import disk_errors
 
 CONVERTED = "diffusers"
 """The folder in a model's published one that is made of it."""
-SHARD = 4 * 2**30
-"""Bytes of a file of weights, at most; a tensor that is larger has one of its own."""
-
 MADE_OF = "made_of.json"
 """A file in a converted folder: size and time of each published file, which is another one if they differ."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -163,68 +157,6 @@ class _Made:
         return self._last[1][name]
 
 
-class _ByName(Protocol):
-    def __getitem__(self, name: str) -> Tensor: ...
-
-
-def write_shards(folder: Path, layout: Mapping[str, Tensor], tensors: _ByName) -> None:
-    """Writes a network's tensors as diffusers saves them: one file or, above `SHARD` bytes, several with an index.
-
-    Args:
-        layout: all of them, on the meta device.
-        tensors: gives one after the other, by name.
-    """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    name = "diffusion_pytorch_model"
-    plan = split_torch_state_dict_into_shards(
-        dict(layout), filename_pattern=f"{name}{{suffix}}.safetensors", max_shard_size=SHARD
-    )
-    for file, names in plan.filename_to_tensors.items():
-        held = {key: tensors[key].clone(memory_format=torch.contiguous_format) for key in names}
-        save_file(held, folder / file, metadata={"format": "pt"})
-        del held  # before the next ones are made
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-@contextmanager
-def whole_folder(dest: Path) -> Iterator[Path]:
-    """A folder to write to; at the end of the block it is `dest`, all at once. If the block raises, nothing is left.
-
-    One process at a time: others wait, and find it there.
-
-    Raises:
-        UserError: `dest` is there, and not empty.
-        WriteError: the disk is full, or refuses otherwise.
-    """
-    dest = dest.absolute()
-    with disk_errors(dest):
-        dest.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f"{TEMPORARY}{dest.name}-"
-    with in_turn(dest.with_name(f".{dest.name}.lock")) as alone:
-        if os.path.lexists(dest) and (dest.is_symlink() or not dest.is_dir() or any(dest.iterdir())):
-            raise UserError(f"{dest} is there already; choose another DEST, a new or an empty folder")
-        for left in dest.parent.glob(f"{glob.escape(prefix)}*") if alone else ():  # by one that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        with disk_errors(dest):
-            temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=dest.parent))
-            temporary.chmod(0o777 & ~_umask())
-        try:
-            with disk_errors(dest):
-                yield temporary
-                for path in (*temporary.rglob("*"), temporary):
-                    sync(path)
-                if dest.is_dir():
-                    dest.rmdir()
-                temporary.replace(dest)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
 def converted_once(source: Path, kind: str, convert: Callable[[Path, Path], None]) -> Path:
     """The folder `CONVERTED` in `source`, made at the first use by `convert(source, folder)`; others wait meanwhile.
 
@@ -267,12 +199,6 @@ def _files(source: Path) -> dict[str, list[int]]:
         if place.parts[0] != CONVERTED and not any(part.startswith(".") for part in place.parts) and path.is_file():
             found[place.as_posix()] = [path.stat().st_size, path.stat().st_mtime_ns]
     return found
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def convert_text_model(model_class: Any, tokenizer_class: Any, source: Path, model: Path, tokenizer: Path) -> None:

@@ -33,7 +33,6 @@ from moedistill.integrations.diffusers.converting import (
     converted_once,
     is_made_of,
     note_what_it_is_made_of,
-    whole_folder,
 )
 from moedistill.integrations.diffusers.drawing import draw, parameters_on_meta
 from moedistill.integrations.diffusers.int8 import (
@@ -67,6 +66,7 @@ from moedistill.runtime.fingerprint import fingerprint
 from moedistill.runtime.quantized import is_quantized
 from moedistill.runtime.randomness import torch_seed
 from moedistill.runtime.reading import reason
+from moedistill.runtime.weight_files import whole_folder
 
 
 @dataclass(kw_only=True)

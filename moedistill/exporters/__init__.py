@@ -1,0 +1,1 @@
+"""What a run leaves, in files that other tools load: `moedistill export`, and `formats` of the export stage."""
