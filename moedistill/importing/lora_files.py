@@ -80,7 +80,7 @@ def read_changes(files: WeightFiles, names: NativeNames | None, shapes: Mapping[
     """
     if (over := files.metadata.get(OVER, PRETRAINED)) != PRETRAINED:
         raise ValueError(
-            f"{files.place} says that it is a change of the expert {over!r}, and not of the pretrained weights; start "
+            f"{files.place} says that it is a change of {over!r}, and not of the pretrained weights; start "
             "from the run or export that it was made of (experts.X.init), or export that with --merge"
         )
     by_path, unknown = _by_path(files)
@@ -157,7 +157,7 @@ def _changes_of(
     pair = [kinds[kind] for kind in ("down", "up") if kind in kinds]
     if len(pair) == 1 or (not pair and kinds.keys() & {"alpha", "up_bias"}):
         raise ValueError(f"{', '.join(kinds.values())} lacks its counterpart")
-    scale = scales.of(path, kinds) if pair else 1.0
+    scale = scales.of(weight.parts[0].removesuffix(".weight"), kinds) if pair else 1.0
     if pair:
         a, b = (files[key].float() for key in pair)
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or (len(b), a.shape[1]) != weight.shape:
@@ -191,6 +191,7 @@ class _Scales:
             raise ValueError(f"{files.place}: it is a DoRA, which is not known here; merge it elsewhere")
 
     def of(self, path: str, kinds: Mapping[str, str]) -> float:
+        """Of a module; a header has its path here, whatever the file's own names are."""
         rank = self._files.shapes[kinds["down"]][0]
         if "alpha" in kinds:
             return float(self._files[kinds["alpha"]].float().reshape(-1)[0]) / rank
