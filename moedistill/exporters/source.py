@@ -28,9 +28,8 @@ from moedistill.runs.build import flow_of
 from moedistill.runs.sample import read_trained
 from moedistill.runs.saved import read_state
 from moedistill.runtime.checkpoint import find_checkpoint, load_tree
-from moedistill.runtime.integrity import read_json, read_tensors
 from moedistill.runtime.sharding import whole
-from moedistill.stages.export import INDEX, read_export
+from moedistill.stages.export import INDEX, read_export, read_index
 
 ExpertKind = Literal["full", "adapter", "teacher"]
 
@@ -348,8 +347,7 @@ def _expert_source(
 def _read_expert(place: Path, name: str, average: bool) -> Mapping[str, Any]:
     """An expert's tensors as they are saved; that they are whole was seen when the source was opened."""
     if os.path.lexists(place / INDEX):
-        file: str = read_json(place / INDEX)["experts"][name]["file"]
-        return read_tensors(place / file)
+        return read_export(place, only=name, verified=True)[1][name]
     tree = load_tree(find_checkpoint(place), "ema" if average else "experts", verified=True, pieces=True)
     tensors: Mapping[str, Any] = tree[name]
     return tensors
@@ -357,7 +355,7 @@ def _read_expert(place: Path, name: str, average: bool) -> Mapping[str, Any]:
 
 def _provenance(place: Path, weights: WhichWeights) -> Mapping[str, Any]:
     if os.path.lexists(place / INDEX):
-        said: Mapping[str, Any] = read_json(place / INDEX)["provenance"]
+        said: Mapping[str, Any] = read_index(place)["provenance"]
         return said
     state = read_state(find_checkpoint(place))
     return {"weights": weights, "smoke": state.get("smoke", False), "metrics": state["metrics"]}

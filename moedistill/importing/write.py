@@ -14,12 +14,13 @@ from moedistill.importing.dcm import read_dcm
 from moedistill.importing.files import WeightFiles
 from moedistill.importing.loras import read_loras
 from moedistill.importing.networks import read_comfyui, read_diffusers
+from moedistill.model.experts import Expert
 from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
 from moedistill.runs.planning.fake_step import empty_mixture
 from moedistill.runtime.integrity import sum_of
 from moedistill.runtime.weight_files import whole_folder
-from moedistill.stages.export import INDEX, expert_file, make_index, where_from
+from moedistill.stages.export import INDEX, ExpertFile, make_index, where_from
 
 Read = tuple[dict[str, Mapping[str, Tensor]], list[WeightFiles]]
 
@@ -59,7 +60,9 @@ def import_weights(kind: str, source: Path, dest: Path, recipe: Recipe) -> list[
             for name, config in recipe.resolved()["experts"].items():
                 entries[name] = {"file": None, **config}
                 if name in experts:
-                    entries[name] |= _write_expert(folder, name, mixture, experts[name])
+                    file = ExpertFile(name, config, adapter=not recipe.experts[name].copies_base)
+                    _write_expert(folder / file.name, file, mixture.experts[name], experts[name])
+                    entries[name] |= file.entry(sum_of(folder / file.name))
             home = source if source.is_dir() else source.parent
             sums = {file.relative_to(home).as_posix(): sum_of(file) for each in files for file in each.files}
             provenance = where_from(recipe) | {"imported": {"kind": kind, "files": sums}}
@@ -68,20 +71,19 @@ def import_weights(kind: str, source: Path, dest: Path, recipe: Recipe) -> list[
     return list(experts)
 
 
-def _write_expert(folder: Path, name: str, mixture: Mixture, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Writes an expert's file, float32; what the index says of it.
+def _write_expert(path: Path, file: ExpertFile, expert: Expert, weights: Mapping[str, Tensor]) -> None:
+    """Writes an expert's file, float32.
 
     Raises:
         ValueError: a tensor is not finite.
     """
-    shapes = {key: tuple(each.shape) for key, each in mixture.experts[name].parameters.items()}
+    shapes = {file.key(name): tuple(each.shape) for name, each in expert.parameters.items()}
 
-    def made(key: str) -> Tensor:
-        tensor = weights[key].float()
+    def made(name: str) -> Tensor:
+        tensor = weights[name].float()
         if not tensor.isfinite().all():
-            raise ValueError(f"expert {name!r}: {key} is not finite in the source; get it again")
+            raise ValueError(f"expert {expert.name!r}: {name} is not finite in the source; get it again")
         return tensor
 
-    file, metadata = expert_file(name)
-    write_one_file(folder / file, shapes, map(made, shapes), dtype=torch.float32, metadata=metadata)
-    return {"file": file, "sha256": sum_of(folder / file)}
+    tensors = map(made, expert.parameters)
+    write_one_file(path, shapes, tensors, dtype=torch.float32, metadata=file.header)

@@ -32,11 +32,17 @@ from moedistill.stages.run import Run
 if TYPE_CHECKING:
     from moedistill.recipe.keys import Recipe
 
-FORMAT = 2
-"""Format 2 has sha256 sums: of each expert's file, and of the index itself. One of format 1 is read without."""
+FORMAT = 3
+"""Format 2 has sha256 sums: of each expert's file, and of the index itself; one of format 1 is read without. Format 3
+has a prefix before the names in an adapter's file: see `PREFIX`.
+"""
 
 INDEX = "export.json"
 NO_SUM = "0" * 64
+PREFIX = "moedistill."
+"""Begins all names in an adapter's file. A loader of LoRAs finds no linear of such a name, and refuses the file; else
+it would take the scale for 1, which is in no tensor, and put one expert's copies in the place of the base's layers.
+"""
 
 
 @dataclass(kw_only=True)
@@ -44,8 +50,9 @@ class ExportConfig(StageConfig):
     """Writes `export.json` (router, trajectory, sampling steps, experts, provenance) and one safetensors per expert.
 
     A full expert's file holds the weights of a plain network, under its own names. A LoRA expert's holds `lora_A`,
-    `lora_B` and the copied modules, by dotted path; rank and alpha are in export.json. So are sha256 sums: a changed
-    file is refused. Who edits export.json by hand sets `format` to 1; it is then read without sums.
+    `lora_B` and the copied modules, by `moedistill.` and their dotted paths, which no other tool takes for a LoRA; rank
+    and alpha are in its header and in export.json. So are sha256 sums: a changed file is refused. Who edits export.json
+    by hand sets `format` to 1; it is then read without sums.
 
     Args:
         weights: the experts' `trained` weights or, of those that have one, their `ema`.
@@ -103,10 +110,10 @@ class ExportStage(Stage):
                 # Every process gathers what is sharded; one writes.
                 weights = {key: whole(weight.detach()).cpu() for key, weight in weights.items()}
                 if run.main:
-                    file, metadata = expert_file(name)
-                    new = files.enter_context(new_file(folder / file))
-                    save_tensors(new, weights, metadata=metadata)
-                    experts[name] |= {"file": file, "sha256": sum_of(new)}
+                    file = ExpertFile(name, config, adapter=not recipe.experts[name].copies_base)
+                    new = files.enter_context(new_file(folder / file.name))
+                    save_tensors(new, {file.key(key): each for key, each in weights.items()}, metadata=file.header)
+                    experts[name] |= file.entry(sum_of(new))
         if not run.main:
             return
         text = make_index(recipe, mixture, experts, _provenance(run, self.config.weights))
@@ -116,9 +123,31 @@ class ExportStage(Stage):
         run.say(f"  {folder}")
 
 
-def expert_file(name: str) -> tuple[str, dict[str, str]]:
-    """The name of an expert's file in an export, and its metadata."""
-    return f"{name}.safetensors", {"format": "pt", "moedistill_expert": name}
+class ExpertFile:
+    """How an expert's tensors are written to a file of an export.
+
+    Args:
+        expert: its name.
+        config: its keys, resolved.
+        adapter: whether what it trains is beside the weights of a network; else it is all of them.
+
+    Attributes:
+        name: of the file.
+        header: its metadata.
+    """
+
+    def __init__(self, expert: str, config: Mapping[str, Any], *, adapter: bool) -> None:
+        self.name, self._prefix = f"{expert}.safetensors", PREFIX if adapter else ""
+        scale = {key: str(config[key]) for key in ("rank", "alpha") if key in config}
+        self.header = {"format": "pt", "moedistill_expert": expert, **scale}
+
+    def key(self, name: str) -> str:
+        """The name in the file of what the expert calls `name`."""
+        return f"{self._prefix}{name}"
+
+    def entry(self, sha256: str) -> dict[str, str]:
+        """What the index says of the file, beside the expert's keys."""
+        return {"file": self.name, "sha256": sha256, "prefix": self._prefix}
 
 
 def make_index(
@@ -189,6 +218,7 @@ def _plugins(recipe: "Recipe") -> dict[str, str]:
 class _Expert(TypedDict):
     file: str | None
     sha256: NotRequired[str]
+    prefix: NotRequired[str]
 
 
 class _Provenance(TypedDict):
@@ -229,7 +259,8 @@ def read_export(
                 file = folder / expert["file"]
                 if not verified and index["format"] > 1 and sum_of(file) != expert.get("sha256"):
                     raise Damaged(file, f"is damaged: it is not what was written (its sha256 is not that of {INDEX})")
-                weights[name] = read_tensors(file)
+                prefix = expert.get("prefix", "")
+                weights[name] = {key.removeprefix(prefix): tensor for key, tensor in read_tensors(file).items()}
     except Damaged as error:
         raise UserError(f"{error}; copy or export it again") from error
     return index, weights

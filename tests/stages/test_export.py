@@ -63,11 +63,28 @@ def test_a_full_expert_s_file_is_a_plain_network(finished):
     assert torch.equal(velocity, velocity_of(loaded, "semantic", digits_inputs()))
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "moedistill_expert": "semantic"}
+    with safe_open(file.with_name("detail.safetensors"), "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "moedistill_expert": "detail", "rank": "2", "alpha": "4.0"}
+
+
+def test_an_export_with_the_names_of_earlier_times_is_read(finished, broken):
+    """Of format 2, where an adapter's file had no prefix."""
+    index, file = index_of(finished), broken / "detail.safetensors"
+    save_file({name.removeprefix("moedistill."): weight for name, weight in load_file(file).items()}, file)
+    for expert in index["experts"].values():
+        expert.pop("prefix", None)
+    index |= {"format": 1}  # without sums, which are others now
+    (broken / "export.json").write_text(json.dumps(index))
+    (_, now), (_, earlier) = load_mixture(finished.output / "export"), load_mixture(broken)
+    inputs = digits_inputs()
+    assert torch.equal(velocity_of(now, "detail", inputs), velocity_of(earlier, "detail", inputs))
 
 
 def test_a_lora_expert_s_file_and_index_are_enough_to_merge_it(finished):
     folder, entry = finished.output / "export", index_of(finished)["experts"]["detail"]
-    base, change = load_file(folder / "semantic.safetensors"), load_file(folder / entry["file"])
+    base, stored = load_file(folder / "semantic.safetensors"), load_file(folder / entry["file"])
+    assert all(name.startswith("moedistill.") for name in stored)
+    change = {name.removeprefix("moedistill."): weight for name, weight in stored.items()}
     assert (entry["kind"], entry["from"], entry["rank"], entry["alpha"]) == ("lora", "semantic", 2, 4.0)
     adapted = {name.removesuffix(".lora_A.weight") for name in change if name.endswith(".lora_A.weight")}
     assert adapted == {f"blocks.{i}.attn.{linear}" for i in (0, 1) for linear in ("to_q", "to_k", "to_v", "to_out")}
@@ -158,7 +175,7 @@ def truncate(file):
     [
         (lambda folder: (folder / "detail.safetensors").unlink(), "detail.safetensors is missing; copy or export"),
         (lambda folder: truncate(folder / "detail.safetensors"), "detail.safetensors is damaged: it is not what was"),
-        (lambda folder: edit(folder, format=3), "has format 3; this moedistill reads up to 2: update it"),
+        (lambda folder: edit(folder, format=4), "has format 4; this moedistill reads up to 3: update it"),
         (lambda folder: truncate(folder / "export.json"), "export.json is damaged: it is no JSON"),
         (lambda folder: (folder / "export.json").write_text("[]"), "is not the index of an export, or is damaged"),
         (lambda folder: (folder / "export.json").unlink(), "no checkpoint in"),
