@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from moedistill.exporters.options import ExportOptions, WrittenFile
+from moedistill.exporters.pipeline_code import pipeline_name
 from moedistill.exporters.source import Source
 from moedistill.model.latent_video import HUB_ID
 
@@ -53,9 +54,10 @@ def _metadata(source: Source, files: Sequence[WrittenFile], kind: str) -> dict[s
     found: dict[str, Any] = _licence(config)
     if HUB_ID.fullmatch(pretrained) and not Path(pretrained).is_dir():
         found |= {"base_model": pretrained, "base_model_relation": "adapter" if is_lora else "finetune"}
+    from_images = config.has_pipeline and "ImageToVideo" in pipeline_name(config)
     library = {"library_name": "diffusers"} if kind == "diffusers" else {}
     tags = ["moedistill", "distillation", "few-step", *(["lora"] if is_lora else [])]
-    return {**found, **library, "pipeline_tag": "text-to-video", "tags": tags}
+    return {**found, **library, "pipeline_tag": "image-to-video" if from_images else "text-to-video", "tags": tags}
 
 
 def _licence(config: Any) -> dict[str, Any]:
