@@ -10,7 +10,7 @@ import yaml
 from moedistill.exporters.options import ExportOptions, WrittenFile
 from moedistill.exporters.pipeline_code import pipeline_name
 from moedistill.exporters.source import Source
-from moedistill.model.latent_video import HUB_ID
+from moedistill.model.latent_video import HUB_ID, LatentVideoConfig
 
 
 def model_card(source: Source, usage: str, files: Sequence[WrittenFile], options: ExportOptions, kind: str) -> str:
@@ -62,7 +62,7 @@ def _metadata(source: Source, files: Sequence[WrittenFile], kind: str) -> dict[s
 
 def _licence(config: Any) -> dict[str, Any]:
     """What the base model's own card says of its licence, if it lies with its weights."""
-    folder = config.find() if getattr(config, "pretrained", None) else None
+    folder = config.find() if isinstance(config, LatentVideoConfig) and config.pretrained else None
     card = folder / "README.md" if folder else None
     if card is None or not card.is_file():
         return {}
