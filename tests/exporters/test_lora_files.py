@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from changes import TinyChange, linears
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, LTXPipeline, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_changes import TinyChange, linears
 
 from moedistill.exporters.lora_files import DIFFUSERS, NATIVE, linear_changes, not_in_a_lora, own_names, write_lora
 from moedistill_hunyuan_video.backbone import HunyuanVideoBackbone, HunyuanVideoConfig
