@@ -54,7 +54,7 @@ from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
 from moedistill.stages.preview import Preview
-from moedistill.stages.run import COST, ENDED, MEMORY, METRICS, MINIATURE, RESULT
+from moedistill.stages.run import COST, ENDED, LEVELS, MEMORY, METRICS, MINIATURE, RESULT
 from moedistill.stages.training import NotFinite, Training
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ class _Runner:
         if checkpoint is None:
             return
         stages = [stage["name"] for stage in state["recipe"]["stages"]]
-        for name in (METRICS, MEMORY):
+        for name in (METRICS, MEMORY, LEVELS):
             history = checkpoint.parent.parent / name
             if not (self.folder / name).exists() and history.is_file():
                 with new_file(self.folder / name) as new:

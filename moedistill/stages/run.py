@@ -24,6 +24,9 @@ METRICS = "metrics.jsonl"
 MEMORY = "memory.jsonl"
 """Peak memory of the main process, in GiB, a line beside each of `METRICS`, which is the same for equal runs."""
 
+LEVELS = "levels.jsonl"
+"""Errors and gradients by noise level, a line for the steps since the one before; of the main process's samples."""
+
 RESULT = "result.json"
 """What the stages reported, by name; written anew after every stage that trains nothing."""
 
