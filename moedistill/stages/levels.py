@@ -52,9 +52,7 @@ class Levels:
         """By trajectory point with a sample: `point`, `samples`, `error`, the root mean square of prediction - target,
         and `gradient`, the mean norm, if one was watched. Empty where there was no sample; then begins anew.
         """
-        (samples, squares), (watched, norms) = (
-            sums.to("cpu", copy=True) for sums in (self._errors, self._gradients)
-        )
+        (samples, squares), (watched, norms) = (sums.to("cpu", copy=True) for sums in (self._errors, self._gradients))
         self._errors.zero_()
         self._gradients.zero_()
         [there] = samples.nonzero(as_tuple=True)

@@ -36,6 +36,9 @@ MINIATURE = "# A miniature (--smoke): small numbers in place of the recipe's own
 COST = "cost.json"
 """What the training stages cost, by name: see `RunResult.cost`."""
 
+ENVIRONMENT = "environment.json"
+"""Where a run went on last: processes, devices, versions, and when it began there."""
+
 ENDED = "ended.txt"
 """Why a run ended that was not done, in a line: `stopped: …` or `failed: …`. It goes as soon as the run goes on."""
 

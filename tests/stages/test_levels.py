@@ -17,7 +17,7 @@ def lines(folder):
 
 
 def test_errors_and_gradients_are_those_of_each_sample():
-    """Of a step of two micro-batches; by the mean square d² of a jump from sigma to end, whose d has (end - sigma)·v."""
+    """Of two micro-batches, by the mean square of a jump's d, which has the term (end - sigma)·v."""
     training, stage = set_up_trained("semantic", {"training.gradient_accumulation_steps": 2}, losses=[{"kind": "mse"}])
     expected, jumps = [], stage.jumps
 
