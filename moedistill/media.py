@@ -183,23 +183,29 @@ def write_mp4(path: Path, video: Tensor, *, fps: float) -> None:
 
 
 def smaller_mp4(path: Path, *, height: int) -> bytes:
-    """An mp4 of the same frames that takes less: at most `height` pixels high, and coarser."""
+    """An mp4 of the same frames that takes less: at most `height` pixels high, and coarser.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
     import av
     from av.video.stream import VideoStream
 
     made = io.BytesIO()
     with av.open(path) as source, av.open(made, "w", format="mp4") as container:
         read = source.streams.video[0]
-        scale = min(1.0, height / read.height)
-        stream = container.add_stream("libx264", rate=read.average_rate)
+        scale, rate = min(1.0, height / read.height), read.average_rate
+        if not rate:
+            raise ValueError(f"{path} does not say how fast it goes")
+        stream = container.add_stream("libx264", rate=rate)
         assert isinstance(stream, VideoStream)
         stream.height, stream.width = (max(2, round(side * scale / 2) * 2) for side in (read.height, read.width))
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "30"}
         for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
             setattr(stream.codec_context, name, getattr(read.codec_context, name))
-        for frame in source.decode(read):
+        for number, frame in enumerate(source.decode(read)):
             resized = frame.reformat(width=stream.width, height=stream.height, format="yuv420p")
-            resized.pts = None
+            resized.pts, resized.time_base = number, 1 / rate
             container.mux(stream.encode(resized))
         container.mux(stream.encode())
     return made.getvalue()

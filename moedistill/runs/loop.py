@@ -285,7 +285,7 @@ class _Runner:
                 self.folder / PAGE,
                 self.plugins,
                 planned=planned,
-                resamples=20 if self.run.smoke else 200,
+                resamples=10 if self.run.smoke else 200,
             )
         except Exception as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

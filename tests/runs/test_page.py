@@ -271,6 +271,19 @@ def test_a_file_outside_of_the_run_is_not_embedded(one, tmp_path):
     assert "student" not in dict(page.players())
 
 
+@pytest.mark.parametrize("content", [b"", b"no video", None])
+def test_a_video_that_cannot_be_read_is_left_out(one, tmp_path, content):
+    """Nothing in it, or something else; None is the first half of one."""
+    video = one / "evaluate/videos/00_1_student.mp4"
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2] if content is None else content)
+    page = made([one], tmp_path / "page.html")
+    assert "cannot be read: 1." in page.text
+    teacher, student = page.players()[:2]
+    assert None not in teacher[1]
+    assert student[1][0] is None
+    assert student[1][1] is not None
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"files": 3, "captions": [1]}', '{"prompts": null, "files": ["a"]}']
 )
@@ -291,7 +304,12 @@ def test_a_run_that_trains_nothing_and_has_no_sampling(tmp_path):
     run(tiny_recipe([evaluate(candidates=CANDIDATES[:1], reference="teacher, 8 steps")], {"sample": None}),
         output=tmp_path / "run", device="cpu")  # fmt: skip
     page = made([tmp_path / "run"], tmp_path / "page.html")
-    for words in ("Nothing was trained.", "The recipe does not say how to sample.", "Nothing was exported."):
+    for words in (
+        "Nothing was trained.",
+        "No stage made previews",
+        "The recipe does not say how to sample.",
+        "Nothing was exported.",
+    ):
         assert words in page.text
 
 

@@ -36,6 +36,8 @@ def embed(sets: Sequence[VideoSet], room: int) -> Embedded:
 
     What is not there, or no video, counts as left out.
     """
+    from av.error import FFmpegError
+
     rows = max((len(one.captions) for one in sets), default=0)
     files = dict.fromkeys(
         files[row] for row in range(rows) for one in sets for files in one.columns.values() if row < len(files)
@@ -47,7 +49,7 @@ def embed(sets: Sequence[VideoSet], room: int) -> Embedded:
         try:
             timing = _timing(file)
             content = smaller_mp4(file, height=SMALLER) if made.smaller else file.read_bytes()
-        except (OSError, ValueError, IndexError):  # av's errors are among them
+        except (OSError, ValueError, IndexError, FFmpegError):
             made.left_out += 1
             continue
         room -= _as_text(len(content))

@@ -29,6 +29,7 @@ from moedistill.runs.planning.plan import Planner, StagePlan
 from moedistill.runs.tables import ONE_SEED, Line, read_records, tabulate
 from moedistill.runtime.checkpoint import write_text
 from moedistill.runtime.writing import make_folder
+from moedistill.stages.evaluate import ROWS
 
 PAGE = "report.html"
 """In a run's folder, at its end."""
@@ -286,6 +287,8 @@ def _last_numbers(runs: Sequence[FoundRun]) -> str:
 
 
 def _metrics(runs: Sequence[FoundRun], plugins: Plugins, resamples: int) -> str:
+    if not any(any(run.folder.glob(f"*/{ROWS}")) for run in runs):
+        return _say("No stage has evaluated anything.")
     try:
         table = tabulate(read_records([run.folder for run in runs], plugins), resamples=resamples)
     except UserError as error:
