@@ -510,6 +510,10 @@ def export(
 @click.option("--metric", "metrics", multiple=True, metavar="KIND", help="With --table: this one only. Repeatable.")
 @click.option("--resamples", type=click.IntRange(min=10), default=200, show_default=True, help="Bootstrap draws.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the table as JSON.")
+@click.option(
+    "--html", "html_file", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write a page with curves, videos and numbers; of several runs they are overlaid.",
+)  # fmt: skip
 @plugin_option
 def report(
     folders: tuple[str, ...],
@@ -518,17 +522,20 @@ def report(
     metrics: tuple[str, ...],
     resamples: int,
     json_file: Path | None,
+    html_file: Path | None,
     plugin_files: tuple[str, ...],
 ) -> None:
-    """List runs, or compare them in a table; each RUN is a run's folder, or one that holds runs.
+    """List runs, or compare them in a table or on a page; each RUN is a run's folder, or one that holds runs.
 
     Runs of one recipe that differ in their seed only are one method; of two runs of one seed the newer one counts.
     Without --table every run is listed with its cost and how far it came, also miniatures and unfinished ones; the
-    table is of those that have evaluated, on equal noise.
+    table is of those that have evaluated, on equal noise. Every run leaves a page of its own, RUN/report.html; --html
+    writes one of any run, done or not, or of several. It is one file that needs nothing else.
 
     \b
     Example:
       moedistill report runs/dcm_digits
+      moedistill report runs/mine runs/theirs --html compared.html
       moedistill report runs/dcm_digits --table --metric frechet --json table.json
       moedistill report runs/mine runs/theirs --table --against my_recipe
     """
@@ -538,7 +545,16 @@ def report(
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     plugins = _plugins(plugin_files)
+    if html_file is not None:
+        from moedistill.errors import user_errors
+        from moedistill.runs.page.write import write_page
+
+        with user_errors("--html"):
+            write_page(folders, html_file, plugins, resamples=resamples)
+        click.echo(str(html_file), err=table)
     if not table and json_file is None:
+        if html_file is not None:
+            return
         from moedistill.runs.listing import list_runs, packed
 
         for parts in list_runs(folders, plugins):

@@ -1,5 +1,7 @@
 """Pictures and videos of samples: contact sheets (PNG) and animations (WebP), with labels."""
 
+import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -143,6 +145,12 @@ def strip(path: Path, columns: Mapping[str, Sequence[Image.Image]], rows: Sequen
     sheet.save(path)
 
 
+def words_of(caption: str) -> str:
+    """The first words of a caption, for the end of a file's name, after `_`; nothing where it has none."""
+    words = re.sub(r"[^a-z0-9]+", "_", caption.lower()).strip("_")[:40].rstrip("_")
+    return f"_{words}" if words else ""
+
+
 def write_mp4(path: Path, video: Tensor, *, fps: float) -> None:
     """An H.264 video that every player takes, with the colours of BT.709, which it names: players guess by the size.
 
@@ -172,3 +180,32 @@ def write_mp4(path: Path, video: Tensor, *, fps: float) -> None:
             )
             container.mux(stream.encode(yuv))
         container.mux(stream.encode())
+
+
+def smaller_mp4(path: Path, *, height: int) -> bytes:
+    """An mp4 of the same frames that takes less: at most `height` pixels high, and coarser.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    import av
+    from av.video.stream import VideoStream
+
+    made = io.BytesIO()
+    with av.open(path) as source, av.open(made, "w", format="mp4") as container:
+        read = source.streams.video[0]
+        scale, rate = min(1.0, height / read.height), read.average_rate
+        if not rate:
+            raise ValueError(f"{path} does not say how fast it goes")
+        stream = container.add_stream("libx264", rate=rate)
+        assert isinstance(stream, VideoStream)
+        stream.height, stream.width = (max(2, round(side * scale / 2) * 2) for side in (read.height, read.width))
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "30"}
+        for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+            setattr(stream.codec_context, name, getattr(read.codec_context, name))
+        for number, frame in enumerate(source.decode(read)):
+            resized = frame.reformat(width=stream.width, height=stream.height, format="yuv420p")
+            resized.pts, resized.time_base = number, 1 / rate
+            container.mux(stream.encode(resized))
+        container.mux(stream.encode())
+    return made.getvalue()

@@ -28,11 +28,16 @@ def figure(
     from matplotlib.figure import Figure
 
     chart = Figure(figsize=(9 if columns == 1 else 12, height or 1.2 + 1.9 * rows), dpi=110, layout="constrained")
-    chart.suptitle(title)
+    chart.suptitle(literal(title))
     axes = chart.subplots(rows, columns, sharex="col" if share else "none", squeeze=False)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
     return chart, axes[:, 0] if columns == 1 else axes
+
+
+def literal(text: str) -> str:
+    """A text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
 
 
 def noise_axis(axes: Sequence[Any], sigma: Sequence[float], boundaries: Iterable[int], *, labels: int = 10) -> None:
@@ -63,3 +68,30 @@ def noise_axis(axes: Sequence[Any], sigma: Sequence[float], boundaries: Iterable
 def save(chart: Any, path: Path) -> None:
     """Writes the figure as PNG."""
     chart.savefig(path)
+
+
+def svg(chart: Any, label: str) -> str:
+    """The figure as an SVG element for a page, whose colour and font its text and black lines take on.
+
+    The same figure gives the same text. Names within it come from `label`, too, so that figures of one page, whose
+    labels differ, do not take each other's.
+
+    Args:
+        label: what it shows, for those who do not see it.
+    """
+    from html import escape
+    from io import StringIO
+
+    import matplotlib
+
+    for axis in chart.axes:
+        axis.patch.set_visible(False)
+        if axis.get_legend() is not None:
+            axis.get_legend().get_frame().set_visible(False)
+    chart.patch.set_visible(False)
+    written = StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        chart.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = written.getvalue()
+    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

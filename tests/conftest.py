@@ -46,3 +46,14 @@ def no_curves():
         usual = curves.draw
         patch.setattr(curves, "draw", lambda *_: None)
         yield usual
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_page():
+    """Runs in tests write no report.html, for the same reason; gives what does."""
+    from moedistill.runs import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        usual = loop.write_page
+        patch.setattr(loop, "write_page", lambda *_, **__: None)
+        yield usual

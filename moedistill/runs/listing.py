@@ -59,9 +59,9 @@ def list_runs(folders: Sequence[str | Path], plugins: Plugins | None = None) -> 
     """
     plugins = plugins or load_plugins()
     runs, unreadable = [], []
-    for folder in _found(folders):
+    for folder in find_runs(folders):
         try:
-            runs.append(_read(folder, plugins))
+            runs.append(read_run(folder, plugins))
         except (OSError, ValueError, UserError) as error:
             unreadable.append(["?", f"cannot be read: {shorten(_reason(error), 200)}", str(folder)])
     grouped = methods(runs)
@@ -86,14 +86,14 @@ def list_states(folders: Sequence[str | Path], plugins: Plugins | None = None) -
         UserError: a folder does not exist, or there is no run in it.
     """
     plugins = plugins or load_plugins()
-    found = sorted(_found(folders), key=_written, reverse=True)
+    found = sorted(find_runs(folders), key=_written, reverse=True)
     return [_state_of(folder, plugins) for folder in found]
 
 
 def _state_of(folder: Path, plugins: Plugins) -> list[str]:
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(_written(folder)))
     try:
-        run = _read(folder, plugins)
+        run = read_run(folder, plugins)
         loss = next((f"loss {line['loss']:.3g}" for line in reversed(_logged(folder)) if line.get("loss")), "")
     except (OSError, ValueError, UserError) as error:
         return ["?", f"cannot be read: {shorten(_reason(error), 200)}", written, str(folder)]
@@ -150,7 +150,12 @@ def _reason(error: Exception) -> str:
     return f"recipe.yaml: {error.problems[0].message}" if isinstance(error, RecipeError) else str(error)
 
 
-def _found(folders: Sequence[str | Path]) -> list[Path]:
+def find_runs(folders: Sequence[str | Path]) -> list[Path]:
+    """The folders of runs among `folders` and below them, each once, in the order of their paths.
+
+    Raises:
+        UserError: a folder does not exist, or there is no run in it.
+    """
     found: dict[Path, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -174,7 +179,13 @@ def _is_run(folder: Path) -> bool:
     return isinstance(saved, dict) and {each.name for each in fields(Recipe)} <= saved.keys()
 
 
-def _read(folder: Path, plugins: Plugins) -> ListedRun:
+def read_run(folder: Path, plugins: Plugins) -> ListedRun:
+    """The run in a folder.
+
+    Raises:
+        UserError: its recipe cannot be read.
+        ValueError: a file is damaged.
+    """
     recipe = read_saved(folder / "recipe.yaml", plugins)
     stages, reported = _json(folder / COST).values(), _json(folder / RESULT)
     try:

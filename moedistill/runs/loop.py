@@ -17,7 +17,7 @@ import torch
 
 from moedistill.components.plugins import Plugins, load_plugins
 from moedistill.data.loading import Batch, batch_of_step, load_batches, share_of_batch
-from moedistill.errors import Interrupted, SaidElsewhere, UserError, WriteError, user_errors
+from moedistill.errors import Interrupted, SaidElsewhere, UserError, WriteError, shorten, user_errors
 from moedistill.recipe.keys import Recipe, StageConfig, TrainingStageConfig
 from moedistill.recipe.loading import load_recipe
 from moedistill.recipe.miniature import miniature
@@ -31,9 +31,10 @@ from moedistill.runs.encode import with_encoded_videos
 from moedistill.runs.launch import check_launch, launched_here, tell_launcher
 from moedistill.runs.memory import loading_remedies, memory_errors, remedies
 from moedistill.runs.not_finite import explain
+from moedistill.runs.page.write import PAGE, write_page
 from moedistill.runs.planning.count import check_before_loading
 from moedistill.runs.planning.fake_step import empty_mixture
-from moedistill.runs.processes import described, on_main
+from moedistill.runs.processes import described, on_main, versions
 from moedistill.runs.resume import Plan, belongs_to, plan, ways_out
 from moedistill.runs.saved import read_weights
 from moedistill.runs.starting import check_starts
@@ -56,7 +57,7 @@ from moedistill.runtime.writing import disk_errors, new_file
 from moedistill.stages.base import Stage, TrainingStage
 from moedistill.stages.monitor import Monitor
 from moedistill.stages.preview import Preview
-from moedistill.stages.run import COST, ENDED, MEMORY, METRICS, MINIATURE, RESULT
+from moedistill.stages.run import COST, ENDED, ENVIRONMENT, LEVELS, MEMORY, METRICS, MINIATURE, RESULT
 from moedistill.stages.training import NotFinite, Training
 
 if TYPE_CHECKING:
@@ -262,6 +263,7 @@ class _Runner:
                 write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
                 self._take_history()
                 self._write_cost()
+                self._write_environment()
                 stack.enter_context(self._end_noted())
             self._tell(self.last_checkpoint)
             self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
@@ -277,8 +279,42 @@ class _Runner:
             finally:  # what was begun does not go with what stops the run
                 with suppress(UserError, RuntimeError):
                     self._await_checkpoint()
+        self._write_page()
         self.run.say(f"done{smoke}: {self.folder}")
         return RunResult(self.folder, self.run.metrics, self.run.cost, self.last_checkpoint, self.run.smoke)
+
+    def _write_page(self) -> None:
+        """report.html; what keeps it from being written is said, and is no failure of a run that is done.
+
+        What is planned is compared where it counts, on an accelerator; of a miniature few draws are enough.
+        """
+        if not self.run.main:
+            return
+        planned = self.accelerator.device.type != "cpu" and not self.run.smoke
+        try:
+            write_page(
+                [self.folder],
+                self.folder / PAGE,
+                self.plugins,
+                planned=planned,
+                resamples=10 if self.run.smoke else 200,
+            )
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.run.say(f"warning: no {PAGE}: {shorten(why, 200)}")
+
+    def _write_environment(self) -> None:
+        """Where this run goes on, and with which versions."""
+        about = {
+            "begun": time.strftime("%Y-%m-%d %H:%M"),
+            "processes": described(
+                self.accelerator, self.recipe.backbone.dtype, sharded=is_sharded(self.recipe, self.accelerator)
+            ),
+            "num_processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "versions": versions(),
+        }
+        write_text(self.folder / ENVIRONMENT, json.dumps(about, indent=1))
 
     @contextmanager
     def _end_noted(self) -> Iterator[None]:
@@ -315,7 +351,7 @@ class _Runner:
         if checkpoint is None:
             return
         stages = [stage["name"] for stage in state["recipe"]["stages"]]
-        for name in (METRICS, MEMORY):
+        for name in (METRICS, MEMORY, LEVELS):
             history = checkpoint.parent.parent / name
             if not (self.folder / name).exists() and history.is_file():
                 with new_file(self.folder / name) as new:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+import moedistill
 from moedistill.errors import Interrupted, LostProcess, SaidElsewhere, shorten
 from moedistill.runs.launch import told_last
 
@@ -23,6 +24,18 @@ def described(accelerator: "Accelerator", dtype: str, *, sharded: bool = False) 
         return f"1 process, {name}, {dtype}"
     kind, backend = "FSDP2" if sharded else "DDP", torch.distributed.get_backend()
     return f"{count} process{'es' if count > 1 else ''} ({kind} over {backend}), {name}, {dtype}"
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    import platform
+    from importlib.metadata import version
+
+    return {
+        "moedistill": moedistill.__version__,
+        "Python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "accelerate", "peft")},
+    }
 
 
 @contextmanager

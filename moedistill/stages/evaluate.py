@@ -21,7 +21,7 @@ from moedistill.data.loading import collate
 from moedistill.data.prompts import read_prompts
 from moedistill.flow.process import guide, velocity_of
 from moedistill.flow.sampling_points import SampleConfig
-from moedistill.media import contact_sheet, side_by_side
+from moedistill.media import contact_sheet, side_by_side, words_of, write_mp4
 from moedistill.metrics.base import Metric, MetricConfig, MetricInputs
 from moedistill.model import conditioning
 from moedistill.model.backbone import TEACHER
@@ -32,7 +32,7 @@ from moedistill.recipe.sampling import notes_on, sampling_sigmas, trained_before
 from moedistill.runtime.checkpoint import save_tensors
 from moedistill.runtime.randomness import Draws, generator
 from moedistill.runtime.reading import check_file, reason
-from moedistill.runtime.writing import new_file
+from moedistill.runtime.writing import make_folder, new_file
 from moedistill.stages.base import Stage
 from moedistill.stages.share import Share
 
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 ROWS = "rows.safetensors"
 """In the stage's folder: what each metric made of each sample, float64 `[N, D]`, as "kind/candidate"."""
+
+VIDEOS = "videos"
+"""In the stage's folder: a video of each candidate and sample shown, and `videos.json`, which says what they are."""
 
 WIDTH = 80
 """Characters of a printed table where there is no terminal to ask."""
@@ -113,7 +116,7 @@ class EvaluateConfig(StageConfig):
         prompts: what to ask for, in turn: a list, or a file as `data: {kind: prompts}` takes it; null for the
             conditioning of samples spread evenly over the data.
         weights: the experts' `trained` weights or their `ema`.
-        pictures: samples shown in the contact sheet and the animation; 0 for none.
+        pictures: samples shown in the contact sheet and the animation, and as videos; 0 for none.
         save_latents: keep all samples as latents, in safetensors.
     """
 
@@ -359,6 +362,14 @@ class EvaluateStage(Stage):
                 shown = {name: video[: config.pictures] for name, video in videos.items()}
                 contact_sheet(new("contact_sheet.png"), shown, captions)
                 side_by_side(new("side_by_side.webp"), shown)
+                make_folder(folder / VIDEOS)
+                named = {name: f"{number}{words_of(name)}.mp4" for number, name in enumerate(shown)}
+                mp4s = {name: [f"{k:02}_{each}" for k in range(len(shown[name]))] for name, each in named.items()}
+                for name, each in mp4s.items():
+                    for file, video in zip(each, shown[name], strict=True):
+                        write_mp4(new(f"{VIDEOS}/{file}"), video, fps=run.mixture.backbone.fps)
+                about = {"captions": captions, "seed": config.seed, "files": mp4s}
+                new(f"{VIDEOS}/videos.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         show_table(f"{config.name}: {config.samples} samples", table)
         run.say(f"  {folder}")
 

@@ -8,7 +8,6 @@ are afterwards where and what they were. A run learns the same bits with and wit
 """
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from moedistill.data.loading import collate
 from moedistill.errors import shorten
 from moedistill.flow.sampling_points import SampleConfig
-from moedistill.media import middle_frames, read_frames, strip, write_mp4
+from moedistill.media import middle_frames, read_frames, strip, words_of, write_mp4
 from moedistill.model import conditioning
 from moedistill.model.backbone import TEACHER
 from moedistill.recipe.keys import PreviewConfig
@@ -222,7 +221,7 @@ class Preview:
         with disk_errors(folder):
             for left in folder.iterdir():  # of other prompts, or of a run that was killed
                 left.unlink()
-        files = [f"{number:02}{_words(caption)}.mp4" for number, caption in enumerate(self.captions)]
+        files = [f"{number:02}{words_of(caption)}.mp4" for number, caption in enumerate(self.captions)]
         for file, video in zip(files, videos, strict=True):
             with new_file(folder / file) as new:
                 write_mp4(new, video, fps=backbone.fps)
@@ -259,9 +258,3 @@ class Preview:
             title += f"; {' and '.join(self.served)} not trained yet, the teacher stands in"
         with new_file(self._folder / STRIP) as new:
             strip(new, columns, self.captions, title=title)
-
-
-def _words(caption: str) -> str:
-    """The first words of a caption, for the name of a file."""
-    words = re.sub(r"[^a-z0-9]+", "_", caption.lower()).strip("_")[:40].rstrip("_")
-    return f"_{words}" if words else ""

@@ -24,6 +24,9 @@ METRICS = "metrics.jsonl"
 MEMORY = "memory.jsonl"
 """Peak memory of the main process, in GiB, a line beside each of `METRICS`, which is the same for equal runs."""
 
+LEVELS = "levels.jsonl"
+"""Errors and gradients by noise level, a line for the steps since the one before; of the main process's samples."""
+
 RESULT = "result.json"
 """What the stages reported, by name; written anew after every stage that trains nothing."""
 
@@ -32,6 +35,9 @@ MINIATURE = "# A miniature (--smoke): small numbers in place of the recipe's own
 
 COST = "cost.json"
 """What the training stages cost, by name: see `RunResult.cost`."""
+
+ENVIRONMENT = "environment.json"
+"""Where a run went on last: processes, devices, versions, and when it began there."""
 
 ENDED = "ended.txt"
 """Why a run ended that was not done, in a line: `stopped: …` or `failed: …`. It goes as soon as the run goes on."""

@@ -22,6 +22,7 @@ from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import TrainingStageConfig
 from moedistill.runtime.randomness import Draws
 from moedistill.runtime.sharding import Pieces, cut_like, gather_root, is_sharded, whole, whole_tree
+from moedistill.stages.levels import Levels
 from moedistill.stages.restoring import misfit_of_state
 from moedistill.stages.run import Run
 
@@ -110,6 +111,7 @@ class Training:
         step, steps: optimiser steps done, and to do.
         draw: this micro-batch's random numbers.
         trained: what the stage trains, by name.
+        levels: errors and gradients by noise level.
     """
 
     def __init__(self, run: Run, config: TrainingStageConfig, step: int = 0) -> None:
@@ -125,6 +127,7 @@ class Training:
         self.terms: list[Term] = []
         self.draw = Draws(run.recipe.seed, config.name, 0, [0])
         self.dataset = run.dataset
+        self.levels = Levels(self.trajectory, self.device)
         self._recorded: dict[str, list[Tensor]] = {}
         self._steps: list[tuple[int, list[str], Tensor]] = []
         self._frame_axes: dict[str, int] = {}
@@ -249,6 +252,9 @@ class Training:
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, *, of: str = STUDENT) -> Tensor:
         """An expert in training, with gradients to its own weights and to `x`."""
         velocity: Tensor = self.trained[of].module(x, sigma, cond)
+        if of == STUDENT and self.accelerator.scaler is None:  # a scaler's scale would be in the gradients
+            share = 1 / (len(x) * self.recipe.training.gradient_accumulation_steps)
+            self.levels.watch(velocity, sigma, share)
         return velocity
 
     @torch.no_grad()
@@ -312,6 +318,7 @@ class Training:
 
     def objective(self, tensors: StepTensors) -> Tensor:
         """The weighted sum of the stage's losses; each term is recorded under its name."""
+        self.levels.add_errors(tensors.sigma, tensors.difference)
         total = torch.zeros((), device=self.device)
         for term, weight in self._active_terms():
             value = term.loss(tensors).float()

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from moedistill.data.footage import probe, read_frames
-from moedistill.media import _label, contact_sheet, side_by_side, write_mp4
+from moedistill.media import _label, contact_sheet, side_by_side, smaller_mp4, words_of, write_mp4
 
 
 def videos(count=2, channels=1, frames=8, size=24, first=0.21):
@@ -150,3 +150,28 @@ def test_letters_that_english_has_not_are_drawn():
     """Pillow's own font draws a box for each of them."""
     drawn = {pixels(_label(text, 16)).tobytes() for text in "äéшλ"}
     assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("size", [(480, 832), (64, 48), (30, 14)])
+def test_a_smaller_mp4_has_the_same_frames(tmp_path, size):
+    """As many, as fast, of the same shape and colours; never enlarged."""
+    video = torch.rand(3, 9, 3, 4, generator=torch.Generator().manual_seed(0))
+    video = torch.nn.functional.interpolate(video, size=size, mode="bilinear")
+    write_mp4(tmp_path / "whole.mp4", video, fps=12)
+    (tmp_path / "small.mp4").write_bytes(smaller_mp4(tmp_path / "whole.mp4", height=240))
+    assert (tmp_path / "small.mp4").stat().st_size < (tmp_path / "whole.mp4").stat().st_size
+    about = probe(tmp_path / "small.mp4")
+    assert (about.height, about.width) == ((240, 416) if size[0] > 240 else size)
+    with av.open(tmp_path / "small.mp4") as container:
+        stream = container.streams.video[0]
+        assert (stream.frames, stream.average_rate) == (9, 12)
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    for frame, given in zip(frames, video.permute(1, 2, 3, 0), strict=True):
+        assert np.abs(frame.mean((0, 1)) - 255 * given.mean((0, 1)).numpy()).max() < 6
+
+
+def test_words_of_a_caption_name_a_file():
+    assert words_of("A cat, walking!  On grass") == "_a_cat_walking_on_grass"
+    assert words_of("../../x/</script>") == "_x_script"
+    assert words_of("…") == ""
+    assert len(words_of("word " * 50)) <= 41

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import av
 import pytest
 import torch
 from helpers import as_if_trained, digits_backbone, digits_inputs, distil, evaluate, set_up, tiny_recipe
@@ -295,7 +296,7 @@ def test_pictures_open(trained):
     """A frame is 24 pixels wide, shown at 72 in the sheet (4 of 8 frames) and 96 in the animation."""
     result = trained.evaluate(candidates=[STUDENT, TEACHER], pictures=2)
     assert {path.name for path in result.folder.glob("[!.]*")} == {
-        "metrics.json", "rows.safetensors", "latents.safetensors", "contact_sheet.png", "side_by_side.webp",
+        "metrics.json", "rows.safetensors", "latents.safetensors", "contact_sheet.png", "side_by_side.webp", "videos",
     }  # fmt: skip
     with Image.open(result.folder / "contact_sheet.png") as sheet:
         sheet.load()
@@ -303,6 +304,14 @@ def test_pictures_open(trained):
     with Image.open(result.folder / "side_by_side.webp") as animation:
         assert (animation.format, animation.n_frames) == ("WEBP", 8)
         assert animation.width > 2 * 96
+    about = json.loads((result.folder / "videos/videos.json").read_text())
+    assert about["files"] == {
+        "student": ["00_0_student.mp4", "01_0_student.mp4"], "teacher": ["00_1_teacher.mp4", "01_1_teacher.mp4"],
+    }  # fmt: skip
+    assert len(about["captions"]) == 2
+    for file in [file for files in about["files"].values() for file in files]:
+        with av.open(result.folder / "videos" / file) as container:
+            assert (container.streams.video[0].width, len(list(container.decode(video=0)))) == (24, 8)
 
 
 def test_only_the_main_process_works(trained):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moedistill.components.plugins import hookimpl
 from moedistill.errors import UserError, WriteError, shorten
-from moedistill.plotting import figure, save
+from moedistill.plotting import figure, literal, save
 from moedistill.runtime.writing import new_file
 from moedistill.stages.run import MEMORY, METRICS
 
@@ -70,7 +70,7 @@ class Curves:
 
 
 @dataclass
-class _Line:
+class Series:
     """A series of one stage: `steps` count on through the stages."""
 
     steps: list[int]
@@ -78,20 +78,32 @@ class _Line:
 
 
 def draw(folder: Path, stages: Sequence[tuple[str, int]]) -> None:
-    """Writes `curves.png` to a run's folder.
+    """Writes `curves.png` to a run's folder; as `chart_of`.
+
+    Raises:
+        WriteError: the disk is full, or refuses otherwise.
+    """
+    chart = chart_of(folder, stages, "/".join(folder.resolve().parts[-2:]))
+    with new_file(folder / CURVES) as new:
+        save(chart, new)
+
+
+def first_steps(stages: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """How many steps came before each stage, of names and numbers of steps in order."""
+    return {name: sum(count for _, count in stages[:number]) for number, (name, _) in enumerate(stages)}
+
+
+def chart_of(folder: Path, stages: Sequence[tuple[str, int]], title: str = "") -> Any:
+    """The figure of what a run's folder holds.
 
     Args:
         stages: names and numbers of optimiser steps of the run's stages, in order.
 
     Raises:
         UserError: there is no matplotlib.
-        WriteError: the disk is full, or refuses otherwise.
     """
-    first, ends = dict[str, int](), list[tuple[str, int, int]]()
-    for name, steps in stages:
-        first[name] = sum(count for _, count in stages[: len(first)])
-        ends.append((name, first[name], first[name] + steps))
-    metrics, memory = (_read(folder / file, first) for file in (METRICS, MEMORY))
+    first = first_steps(stages)
+    metrics, memory = (read_series(folder / file, first) for file in (METRICS, MEMORY))
     panels = {
         "loss": {key: line for key, line in metrics.items() if key[1] == "loss" or key[1].startswith("loss/")},
         MONITOR: {key: line for key, line in metrics.items() if key[1].startswith("monitor/")},
@@ -100,20 +112,30 @@ def draw(folder: Path, stages: Sequence[tuple[str, int]]) -> None:
         PEAK: memory,
     }
     panels = {title: lines for title, lines in panels.items() if lines}
-    chart, axes = figure("/".join(folder.resolve().parts[-2:]), max(1, len(panels)))
-    trained = [end for end in ends if end[2] > end[1]]
+    chart, axes = figure(title, max(1, len(panels)))
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         _panel(axis, title, lines)
-        for _, start, _ in trained[1:]:
-            axis.axvline(start, color="black", linestyle="--", linewidth=0.8)
-    for name, start, _ in trained if panels else ():
-        axes[0].annotate(name, (start, 1.0), (4, 4), xycoords=("data", "axes fraction"), textcoords="offset points")
+    if panels:
+        mark_stages(axes, stages)
     axes[-1].set_xlabel("optimiser step, counted through the stages")
-    with new_file(folder / CURVES) as new:
-        save(chart, new)
+    return chart
 
 
-def _panel(axis: Any, title: str, lines: Mapping[tuple[str, str], _Line]) -> None:
+def mark_stages(axes: Sequence[Any], stages: Sequence[tuple[str, int]]) -> None:
+    """Where each stage that trains begins, in axes from top to bottom, and its name."""
+    trained = [
+        (name, start) for (name, start), (_, steps) in zip(first_steps(stages).items(), stages, strict=True) if steps
+    ]
+    for axis in axes:
+        for _, start in trained[1:]:
+            axis.axvline(start, color="black", linestyle="--", linewidth=0.8)
+    for name, start in trained:
+        axes[0].annotate(
+            literal(name), (start, 1.0), (4, 4), xycoords=("data", "axes fraction"), textcoords="offset points"
+        )
+
+
+def _panel(axis: Any, title: str, lines: Mapping[tuple[str, str], Series]) -> None:
     """Lines of one kind; what all stages have has one colour and one entry of the legend."""
     names = list(dict.fromkeys(name for _, name in lines))
     if title == MONITOR:
@@ -135,13 +157,13 @@ def _panel(axis: Any, title: str, lines: Mapping[tuple[str, str], _Line]) -> Non
         handles = [
             axis.plot([], [], color="black" if name == "loss" else f"C{k % 10}")[0] for k, name in enumerate(names)
         ]
-        labels = [name.rpartition("/")[2].replace("sigma_", "σ ") for name in names]
+        labels = [literal(name.rpartition("/")[2].replace("sigma_", "σ ")) for name in names]
         axis.legend(handles, labels, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _read(file: Path, first: Mapping[str, int]) -> dict[tuple[str, str], _Line]:
+def read_series(file: Path, first: Mapping[str, int]) -> dict[tuple[str, str], Series]:
     """The numbers of a file of JSON lines, by stage and name; what is no such line is passed over."""
-    found: dict[tuple[str, str], _Line] = {}
+    found: dict[tuple[str, str], Series] = {}
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     for row in text.splitlines():
         try:
@@ -151,7 +173,7 @@ def _read(file: Path, first: Mapping[str, int]) -> dict[tuple[str, str], _Line]:
         except (ValueError, KeyError, TypeError, AttributeError):  # cut by a crash, or not ours
             continue
         for name, value in numbers.items():
-            line = found.setdefault((stage, name), _Line([], []))
+            line = found.setdefault((stage, name), Series([], []))
             line.steps.append(place)
             line.values.append(math.nan if value is None else float(value))
     return found
