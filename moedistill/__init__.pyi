@@ -19,6 +19,9 @@ from .data.latents import write_latents as write_latents
 from .data.loading import Batch as Batch
 from .errors import RecipeError as RecipeError
 from .errors import UserError as UserError
+from .exporters.base import ExporterConfig as ExporterConfig
+from .exporters.options import ExportOptions as ExportOptions
+from .exporters.options import WrittenFile as WrittenFile
 from .flow.process import add_noise as add_noise
 from .flow.process import diffuse as diffuse
 from .flow.process import displacement as displacement

@@ -19,6 +19,10 @@ from moedistill.recipe.keys import Recipe
 class ExporterConfig(Config, ABC):
     """A format: what a plugin registers as an `exporter`. Its fields are keys of the recipe."""
 
+    def suits(self, recipe: Recipe) -> str | None:
+        """What `applies` can say of a recipe alone, before anything is trained."""
+        return None
+
     @abstractmethod
     def applies(self, source: Source) -> str | None:
         """Why this format cannot hold the source, as the end of a sentence; None if it can."""

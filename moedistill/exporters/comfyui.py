@@ -23,7 +23,7 @@ class ComfyUIConfig(ExporterConfig):
     def applies(self, source: Source) -> str | None:
         config = source.recipe.backbone
         if config.comfyui() is None or config.native_names() is None:
-            return f"ComfyUI, as it comes, has no class for backbone {config.kind!r}"
+            return f"how ComfyUI loads and samples backbone {config.kind!r} is not known here"
         return None
 
     def write(self, source: Source, folder: Path, options: ExportOptions) -> Sequence[WrittenFile]:

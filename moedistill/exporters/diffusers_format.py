@@ -17,6 +17,7 @@ from moedistill.exporters.pipeline_code import Layout, Network, few_step_code
 from moedistill.exporters.reading.verify import verify_diffusers
 from moedistill.exporters.source import ExpertSource, Source
 from moedistill.exporters.writing import write_network
+from moedistill.recipe.keys import Recipe
 from moedistill.runtime.integrity import read_json
 from moedistill.runtime.writing import disk_errors
 
@@ -38,14 +39,21 @@ class DiffusersConfig(ExporterConfig):
 
     components: Literal["link", "copy"] = "link"
 
-    def applies(self, source: Source) -> str | None:
-        config = source.recipe.backbone
-        if not config.has_pipeline:
-            return f"diffusers has no pipeline for backbone {config.kind!r}"
-        if source.sigmas is None:
+    def suits(self, recipe: Recipe) -> str | None:
+        if not recipe.backbone.has_pipeline:
+            return f"diffusers has no pipeline for backbone {recipe.backbone.kind!r}"
+        if recipe.sample is None:
             return "the recipe has no sample list, and a pipeline must be told its steps"
-        if source.eta:
-            return f"sampling draws fresh noise between the steps (eta {source.eta:g}), which its pipelines do not"
+        if recipe.sample.eta:
+            return (
+                f"sampling draws fresh noise between the steps (eta {recipe.sample.eta:g}), which its pipelines do not"
+            )
+        return None
+
+    def applies(self, source: Source) -> str | None:
+        if (reason := self.suits(source.recipe)) is not None:
+            return reason
+        config = source.recipe.backbone
         teachers = [expert for expert in source.experts.values() if expert.kind == "teacher"]
         if guided := [each.name for each in teachers if config.guidance.classifier_free_scale(each.base) != 1.0]:
             return f"{guided[0]} serves some of the steps with guidance, and its pipelines guide all of them or none"

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from moedistill.exporters.base import ExporterConfig
-from moedistill.exporters.native_files import loaded, steps_text, write_native
+from moedistill.exporters.native_files import loaded, write_native
 from moedistill.exporters.options import ExportOptions, Verdict, WrittenFile
 from moedistill.exporters.reading.verify import verify_lightx2v
 from moedistill.exporters.source import Source
@@ -27,7 +27,7 @@ class LightX2VConfig(ExporterConfig):
     def applies(self, source: Source) -> str | None:
         config = source.recipe.backbone
         if not config.in_lightx2v:
-            return f"LightX2V has no class for backbone {config.kind!r}"
+            return f"how LightX2V runs backbone {config.kind!r} is not known here"
         if len(source.experts) > len(NETWORKS):
             return f"LightX2V takes two networks, and sampling uses {', '.join(source.experts)}"
         return None
@@ -60,7 +60,6 @@ class LightX2VConfig(ExporterConfig):
                 f'    --config_json {CONFIG} --prompt "a prompt"{more} --save_result_path video.mp4',
                 "```",
                 "",
-                f"- {steps_text(source)}",
                 "- Paths in the configuration are seen from where the command is run.",
                 "- LoRA files are merged as they are loaded. With `lora_dynamic_apply: true` LightX2V leaves out what "
                 "they change of time, text and output layers, without a word.",

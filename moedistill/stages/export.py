@@ -70,6 +70,12 @@ class ExportConfig(StageConfig):
         started = any(getattr(expert, "init", None) for expert in (recipe.experts or {}).values())
         if not started and not any(stage.trained_experts() for stage in recipe.stages if stage is not None):
             yield "", "there is nothing to export: no stage trains an expert"
+        kinds = [each.kind for each in self.formats]
+        if len(kinds) > len(set(kinds)):
+            yield "formats", f"each kind once, not {', '.join(kinds)}: each has one folder"
+        for number, each in enumerate(self.formats if recipe.backbone is not None else ()):
+            if (reason := each.suits(recipe)) is not None:
+                yield f"formats.{number}", f"{each.kind} cannot hold it: {reason}"
         if self.weights == "ema" and not any(getattr(stage, "ema_decay", None) is not None for stage in recipe.stages):
             yield "weights", "ema: no stage keeps an average; give one ema_decay"
         if self.weights == "ema":

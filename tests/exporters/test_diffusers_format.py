@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from two_expert_runs import FAMILIES, finished
@@ -246,3 +247,82 @@ def test_the_card_says_what_the_files_are(wan, tmp_path):
     assert record["boundaries"] == [middle]
     for path, entry in record["files"].items():
         assert sum_of(made.folder / path) == entry["sha256"]
+
+
+def check_against_sample(run, tmp_path, **options):
+    made = write(run, tmp_path / "files", **options)
+    [video] = sample_run(run, prompts=[PROMPT], seed=0, output=tmp_path / "samples").videos
+    assert (frames_of_code(made.folder) - video.transpose(0, 1)).abs().max() < EXACT
+    return made
+
+
+THREE = {
+    "router": {"kind": "timestep", "experts": ["high", "middle", "low"], "boundaries": [{"point": 14}, {"point": 8}]},
+    "experts": {
+        "high": {"kind": "full"},
+        "middle": {"kind": "lora", "rank": 2, "alpha": 4},
+        "low": {"kind": "lora", "from": "high", "rank": 2, "alpha": 4, "copies": "none"},
+    },
+}
+
+
+@pytest.mark.parametrize("form", [None, "merged"])
+def test_more_experts_than_a_pipeline_has_places_for_take_turns(tmp_path, form):
+    run = finished(tmp_path, "wan", **THREE)
+    made = check_against_sample(run, tmp_path, form=form)
+    places = {"high": "high/diffusion_pytorch_model.safetensors"}
+    for name in ("middle", "low"):
+        places[name] = f"few_wan_{name}.safetensors" if form is None else places["high"].replace("high", name)
+    assert {file.expert: file.path for file in made.files if file.form} == places
+
+
+def test_one_expert_is_a_pipeline_of_any_family(tmp_path):
+    only = {"router": {"kind": "timestep", "experts": ["student"]}, "experts": {"student": {"kind": "full"}}}
+    made = check_against_sample(finished(tmp_path, "hunyuan_video", **only), tmp_path)
+    assert made.files[0].path == "transformer/config.json"
+    assert "boundary_ratio" not in json.loads((made.folder / "model_index.json").read_text())
+
+
+def test_a_teacher_that_serves_steps_is_the_base_model_s_own_network(tmp_path):
+    router = {
+        "kind": "timestep",
+        "experts": ["semantic", "teacher"],
+        "boundaries": [{"ratio": 0.875}],
+        "closed": "high",
+    }
+    experts = {"semantic": {"kind": "lora", "base": "transformer", "rank": 2, "alpha": 4}}
+    run = finished(tmp_path, "wan22", router=router, experts=experts)
+    made = check_against_sample(run, tmp_path)
+    assert [file.expert for file in made.files] == ["semantic"]
+    whole = write(run, tmp_path / "whole", form="merged").folder
+    base = load_file(tmp_path / "model/transformer_2/diffusion_pytorch_model.safetensors")
+    copied = load_file(whole / "transformer_2/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(copied[name], base[name]) for name in base)
+
+
+def test_a_model_that_makes_videos_from_images_is_given_one(tmp_path):
+    """moedistill samples none of them: what is compared are two ways to the same networks."""
+    run = finished(tmp_path, "wan22_i2v")
+    frames = []
+    for form in ("lora", "merged"):
+        made = write(run, tmp_path / form, form=form)
+        Image.new("RGB", (48, 32), "teal").save(made.folder / "first_frame.png")
+        frames.append(frames_of_code(made.folder))
+    assert "WanImageToVideoPipeline" in (made.folder / "README.md").read_text()
+    assert (frames[0] - frames[1]).abs().max() < EXACT
+    assert frames[0].std() > 0.01
+
+
+def test_a_guided_teacher_is_refused(tmp_path):
+    router = {
+        "kind": "timestep",
+        "experts": ["semantic", "teacher"],
+        "boundaries": [{"ratio": 0.875}],
+        "closed": "high",
+    }
+    experts = {"semantic": {"kind": "lora", "base": "transformer", "rank": 2, "alpha": 4}}
+    run = finished(
+        tmp_path, "wan22", router=router, experts=experts, guidance={"mode": "classifier_free", "scale": 3.0}
+    )
+    with pytest.raises(UserError, match=r"teacher\.transformer_2 serves some of the steps with guidance"):
+        write(run, tmp_path / "files")

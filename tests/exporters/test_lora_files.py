@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from changes import TinyChange, linears
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, LTXPipeline, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_changes import TinyChange, linears
 
 from moedistill.exporters.lora_files import DIFFUSERS, NATIVE, linear_changes, not_in_a_lora, own_names, write_lora
 from moedistill_hunyuan_video.backbone import HunyuanVideoBackbone, HunyuanVideoConfig
@@ -22,14 +22,14 @@ PIPELINES = {
 }
 
 
-def change_of(family, *, groups=("attention", "feed_forward"), copied=None):
+def change_of(family, *, groups=("attention", "feed_forward"), copied=None, ranks=(2, 3)):
     """A network and an expert that changes it as a trained one does; both are the family's miniature."""
     config_class, backbone, _ = PIPELINES[family]
     config = config_class(pretrained=None)
     network = config.network_class()(**config.tiny_network()).eval()
-    copied = [path for path in backbone.time_dependent if not path.endswith("norm_out")] if copied is None else copied
+    copied = backbone.time_dependent if copied is None else copied
     targets = [path for group in groups for path in linears(network, backbone.lora_targets.get(group, "nothing"))]
-    return config, network, TinyChange(network, targets, copied)
+    return config, network, TinyChange(network, targets, copied, ranks=ranks)
 
 
 @torch.no_grad()
@@ -77,10 +77,11 @@ def test_a_native_file_of_wan_is_exact_in_the_pipeline_of_diffusers(tmp_path, co
 
 
 @pytest.mark.filterwarnings("error:.*inconsistency")  # of the header and the file
+@pytest.mark.parametrize("ranks", [(2, 3), (3,)])
 @pytest.mark.parametrize("family", PIPELINES)
-def test_a_file_of_its_own_names_is_exact_in_diffusers(tmp_path, family) -> None:
+def test_a_file_of_its_own_names_is_exact_in_diffusers(tmp_path, family, ranks) -> None:
     """With the top `proj_out` copied and those of blocks adapted: a name that ends another one."""
-    _, network, expert = change_of(family)
+    _, network, expert = change_of(family, ranks=ranks)
     changes = linear_changes(expert, own_names(expert.shapes))
     write_lora(tmp_path / "lora.safetensors", changes, DIFFUSERS, dtype=torch.float32)
     pipeline_of(family, network).load_lora_weights(str(tmp_path), weight_name="lora.safetensors")

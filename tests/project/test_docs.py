@@ -25,6 +25,7 @@ from moedistill.flow.process import jump
 from moedistill.flow.trajectory import Trajectory
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.check import check_set
+from moedistill.runs.sample import load_mixture
 from moedistill_wan.backbone import WanConfig
 
 ROOT = Path(__file__).parents[2]
@@ -280,8 +281,20 @@ def left_by_equal_steps(folder: Path) -> None:
     assert router["boundaries"] == [Trajectory.flow_matching(50, 2.5).sigma(25)]
 
 
+def left_by_state_dicts(folder: Path) -> None:
+    exported = folder / "export" / "state_dicts"
+    experts = {name: torch.load(exported / f"{name}.pt") for name in ("semantic", "detail")}
+    assert all(tensor.dtype == torch.bfloat16 for state in experts.values() for tensor in state.values())
+    own = load_mixture(folder)[1].experts
+    for name, state in experts.items():
+        merged = own[name].merged()
+        assert set(state) == set(merged)
+        assert all(torch.equal(state[key], weight.bfloat16()) for key, weight in merged.items())
+    assert json.loads((exported / "moedistill.json").read_text())["files"]["semantic.pt"]["expert"] == "semantic"
+
+
 def test_the_page_has_one_plugin_of_each_kind() -> None:
-    assert set(PLUGINS) == {"log_cosh", "follow", "every_nth", "contrast", "equal_steps"}
+    assert set(PLUGINS) == {"log_cosh", "follow", "every_nth", "contrast", "equal_steps", "state_dicts"}
     assert EXTENDING.count("```") == 4 * len(PLUGINS)
     for code, _ in PLUGINS.values():
         imports = re.findall(r"^(?:from|import) (\w+)", code, flags=re.MULTILINE)

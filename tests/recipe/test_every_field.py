@@ -21,6 +21,7 @@ from footage_files import write_clip
 from helpers import as_if_trained, digits_inputs, distil, evaluate, set_up, tiny_recipe, velocity_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from two_expert_runs import finished
 
 from moedistill import cli, hookimpl
 from moedistill.components.fields import Config
@@ -693,6 +694,22 @@ def test_weights_trained_or_averaged(done, error_of):
         assert distance(load_file(result.folder / name / "semantic.safetensors"), result.tree(tree)["semantic"]) == 0
     for stage in (evaluate(weights="ema"), {**export, "name": "export", "weights": "ema"}):
         assert "no stage keeps an average" in error_of(distil(), stage)
+
+
+@observes("stage.export.formats", "exporter.diffusers.components")
+def test_formats_of_an_export(tmp_path, error_of):
+    stages = [{"name": "out", "kind": "export", "formats": ["diffusers"]}]
+    stages.append({"name": "copies", "kind": "export", "formats": [{"kind": "diffusers", "components": "copy"}]})
+    experts = {"semantic": {"kind": "full"}, "detail": {"kind": "full", "from": "semantic"}}  # all in one pipeline
+    output = finished(tmp_path, "wan", more_stages=stages, experts=experts)
+    folders = [output / name / "diffusers" for name in ("out", "copies")]
+    assert [(folder / "vae").is_symlink() for folder in folders] == [True, False]
+    assert not (output / "export/diffusers").exists()
+    export = {"name": "export", "kind": "export"}
+    refused = error_of(distil(), {**export, "formats": ["diffusers"]})
+    assert "formats.0: diffusers cannot hold it: diffusers has no pipeline for backbone 'digits'" in refused
+    assert "unknown exporter 'diffuser'" in error_of(distil(), {**export, "formats": ["diffuser"]})
+    assert "each kind once" in error_of(distil(), {**export, "formats": ["diffusers", "diffusers"]})
 
 
 # -- guidance, backbone, data -----------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Experts as changes of a tiny network, made without a run."""
 
+import re
+
 import torch
 
 from moedistill.exporters.source import Pair
@@ -43,7 +45,5 @@ class TinyChange:
 
 
 def linears(network, pattern):
-    import re
-
     found = [path for path, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
     return [path for path in found if re.fullmatch(pattern, path)]
