@@ -31,7 +31,7 @@ IN_BFLOAT16 = 0.02
 
 def write(run, folder, **options):
     formats = chosen_formats(load_plugins().components, ["diffusers"])
-    [made] = export(run, formats, folder, ExportOptions(**{"dtype": torch.float32, **options}))
+    [made] = export(run, formats, folder, ExportOptions(**{"dtype": torch.float32, "verify": False, **options}))
     return made
 
 
