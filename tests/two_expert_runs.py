@@ -11,7 +11,14 @@ from moedistill.runs.loop import run
 FAMILIES = ("wan", "wan22", "hunyuan_video", "cogvideox_2b", "ltx")
 VIDEOS = {"ltx": {"num_frames": 17, "height": 64, "width": 96}}
 SMALL = {"num_frames": 9, "height": 32, "width": 48}
-BACKBONES = {"wan": "wan", "wan22": "wan", "hunyuan_video": "hunyuan_video", "cogvideox_2b": "cogvideox", "ltx": "ltx"}
+BACKBONES = {
+    "wan": "wan",
+    "wan22": "wan",
+    "wan22_i2v": "wan",
+    "hunyuan_video": "hunyuan_video",
+    "cogvideox_2b": "cogvideox",
+    "ltx": "ltx",
+}
 
 
 def two_expert_recipe(family, model, semantic="lora", more_stages=(), guidance=None, **changes):
@@ -22,7 +29,7 @@ def two_expert_recipe(family, model, semantic="lora", more_stages=(), guidance=N
     experts = changes.get("experts") or own_experts(family, semantic)
     router = {"kind": "timestep", "experts": ["semantic", "detail"], "boundaries": [{"point": 8}]}
     sample = {"points": [20, 14, 8]}
-    if family == "wan22":  # the teacher's own boundary
+    if family.startswith("wan22"):  # the teacher's own boundary
         backbone["boundary_ratio"] = 0.875
         router |= {"boundaries": [{"ratio": 0.875}], "closed": "high"}
         sample = {"points": [20, 14, 5]}
@@ -53,7 +60,7 @@ def own_experts(family, semantic):
     experts = {"semantic": {"kind": semantic}, "detail": detail}
     if semantic == "lora":
         experts["semantic"] |= {"rank": 3, "alpha": 6, "copies": "none"}
-    if family == "wan22":
+    if family.startswith("wan22"):
         experts["semantic"] |= {"base": "transformer"}
         detail |= {"from": "teacher", "base": "transformer_2"}
     return experts
@@ -67,6 +74,8 @@ def finished(folder, family, semantic="lora", **changes):
     backbone = load_recipe(recipe).backbone.build()
     cond = backbone.encode(["a", "b"])
     latents = torch.randn(2, *backbone.latent_shape(), generator=torch.Generator().manual_seed(0))
+    if family.endswith("i2v"):
+        cond["image_latents"] = latents.repeat(1, 2, 1, 1, 1)[:, :20]
     samples = [Sample(latents[k], {name: value[k] for name, value in cond.items()}) for k in range(2)]
     write_latents(folder / "data", samples)
     return run(load_recipe(recipe), output=folder / "run", device="cpu").output

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from moedistill.exporters.options import ExportOptions, WrittenFile
+from moedistill.exporters.pipeline_code import pipeline_name
 from moedistill.exporters.source import Source
-from moedistill.model.latent_video import HUB_ID
+from moedistill.model.latent_video import HUB_ID, LatentVideoConfig
 
 
 def model_card(source: Source, usage: str, files: Sequence[WrittenFile], options: ExportOptions, kind: str) -> str:
@@ -53,14 +54,15 @@ def _metadata(source: Source, files: Sequence[WrittenFile], kind: str) -> dict[s
     found: dict[str, Any] = _licence(config)
     if HUB_ID.fullmatch(pretrained) and not Path(pretrained).is_dir():
         found |= {"base_model": pretrained, "base_model_relation": "adapter" if is_lora else "finetune"}
+    from_images = config.has_pipeline and "ImageToVideo" in pipeline_name(config)
     library = {"library_name": "diffusers"} if kind == "diffusers" else {}
     tags = ["moedistill", "distillation", "few-step", *(["lora"] if is_lora else [])]
-    return {**found, **library, "pipeline_tag": "text-to-video", "tags": tags}
+    return {**found, **library, "pipeline_tag": "image-to-video" if from_images else "text-to-video", "tags": tags}
 
 
 def _licence(config: Any) -> dict[str, Any]:
     """What the base model's own card says of its licence, if it lies with its weights."""
-    folder = config.find() if getattr(config, "pretrained", None) else None
+    folder = config.find() if isinstance(config, LatentVideoConfig) and config.pretrained else None
     card = folder / "README.md" if folder else None
     if card is None or not card.is_file():
         return {}

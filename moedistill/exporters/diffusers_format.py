@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,9 @@ from typing import Any, Literal
 from moedistill.exporters.base import ExporterConfig
 from moedistill.exporters.lora_files import DIFFUSERS, linear_changes, own_names, write_lora
 from moedistill.exporters.low_rank import as_linears, cut_to_rank
-from moedistill.exporters.options import ExportOptions, WrittenFile, ending, file_stem
+from moedistill.exporters.options import ExportOptions, Verdict, WrittenFile, ending, file_stem
 from moedistill.exporters.pipeline_code import Layout, Network, few_step_code
+from moedistill.exporters.reading.verify import verify_diffusers
 from moedistill.exporters.source import ExpertSource, Source
 from moedistill.exporters.writing import write_network
 from moedistill.recipe.keys import Recipe
@@ -62,6 +63,9 @@ class DiffusersConfig(ExporterConfig):
         if _is_whole(source, options):
             return self._write_pipeline(source, folder, options)
         return _write_parts(source, folder, options)
+
+    def verify(self, source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterable[Verdict]:
+        return verify_diffusers(source, folder, files)
 
     def usage(self, source: Source, files: Sequence[WrittenFile], options: ExportOptions) -> str:
         layout = _layout(source, options, _is_whole(source, options))

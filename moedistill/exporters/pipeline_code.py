@@ -1,5 +1,6 @@
 """The Python code with which a pipeline of diffusers runs what was exported; it goes into the model card."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from moedistill.exporters.source import Source
+from moedistill.runtime.integrity import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +53,14 @@ def few_step_code(source: Source, layout: Layout, dtype: torch.dtype) -> str:
     flow = _backbone_class(source).prediction_type == "flow_prediction"
     config: Any = source.recipe.backbone
     scheduler = "FlowMatchEulerDiscreteScheduler" if flow else type(config.scheduler()).__name__
-    names = [scheduler, config.pipeline_class().__name__]
+    names = [scheduler, pipeline_name(config)]
     if not layout.whole:
         names.append(config.network_class().__name__)
     lines = [
         *([] if flow else ["import math"]),
         "import torch",
         f"from diffusers import {', '.join(sorted(names))}",
-        "from diffusers.utils import export_to_video",
+        f"from diffusers.utils import export_to_video{', load_image' if _from_images(config) else ''}",
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         f"dtype = {_dtypes(source, dtype)}",
@@ -78,6 +80,17 @@ def _backbone_class(source: Source) -> Any:
     return config.backbone_class
 
 
+def pipeline_name(config: Any) -> str:
+    """The class of the base model's pipeline: of a model that makes videos from images another than the plugin's."""
+    index = config.locate() / "model_index.json" if config.pretrained is not None else None
+    own = str(config.pipeline_class().__name__)
+    return str(read_json(index).get("_class_name", own)) if index is not None and index.is_file() else own
+
+
+def _from_images(config: Any) -> bool:
+    return "ImageToVideo" in pipeline_name(config)
+
+
 def _dtypes(source: Source, dtype: torch.dtype) -> str:
     """That of a pipeline's components; the VAE of some models is kept in float32."""
     config: Any = source.recipe.backbone
@@ -93,7 +106,7 @@ def _base(config: Any) -> str:
 
 
 def _whole(config: Any, missing: Sequence[str]) -> list[str]:
-    pipeline, without = config.pipeline_class().__name__, "".join(f"{name}=None, " for name in missing)
+    pipeline, without = pipeline_name(config), "".join(f"{name}=None, " for name in missing)
     return [
         *(
             [f"# Without {', '.join(missing)}, which did not lie with the base model: give your own."]
@@ -107,7 +120,7 @@ def _whole(config: Any, missing: Sequence[str]) -> list[str]:
 def _parts(source: Source, layout: Layout, dtype: torch.dtype) -> list[str]:
     """The base model's pipeline around networks that are loaded one by one, and adapters on them."""
     config: Any = source.recipe.backbone
-    network, pipeline = config.network_class().__name__, config.pipeline_class().__name__
+    network, pipeline = config.network_class().__name__, pipeline_name(config)
     lines = []
     for name, each in layout.networks.items():
         place = f'".", subfolder={each.folder!r}' if each.folder else f"{_base(config)}, subfolder={each.base!r}"
@@ -199,10 +212,12 @@ def _call(source: Source, *, switched: bool) -> list[str]:
     if guidance.student_scale is not None:
         arguments["guidance_scale"] = guidance.student_scale
     told = "".join(f"{name}={value!r}, " for name, value in arguments.items())
-    guider = [] if backbone.scale_arguments else ["pipe.guider = type(pipe.guider)(guidance_scale=1.0)"]
+    guided = "guider" in inspect.signature(config.pipeline_class()).parameters
+    guider = ["pipe.guider = type(pipe.guider)(guidance_scale=1.0)"] if guided else []
     return [
         *guider,
         "video = pipe(",
+        *(['    image=load_image("first_frame.png"),'] if _from_images(config) else []),
         '    prompt="a red fox runs through deep snow",',
         f"    num_frames={video.num_frames}, height={video.height}, width={video.width},",
         f"    num_inference_steps=len(SIGMAS), {told}generator=torch.Generator().manual_seed(0),",

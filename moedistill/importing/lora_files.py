@@ -6,6 +6,7 @@ the makers' names or those here. A tensor that is none of these is refused.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def read_changes(files: WeightFiles, names: NativeNames | None, shapes: Mapping[
     """
     if (over := files.metadata.get(OVER, PRETRAINED)) != PRETRAINED:
         raise ValueError(
-            f"{files.place} says that it is a change of the expert {over!r}, and not of the pretrained weights; start "
+            f"{files.place} says that it is a change of {over!r}, and not of the pretrained weights; start "
             "from the run or export that it was made of (experts.X.init), or export that with --merge"
         )
     by_path, unknown = _by_path(files)
@@ -99,11 +100,12 @@ def read_changes(files: WeightFiles, names: NativeNames | None, shapes: Mapping[
     for path, kinds in by_path.items():
         try:
             for name, change, keys in _changes_of(path, kinds, files, table, scales):
+                into: dict[str, Any] = changes.pairs if isinstance(change, Pair) else changes.wholes
+                if name in into:
+                    raise ValueError(f"{', '.join(keys)} changes what {', '.join(changes.keys[name])} does")
                 changes.keys.setdefault(name, []).extend(keys)
-                if isinstance(change, Pair):
-                    changes.pairs[name] = change
-                elif change.any():
-                    changes.wholes[name] = change
+                if isinstance(change, Pair) or change.any():
+                    into[name] = change
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -125,7 +127,8 @@ def _by_path(files: WeightFiles) -> tuple[Found, list[str]]:
         path = path.removeprefix(next((prefix for prefix in PREFIXES if path.startswith(prefix)), ""))
         if kind == "diff_m":
             kind, path = "diff", path + MODULATION
-        found.setdefault(path, {})[kind] = key
+        if (other := found.setdefault(path, {}).setdefault(kind, key)) != key:
+            raise ValueError(f"{files.place}: {other} and {key} are the same under two names; keep one of them")
     return found, unknown
 
 
@@ -154,18 +157,13 @@ def _changes_of(
     """Parameters here, what is added to each, and the keys that say so; ValueError where they do not go together."""
     weight, bias = table.weight(path), table.bias(path)
     assert weight is not None
-    pair = [kinds[kind] for kind in ("down", "up") if kind in kinds]
-    if len(pair) == 1 or (not pair and kinds.keys() & {"alpha", "up_bias"}):
+    if {"down", "up"} <= kinds.keys():
+        scale = scales.of(weight.parts[0].removesuffix(".weight"), kinds)
+        yield from _pairs_of(weight, files, kinds["down"], kinds["up"], scale)
+    elif kinds.keys() & {"down", "up", "alpha", "up_bias"}:
         raise ValueError(f"{', '.join(kinds.values())} lacks its counterpart")
-    scale = scales.of(path, kinds) if pair else 1.0
-    if pair:
-        a, b = (files[key].float() for key in pair)
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or (len(b), a.shape[1]) != weight.shape:
-            raise ValueError(f"{pair[0]} {list(a.shape)} and {pair[1]} {list(b.shape)} change no {list(weight.shape)}")
-        for name, part in weight.split(scale * b).items():
-            # Of linears that the makers have as one each may have factors of its own.
-            used = part.any(0) if len(weight.parts) > 1 else slice(None)
-            yield name, Pair(a[used], part[:, used]), pair
+    else:
+        scale = 1.0
     for kind, target, factor in (("diff", weight, 1.0), ("diff_b", bias, 1.0), ("up_bias", bias, scale)):
         if kind in kinds and target is not None:
             change = factor * files[kinds[kind]].float()
@@ -173,6 +171,18 @@ def _changes_of(
                 raise ValueError(f"{kinds[kind]} is {list(change.shape)} and must be {list(target.shape)}")
             for name, part in target.split(change).items():
                 yield name, part, [kinds[kind]]
+
+
+def _pairs_of(
+    weight: NativeTensor, files: WeightFiles, down: str, up: str, scale: float
+) -> Iterator[tuple[str, Pair, list[str]]]:
+    a, b = files[down].float(), files[up].float()
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or (len(b), a.shape[1]) != weight.shape:
+        raise ValueError(f"{down} {list(a.shape)} and {up} {list(b.shape)} change no {list(weight.shape)}")
+    for name, part in weight.split(scale * b).items():
+        # Of linears that the makers have as one each may have factors of its own.
+        used = part.any(0) if len(weight.parts) > 1 else slice(None)
+        yield name, Pair(a[used], part[:, used]), [down, up]
 
 
 class _Scales:
@@ -185,24 +195,26 @@ class _Scales:
         try:
             said = json.loads(files.metadata.get(ADAPTERS, "{}"))
             self._said = {key.removeprefix("transformer."): value for key, value in said.items()}
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{files.place}: {ADAPTERS} of its header is no JSON object ({error})") from error
+            self._default = float(self._said["lora_alpha"]) if "lora_alpha" in self._said else None
+            patterns = self._said.get("alpha_pattern") or {}
+            # As peft takes them: for the whole end of a module's path.
+            self._patterns = [(re.compile(rf"(.*\.)?({key})"), float(value)) for key, value in patterns.items()]
+        except (ValueError, TypeError, AttributeError, re.error, RecursionError) as error:
+            raise ValueError(f"{files.place}: {ADAPTERS} of its header cannot be understood ({error})") from error
         if self._said.get("use_dora"):
             raise ValueError(f"{files.place}: it is a DoRA, which is not known here; merge it elsewhere")
 
     def of(self, path: str, kinds: Mapping[str, str]) -> float:
-        rank = self._files.shapes[kinds["down"]][0]
+        """Of a module; a header has its path here, whatever the file's own names are."""
+        rank = math.prod(self._files.shapes[kinds["down"]][:1])
+        if not rank:
+            raise ValueError(f"{kinds['down']} has rank 0")
         if "alpha" in kinds:
-            return float(self._files[kinds["alpha"]].float().reshape(-1)[0]) / rank
-        if "lora_alpha" not in self._said:
+            alpha = self._files[kinds["alpha"]]
+            if alpha.numel() != 1:
+                raise ValueError(f"{kinds['alpha']} is {list(alpha.shape)} and must be one number")
+            return alpha.item() / rank
+        if self._default is None:
             return 1.0
-        alpha = next(
-            (value for key, value in (self._said.get("alpha_pattern") or {}).items() if _matches(key, path)),
-            self._said["lora_alpha"],
-        )
-        return float(alpha) / (rank**0.5 if self._said.get("use_rslora") else rank)
-
-
-def _matches(pattern: str, path: str) -> bool:
-    """Whether peft takes a key of a pattern for a module: by the whole end of its path."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+        said = next((value for pattern, value in self._patterns if pattern.fullmatch(path)), self._default)
+        return said / (math.sqrt(rank) if self._said.get("use_rslora") else rank)

@@ -19,6 +19,7 @@ from moedistill.model.mixture import Mixture
 from moedistill.recipe.keys import Recipe
 from moedistill.runs.planning.fake_step import empty_mixture
 from moedistill.runtime.integrity import sum_of
+from moedistill.runtime.reading import reason
 from moedistill.runtime.weight_files import whole_folder
 from moedistill.stages.export import INDEX, ExpertFile, make_index, where_from
 
@@ -54,7 +55,10 @@ def import_weights(kind: str, source: Path, dest: Path, recipe: Recipe) -> list[
         own = {name: expert.replace(init=None) for name, expert in recipe.experts.items()}
         recipe = replace(recipe, experts=own)
         mixture = empty_mixture(recipe, recipe.backbone.skeleton())
-        experts, files = IMPORTERS[kind](source, recipe, mixture)
+        try:
+            experts, files = IMPORTERS[kind](source, recipe, mixture)
+        except OSError as error:
+            raise ValueError(f"cannot read {error.filename or source}: {reason(error)}") from error
         with whole_folder(dest) as folder:
             entries: dict[str, Any] = {}
             for name, config in recipe.resolved()["experts"].items():

@@ -263,8 +263,27 @@ def test_what_has_no_place_in_an_adapter_is_named_all_of_it(files, tmp_path, cap
             "lora_down.weight [4, 32] and diffusion_model.blocks.0.ffn.0.lora_up.weight [32, 4] change no [64, 32]",
         ),
         ({"diffusion_model.blocks.1.norm3.diff": [3]}, "norm3.diff is [3] and must be [32]"),
+        ({"diffusion_model.blocks.0.ffn.0.alpha": [0]}, "ffn.0.alpha is [0] and must be one number"),
+        (
+            {
+                "diffusion_model.blocks.0.ffn.0.lora_up.weight": [64, 0],
+                "diffusion_model.blocks.0.ffn.0.lora_down.weight": [0, 32],
+            },
+            "diffusion_model.blocks.0.ffn.0.lora_down.weight has rank 0",
+        ),
+        (
+            {"blocks.0.ffn.0.alpha": []},
+            "diffusion_model.blocks.0.ffn.0.alpha are the same under two names; keep one of them",
+        ),
+        (
+            {
+                "lora_unet_blocks_0_ffn_0.lora_up.weight": [64, 4],
+                "lora_unet_blocks_0_ffn_0.lora_down.weight": [4, 32],
+            },
+            "changes what ",
+        ),
     ],
-    ids=["foreign", "missing", "shape of a pair", "shape of a change"],
+    ids=["foreign", "missing", "pair", "change", "alpha", "rank", "one key twice", "one module twice"],
 )
 def test_a_file_that_does_not_fit(changes, says, files, tmp_path, capsys):
     for key, shape in changes.items():
@@ -279,6 +298,9 @@ def test_a_higher_rank_a_dora_and_a_parent(files, tmp_path, capsys):
     message = message_of(files, two_networks(low={"rank": 3}), tmp_path, capsys)
     assert "low_noise_4steps.safetensors has rank 4, and experts.low 3; set rank to 4" in message
     said = json.dumps({"transformer.use_dora": True})
+    for header in ("[", "[]", '{"lora_alpha": "much"}', '{"alpha_pattern": {"(": 1}}', '{"alpha_pattern": 3}'):
+        message = message_of(files, two_networks(), tmp_path, capsys, lora_adapter_metadata=header)
+        assert "lora_adapter_metadata of its header cannot be understood" in message
     assert "it is a DoRA" in message_of(files, two_networks(), tmp_path, capsys, lora_adapter_metadata=said)
     recipe = recipe_of("wan", {"high": {"kind": "full"}, "low": {**LORA, "from": "high"}})
     assert "experts.low starts from 'high', and the weights are a change of the" in (

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import digits_inputs, distil, equal, tiny_recipe, trees, velocity_of
+from helpers import digits_inputs, distil, equal, evaluate, tiny_recipe, trees, velocity_of
 from safetensors.torch import load_file, save_file
 
 from moedistill import load_recipe
@@ -112,6 +112,25 @@ def test_a_miniature_starts_as_its_parents(finished, tmp_path):
     assert "init: null" in (done.output / "recipe.yaml").read_text()
 
 
+def test_experts_that_nothing_trains_are_evaluated_and_exported(finished, tmp_path, capsys):
+    """No stage trains: the recipe is that of weights from elsewhere."""
+    done = run(
+        starting([evaluate(), EXPORT], semantic=finished, detail=finished), output=tmp_path / "run", device="cpu"
+    )
+    assert "is not trained" not in capsys.readouterr().out
+    (_, mixture), (_, original) = load_mixture(done.output / "export"), load_mixture(finished)
+    for name in ("semantic", "detail"):
+        assert equal(parameters(mixture, name), parameters(original, name))
+
+
+def test_a_plan_reads_none_of_it(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(load_recipe(starting([distil()], semantic="not on this machine")).to_yaml())
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(file)])
+    assert ended.value.code == 0, capsys.readouterr().err
+
+
 # -- what is refused, before anything is loaded or written ------------------------------------------------------------
 
 
@@ -168,14 +187,15 @@ def test_a_place_without_it(finished, place, says, tmp_path, monkeypatch):
 def test_a_damaged_file_and_one_whose_tensors_are_others(broken, tmp_path, monkeypatch):
     file = broken / "detail.safetensors"
     tensors = load_file(file)
-    save_file({**tensors, "proj_out.bias": tensors["proj_out.bias"] + 1}, file)
+    bias = next(name for name in tensors if name.endswith("proj_out.bias"))
+    save_file({**tensors, bias: tensors[bias] + 1}, file)
     recipe = starting([distil()], detail=broken)
     assert "detail.safetensors is damaged: it is not what was written" in refused(recipe, tmp_path, monkeypatch)
     index = json.loads((broken / "export.json").read_text())
     (broken / "export.json").write_text(json.dumps({**index, "format": 1}))  # no sums
-    save_file({name: each for name, each in tensors.items() if name != "proj_out.bias"}, file)
+    save_file({name: each for name, each in tensors.items() if name != bias}, file)
     assert "does not fit: 'proj_out.bias' is missing" in refused(recipe, tmp_path, monkeypatch)
-    save_file({**tensors, "proj_out.bias": tensors["proj_out.bias"].half()}, file)
+    save_file({**tensors, bias: tensors[bias].half()}, file)
     message = refused(recipe, tmp_path, monkeypatch)
     assert "'proj_out.bias' is float16" in message
 
