@@ -131,7 +131,7 @@ def test_numbers_are_those_of_the_runs_files(whole, page):
         assert (shown["stage"], shown["steps"]) == (stage, "6")
         assert shown["evaluations"] == shown["planned evaluations"] == f"{spent['forwards']:,}"
         assert shown["peak GiB"] == f"{max(line['memory'] for line in memory if line['stage'] == stage):.2f}"
-    files = {row[1]: int(row[2].replace(",", "")) for row in page.rows["files"][1:]}
+    files = {file: int(size.replace(",", "")) for file, size in page.rows["files"][1:]}
     assert files == {f"run0/export/{path.name}": path.stat().st_size for path in (folder / "export").glob("[!.]*")}
     assert len(files) == 3
     assert page.words["pre"] == [(folder / "recipe.yaml").read_text()]
@@ -204,7 +204,8 @@ def test_several_runs_are_overlaid(whole, tmp_path, figures):
     page = made([whole / "run0", whole / "run1"], tmp_path / "page.html")
     names = ["tiny, seed 0", "tiny, seed 1"]
     losses = figures[0].axes[0]
-    assert [text.get_text() for text in losses.get_legend().get_texts()] == names
+    [legend] = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == names
     for seed, colour in ((0, "C0"), (1, "C1")):
         text = (whole / f"run{seed}" / "metrics.jsonl").read_text()
         logged = [line["loss"] for line in map(json.loads, text.splitlines()) if "loss" in line]
@@ -214,6 +215,14 @@ def test_several_runs_are_overlaid(whole, tmp_path, figures):
     first = [label for label, _ in page.players()[:4]]
     assert first == [f"{name}: {model}" for name in names for model in ("teacher, 8 steps", "student")]
     assert [row[0] for row in page.rows["time-and-memory"]] == ["stage", "semantic", "detail"] * 2
+
+
+def test_runs_of_other_noise_have_tables_of_their_own(whole, one, tmp_path):
+    saved = (one / "recipe.yaml").read_text()
+    (one / "recipe.yaml").write_text(saved.replace("seed: 0\n", "seed: 5\n"))
+    page = made([whole / "run0", one], tmp_path / "page.html")
+    assert "Each by itself: they were not evaluated on the same samples and noise." in page.text
+    assert [row[0] for row in page.rows["metrics"]] == ["model", "teacher, 8 steps", "student"] * 2
 
 
 def test_the_same_run_gives_the_same_bytes(whole, tmp_path):

@@ -38,7 +38,7 @@ def training_chart(runs: Sequence[FoundRun]) -> str:
         axis.set_ylabel(title, fontsize=9)
     longest = max(runs, key=lambda run: sum(stage.steps for stage in run.training))
     mark_stages(axes, _stages(longest))
-    axes[0].legend(fontsize=7, loc="upper right")
+    chart.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     axes[-1].set_xlabel("optimiser step, counted through the stages")
     return svg(chart, label)
 

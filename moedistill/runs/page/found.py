@@ -67,7 +67,7 @@ class FoundRun:
         cost: of its training stages, as `RunResult.cost`.
         metrics, memory: lines by stage and name, of steps counted through the stages.
         evaluated, sampled, previews: videos of an evaluation's candidates, of prompts, and of stages as they trained.
-        exported: files, by stage.
+        exported: files, by the folder of the run that they lie in.
     """
 
     name: str
@@ -150,12 +150,17 @@ def _found(name: str, run: ListedRun) -> FoundRun:
         evaluated=_evaluated(run),
         sampled=_sampled(run),
         previews=_previews(run),
-        exported={
-            stage.name: sorted(file for file in (run.folder / stage.name).rglob("[!.]*") if file.is_file())
-            for stage in run.recipe.stages
-            if isinstance(stage, ExportConfig)
-        },
+        exported=_exported(run),
     )
+
+
+def _exported(run: ListedRun) -> dict[str, list[Path]]:
+    """Of the stages that export, and of what was exported afterwards, which lies in `export`."""
+    stages = [stage.name for stage in run.recipe.stages if isinstance(stage, ExportConfig)]
+    return {
+        name: sorted(file for file in (run.folder / name).rglob("[!.]*") if file.is_file())
+        for name in dict.fromkeys([*stages, "export"])
+    }
 
 
 def _evaluated(run: ListedRun) -> list[VideoSet]:

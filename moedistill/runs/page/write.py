@@ -163,8 +163,8 @@ def _what(runs: Sequence[FoundRun], file: Path) -> str:
             "seed": str(recipe.seed),
             "ran on": run.environment.get("processes"),
             "begun": run.environment.get("begun"),
-            "versions": ", ".join(f"{k} {v}" for k, v in (run.environment.get("versions") or {}).items()),
             "folder": os.path.relpath(run.folder, file.parent) if run.folder != file.parent else run.folder.name,
+            "versions": ", ".join(f"{k} {v}" for k, v in (run.environment.get("versions") or {}).items()),
         }
         shown = "".join(
             f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value
@@ -287,12 +287,21 @@ def _last_numbers(runs: Sequence[FoundRun]) -> str:
 
 
 def _metrics(runs: Sequence[FoundRun], plugins: Plugins, resamples: int) -> str:
-    if not any(any(run.folder.glob(f"*/{ROWS}")) for run in runs):
+    """One table of all runs, or one of each where chance would be compared."""
+    evaluated = [run for run in runs if any(run.folder.glob(f"*/{ROWS}"))]
+    if not evaluated:
         return _say("No stage has evaluated anything.")
     try:
-        table = tabulate(read_records([run.folder for run in runs], plugins), resamples=resamples)
+        return _table_of(evaluated, plugins, resamples)
     except UserError as error:
-        return _say(f"No table: {error}.")
+        if len(evaluated) == 1:
+            return _say(f"No table: {error}.")
+    note = _say("Each by itself: they were not evaluated on the same samples and noise.")
+    return note + _each(evaluated, lambda run: _metrics([run], plugins, resamples))
+
+
+def _table_of(runs: Sequence[FoundRun], plugins: Plugins, resamples: int) -> str:
+    table = tabulate(read_records([run.folder for run in runs], plugins), resamples=resamples)
     kinds = list(dict.fromkeys(kind for line in table.lines for kind in line.values))
     several = len({line.method for line in table.lines}) > 1
 
@@ -362,13 +371,13 @@ def _cost(run: FoundRun, plans: Plans) -> str:
 
 def _exported(run: FoundRun, page: Path) -> str:
     rows = [
-        [stage, os.path.relpath(file, page.parent), f"{file.stat().st_size:,}"]
-        for stage, each in run.exported.items()
+        [os.path.relpath(file, page.parent), f"{file.stat().st_size:,}"]
+        for each in run.exported.values()
         for file in each
     ]
     if not rows:
         return _say("Nothing was exported.")
-    return _table(["stage", "file", "bytes"], rows, 2)
+    return _table(["file", "bytes"], rows, 1)
 
 
 def _recipe(run: FoundRun) -> str:
