@@ -441,6 +441,9 @@ def sample(
 @click.option("--copy", is_flag=True, help="Copy a pipeline's other components, not link them.")
 @click.option("--ema", is_flag=True, help="The averaged weights, not the last ones.")
 @click.option(
+    "--no-verify", "verify", is_flag=True, default=True, flag_value=False, help="Do not read the files again."
+)
+@click.option(
     "--output", type=click.Path(path_type=Path), metavar="DIR",
     help="A new or empty folder, of several formats with one for each in it; RUN/export/NAME if not given.",
 )  # fmt: skip
@@ -453,6 +456,7 @@ def export(
     dtype: str,
     copy: bool,
     ema: bool,
+    verify: bool,
     output: Path | None,
     plugin_files: tuple[str, ...],
 ) -> None:
@@ -460,6 +464,7 @@ def export(
 
     Unless told otherwise an adapter leaves as LoRA, and an expert with all weights of its own merged. Only the base
     model's network is read. Beside the files lie a model card with the code that runs them, and moedistill.json.
+    Then each file is read again as those do who load it, and compared with what was trained.
 
     \b
     Example:
@@ -477,7 +482,7 @@ def export(
     plugins = _plugins(plugin_files)
     with user_errors("--format"):
         chosen = chosen_formats(plugins.components, formats, copy=copy)
-    options = ExportOptions(form=form, svd=svd, dtype=getattr(torch, dtype))  # type: ignore[arg-type]
+    options = ExportOptions(form=form, svd=svd, dtype=getattr(torch, dtype), verify=verify)  # type: ignore[arg-type]
     weights = "ema" if ema else "trained"
     write(run, chosen, output, options, weights=weights, plugins=plugins, say=click.echo)  # type: ignore[arg-type]
 

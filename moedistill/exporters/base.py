@@ -1,13 +1,14 @@
 """A format that other tools load: the contract of its exporter."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moedistill.components.fields import Config
 from moedistill.exporters.export import Exported, export
 from moedistill.exporters.options import ExportOptions as ExportOptions
+from moedistill.exporters.options import Verdict as Verdict
 from moedistill.exporters.options import WrittenFile as WrittenFile
 from moedistill.exporters.options import file_stem as file_stem
 from moedistill.exporters.source import Source
@@ -36,6 +37,13 @@ class ExporterConfig(Config, ABC):
             ValueError: an expert cannot leave in the form that was asked for.
             WriteError: the disk refuses.
         """
+
+    def verify(self, source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterable[Verdict]:
+        """Reads the files that `write` gave as their consumers do, tensor by tensor; what there is to say of each.
+
+        An export of which a verdict has faults is taken back.
+        """
+        return ()
 
     def usage(self, source: Source, files: Sequence[WrittenFile], options: ExportOptions) -> str:
         """How the files are used, in Markdown, for the model card beside them."""

@@ -1,7 +1,7 @@
 """Files that ComfyUI loads as it comes, and a workflow that runs them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from moedistill.exporters.base import ExporterConfig
 from moedistill.exporters.comfyui_workflow import MINIMUM, decimal, no_workflow, workflow
 from moedistill.exporters.lora_files import NATIVE
 from moedistill.exporters.native_files import loaded, steps_text, write_native
-from moedistill.exporters.options import ExportOptions, WrittenFile
+from moedistill.exporters.options import ExportOptions, Verdict, WrittenFile
+from moedistill.exporters.reading.verify import verify_comfyui
 from moedistill.exporters.source import Source
 
 WORKFLOW = "workflow.json"
@@ -34,6 +35,9 @@ class ComfyUIConfig(ExporterConfig):
             (folder / WORKFLOW).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             written.append(WrittenFile(path=WORKFLOW))
         return written
+
+    def verify(self, source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterable[Verdict]:
+        return verify_comfyui(source, folder, files)
 
     def usage(self, source: Source, files: Sequence[WrittenFile], options: ExportOptions) -> str:
         note = _note(source, options)

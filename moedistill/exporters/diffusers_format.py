@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,9 @@ from typing import Any, Literal
 from moedistill.exporters.base import ExporterConfig
 from moedistill.exporters.lora_files import DIFFUSERS, linear_changes, own_names, write_lora
 from moedistill.exporters.low_rank import as_linears, cut_to_rank
-from moedistill.exporters.options import ExportOptions, WrittenFile, ending, file_stem
+from moedistill.exporters.options import ExportOptions, Verdict, WrittenFile, ending, file_stem
 from moedistill.exporters.pipeline_code import Layout, Network, few_step_code
+from moedistill.exporters.reading.verify import verify_diffusers
 from moedistill.exporters.source import ExpertSource, Source
 from moedistill.exporters.writing import write_network
 from moedistill.recipe.keys import Recipe
@@ -21,6 +22,10 @@ from moedistill.runtime.integrity import read_json
 from moedistill.runtime.writing import disk_errors
 
 INDEX = "model_index.json"
+_SERVING = (
+    "The steps also stand in `model_index.json` (`dmd2_…`), as vLLM-Omni's few-step pipelines of Wan read them; "
+    "diffusers says that it ignores them."
+)
 
 
 @dataclass(kw_only=True)
@@ -63,9 +68,15 @@ class DiffusersConfig(ExporterConfig):
             return self._write_pipeline(source, folder, options)
         return _write_parts(source, folder, options)
 
+    def verify(self, source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterable[Verdict]:
+        return verify_diffusers(source, folder, files)
+
     def usage(self, source: Source, files: Sequence[WrittenFile], options: ExportOptions) -> str:
         layout = _layout(source, options, _is_whole(source, options))
-        return f"```python\n{few_step_code(source, layout, options.dtype)}\n```"
+        code = f"```python\n{few_step_code(source, layout, options.dtype)}\n```"
+        if not layout.whole or not _for_serving(source):
+            return code
+        return f"{code}\n\n{_SERVING}"
 
     def _write_pipeline(self, source: Source, folder: Path, options: ExportOptions) -> list[WrittenFile]:
         config: Any = source.recipe.backbone
@@ -77,7 +88,7 @@ class DiffusersConfig(ExporterConfig):
         index = _index(source, config, slots)
         scheduler: dict[str, Any] = {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": source.trajectory.num_train_timesteps,
+            "num_train_timesteps": 1000,  # of which a sigma is a fraction, to the networks of all flow models
             "shift": source.trajectory.shift or 1.0,
         }
         base = config.locate() if config.pretrained is not None else None
@@ -137,10 +148,11 @@ def _index(source: Source, config: Any, slots: dict[str, ExpertSource]) -> dict[
 
 
 def _for_serving(source: Source) -> dict[str, Any]:
-    """The steps under the keys that vLLM-Omni's few-step pipelines read: times that the network is told, which divided
-    by 1000 and shifted are the sigmas of plain Euler steps. None for a model whose times are something else.
+    """The steps under the keys that vLLM-Omni's few-step pipelines of Wan read: times that the network is told, which
+    divided by 1000 and shifted are the sigmas of plain Euler steps, each without guidance.
     """
-    if not _is_flow(source):
+    config: Any = source.recipe.backbone
+    if "boundary_ratio" not in inspect.signature(config.pipeline_class()).parameters:
         return {}
     times = [1000 * sigma for sigma in (source.sigmas or [])[:-1]]
     return {

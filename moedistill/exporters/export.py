@@ -12,7 +12,7 @@ from typing import Any
 from moedistill.components.plugins import Plugins
 from moedistill.errors import UserError, user_errors
 from moedistill.exporters.card import model_card
-from moedistill.exporters.options import ExportOptions, Format, WrittenFile
+from moedistill.exporters.options import ExportOptions, Format, Verdict, WrittenFile
 from moedistill.exporters.source import Source, open_source
 from moedistill.model.ema import WhichWeights
 from moedistill.recipe.keys import Recipe
@@ -31,11 +31,13 @@ class Exported:
         kind: the format.
         folder: where.
         files: with paths in it; weights, and what the format has beside them.
+        verdicts: on the files, read as those do who load them.
     """
 
     kind: str
     folder: Path
     files: Sequence[WrittenFile]
+    verdicts: Sequence[Verdict] = ()
 
     def lines(self) -> list[str]:
         """For people: the folder, and each file of weights."""
@@ -44,7 +46,7 @@ class Exported:
             cost = f", its dtype costs {file.error:.1e} of the weights' size" if file.error is not None else ""
             said += [f"  {file.path}: {file.form} {file.expert}{cost}"] if file.form else []
             said += [f"    {group}: {100 * error:.1f} % of the change left out" for group, error in file.cut.items()]
-        return said
+        return [*said, *(f"  {verdict.line()}" for verdict in self.verdicts)]
 
 
 def export(
@@ -65,13 +67,14 @@ def export(
         formats: what to write; all of them are looked at before the first is written.
         output: a new or empty folder: of the only format, or with one for each in it; if not given, RUN/export with one
             for each in it.
-        options: dtype, form, rank.
+        options: dtype, form, rank, and whether the files are read again.
         weights: the experts' `trained` weights or their `ema`.
         recipe: of the run, where it is at hand: it is then not read again.
         say: told of each format, when it is written.
 
     Raises:
-        UserError: the run cannot be read, a format cannot hold it, or a folder is in use.
+        UserError: the run cannot be read, a format cannot hold it, a folder is in use, or what was written is not read
+            as what was trained: the format is then not there.
     """
     source, options = open_source(run, weights=weights, recipe=recipe, plugins=plugins), options or ExportOptions()
     for each in formats:
@@ -84,13 +87,26 @@ def export(
     for each in formats:
         with whole_folder(places[each.kind]) as folder, user_errors(f"export to {each.kind}"):
             files = each.write(source, folder, options)
+            verdicts = _verified(each, source, folder, files) if options.verify else []
             card = model_card(source, each.usage(source, files, options), files, options, each.kind)
             (folder / "README.md").write_text(card, encoding="utf-8")
-            record = _record(source, folder, files, options, each.kind)
+            record = _record(source, folder, files, verdicts, options, each.kind)
             (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        exported.append(Exported(kind=each.kind, folder=places[each.kind], files=files))
+        exported.append(Exported(kind=each.kind, folder=places[each.kind], files=files, verdicts=verdicts))
         say("\n".join(exported[-1].lines()))
     return exported
+
+
+def _verified(each: Format, source: Source, folder: Path, files: Sequence[WrittenFile]) -> list[Verdict]:
+    """Verdicts without faults.
+
+    Raises:
+        ValueError: one has some.
+    """
+    verdicts = list(each.verify(source, folder, files))
+    if wrong := [verdict.line() for verdict in verdicts if verdict.faults]:
+        raise ValueError(f"what was written is not what was trained, and was removed: {wrong[0]}")
+    return verdicts
 
 
 def _place(source: Source, output: str | Path | None, kind: str, *, alone: bool) -> Path:
@@ -101,7 +117,12 @@ def _place(source: Source, output: str | Path | None, kind: str, *, alone: bool)
 
 
 def _record(
-    source: Source, folder: Path, files: Sequence[WrittenFile], options: ExportOptions, kind: str
+    source: Source,
+    folder: Path,
+    files: Sequence[WrittenFile],
+    verdicts: Sequence[Verdict],
+    options: ExportOptions,
+    kind: str,
 ) -> dict[str, Any]:
     """What `moedistill.json` says."""
     boundaries = [source.boundary(after) for after in range(len(source.experts) - 1)]
@@ -117,6 +138,7 @@ def _record(
         "boundaries": boundaries,
         "provenance": dict(source.provenance),
         "recipe": source.recipe.resolved(),
+        "verified": [verdict.line() for verdict in verdicts],
         "files": {file.path: _entry(file, folder) for file in files},
     }
 

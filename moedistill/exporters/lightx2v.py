@@ -1,14 +1,15 @@
 """Files that LightX2V loads, and its configuration for them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from moedistill.exporters.base import ExporterConfig
 from moedistill.exporters.native_files import loaded, write_native
-from moedistill.exporters.options import ExportOptions, WrittenFile
+from moedistill.exporters.options import ExportOptions, Verdict, WrittenFile
+from moedistill.exporters.reading.verify import verify_lightx2v
 from moedistill.exporters.source import Source
 
 CONFIG = "lightx2v.json"
@@ -38,6 +39,9 @@ class LightX2VConfig(ExporterConfig):
             (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             written.append(WrittenFile(path=CONFIG))
         return written
+
+    def verify(self, source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterable[Verdict]:
+        return verify_lightx2v(source, folder, files)
 
     def usage(self, source: Source, files: Sequence[WrittenFile], options: ExportOptions) -> str:
         if (reason := no_configuration(source)) is not None:

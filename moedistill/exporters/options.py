@@ -1,6 +1,6 @@
 """What an exporter is told, and what it tells of the files that it has written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -22,11 +22,13 @@ class ExportOptions:
         form: of every expert; None for that of its kind: an adapter leaves as LoRA, a full expert merged.
         svd: the rank to which a full expert's change is cut, which then leaves as LoRA; None for none.
         dtype: of the tensors in the files.
+        verify: read the files again, as those do who load them.
     """
 
     form: Form | None = None
     svd: int | None = None
     dtype: torch.dtype = torch.bfloat16
+    verify: bool = True
 
     def form_of(self, expert: ExpertSource) -> Form:
         """How this expert leaves; a teacher as it is leaves merged, if at all.
@@ -66,6 +68,27 @@ class WrittenFile:
     cut: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a file, read as a consumer reads it.
+
+    Attributes:
+        file: its path, or that of the folder that is read as one.
+        reader: who reads it so.
+        said: what was found right.
+        faults: what was not, in words.
+    """
+
+    file: str
+    reader: str
+    said: str
+    faults: Sequence[str]
+
+    def line(self) -> str:
+        """For people."""
+        return f"{self.file}, read as {self.reader} does: {'; '.join(self.faults) or self.said}"
+
+
 class Format(Protocol):
     """What writes a format; `ExporterConfig` says what its methods do."""
 
@@ -74,6 +97,8 @@ class Format(Protocol):
     def applies(self, source: Source) -> str | None: ...
 
     def write(self, source: Source, folder: Path, options: ExportOptions) -> Sequence[WrittenFile]: ...
+
+    def verify(self, source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterable[Verdict]: ...
 
     def usage(self, source: Source, files: Sequence[WrittenFile], options: ExportOptions) -> str: ...
 

@@ -106,15 +106,10 @@ def _base(config: Any) -> str:
 
 
 def _whole(config: Any, missing: Sequence[str]) -> list[str]:
-    pipeline, without = pipeline_name(config), "".join(f"{name}=None, " for name in missing)
-    return [
-        *(
-            [f"# Without {', '.join(missing)}, which did not lie with the base model: give your own."]
-            if missing
-            else []
-        ),
-        f'pipe = {pipeline}.from_pretrained(".", {without}torch_dtype=dtype).to(device)',
-    ]
+    arguments = [*(f"{name}=None" for name in missing), "torch_dtype=dtype"]
+    arguments += [f"variant={config.variant!r}"] if config.variant else []  # of the components that are as they were
+    said = [f"# Without {', '.join(missing)}, which did not lie with the base model: give your own."] if missing else []
+    return [*said, f'pipe = {pipeline_name(config)}.from_pretrained(".", {", ".join(arguments)}).to(device)']
 
 
 def _parts(source: Source, layout: Layout, dtype: torch.dtype) -> list[str]:

@@ -134,6 +134,8 @@ def test_a_process_that_ends_is_told(wan, tmp_path):
 
 def test_moedistill_cannot_be_imported_there():
     """Installed beside diffusers it may be: whoever has it not must see the same."""
-    program = Path(stock.__file__).read_text().replace("warnings = Warnings()", "import moedistill.errors")
+    program = (
+        Path(stock.__file__).read_text(encoding="utf-8").replace("warnings = Warnings()", "import moedistill.errors")
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "ModuleNotFoundError: moedistill is not to be imported here" in done.stderr

@@ -6,7 +6,6 @@ Nothing that wrote them takes part: files are read by their consumers' rules, an
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from moedistill.exporters.low_rank import as_linears
-from moedistill.exporters.options import ExportOptions, WrittenFile
+from moedistill.exporters.options import Verdict, WrittenFile
 from moedistill.exporters.reading import comfyui, lightx2v
 from moedistill.exporters.reading import diffusers as by_rules
 from moedistill.exporters.reading.calls import trained_calls
@@ -32,33 +31,11 @@ from moedistill.exporters.reading.compare import (
 from moedistill.exporters.reading.files import TensorFile
 from moedistill.exporters.reading.fresh import Call, Fresh, Stock
 from moedistill.exporters.reading.native import BY_CLASS, Native, Wan
+from moedistill.exporters.reading.steps import Served, configuration_steps, step_faults, workflow_steps
 from moedistill.exporters.source import ExpertSource, Source
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a file, read as a consumer reads it.
-
-    Attributes:
-        file: its path, or that of the folder that is read as one.
-        reader: who reads it so.
-        said: what was found right.
-        faults: what was not, in words.
-    """
-
-    file: str
-    reader: str
-    said: str
-    faults: Sequence[str]
-
-    def line(self) -> str:
-        """For people."""
-        return f"{self.file}, read as {self.reader} does: {'; '.join(self.faults) or self.said}"
-
-
-def verify_comfyui(
-    source: Source, folder: Path, files: Sequence[WrittenFile], options: ExportOptions
-) -> Iterator[Verdict]:
+def verify_comfyui(source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterator[Verdict]:
     """Reads all files of weights as ComfyUI does."""
     for file in _of_weights(files):
         expert, network = _expert(source, file), _native(source, file)
@@ -71,10 +48,12 @@ def verify_comfyui(
             yield _values(file.path, "ComfyUI", reading, network, expert, take)
         expert.release()
 
+    if (folder / "workflow.json").is_file():
+        served = workflow_steps(json.loads((folder / "workflow.json").read_text(encoding="utf-8")))
+        yield _steps(source, files, "workflow.json", "ComfyUI", served)
 
-def verify_lightx2v(
-    source: Source, folder: Path, files: Sequence[WrittenFile], options: ExportOptions
-) -> Iterator[Verdict]:
+
+def verify_lightx2v(source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterator[Verdict]:
     """Reads all files of weights as LightX2V does, which merges LoRA files into the weights."""
     for file in _of_weights(files):
         expert, network = _expert(source, file), _native(source, file)
@@ -88,10 +67,12 @@ def verify_lightx2v(
             yield _values(file.path, "LightX2V", reading, network, expert, take)
         expert.release()
 
+    if (folder / "lightx2v.json").is_file():
+        served = configuration_steps(json.loads((folder / "lightx2v.json").read_text(encoding="utf-8")))
+        yield _steps(source, files, "lightx2v.json", "LightX2V", served)
 
-def verify_diffusers(
-    source: Source, folder: Path, files: Sequence[WrittenFile], options: ExportOptions
-) -> Iterator[Verdict]:
+
+def verify_diffusers(source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterator[Verdict]:
     """Reads all files of weights by diffusers' rules, and then with diffusers itself, in a process of its own."""
     calls, weights = trained_calls(source), list(_of_weights(files))
     with Fresh(_stock(source)) as process:
@@ -207,8 +188,22 @@ def _is_second(source: Source, expert: ExpertSource) -> bool:
 
 def _serving(source: Source, folder: Path) -> Verdict:
     """Whether a pipeline takes the right network in each step."""
-    ratio = json.loads((folder / "model_index.json").read_text()).get("boundary_ratio")
+    ratio = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("boundary_ratio")
     slots = dict(zip(source.experts, ("transformer", "transformer_2"), strict=False))
     sigmas, wanted = [step.sigma_from for step in source.steps], [slots[step.expert] for step in source.steps]
     faults = by_rules.serving_faults(ratio, sigmas, wanted)
     return Verdict("model_index.json", "diffusers", f"each of the {len(sigmas)} steps by its own expert", faults)
+
+
+def _steps(source: Source, files: Sequence[WrittenFile], path: str, reader: str, served: Sequence[Served]) -> Verdict:
+    """Whether the steps are the recipe's, each with the files of its expert."""
+    weights = list(_of_weights(files))
+    wanted = []
+    for step in source.steps:
+        expert = source.experts[step.expert]
+        own = [file for file in weights if file.expert == expert.name]
+        if any(file.form == "lora" and not file.cut for file in own):
+            own += [file for file in weights if file.expert == expert.over]
+        wanted.append(Served(step.sigma_from, step.sigma_to, frozenset(file.path for file in own)))
+    faults = step_faults(served, wanted, frozenset(file.path for file in weights))
+    return Verdict(path, reader, f"the recipe's {len(wanted)} steps, each with the files of its expert", faults)
