@@ -25,8 +25,7 @@ def model_card(source: Source, usage: str, files: Sequence[WrittenFile], options
         f"---\n{yaml.safe_dump(_metadata(source, files, kind), sort_keys=False, allow_unicode=True)}---",
         f"# {recipe.name}",
         recipe.description or f"Few-step experts of {_base_name(config)}.",
-        f"Timestep experts distilled with moedistill: {len(source.steps)} steps, each served by one expert, without "
-        "guidance.",
+        f"Timestep experts distilled with moedistill: {len(source.steps)} steps, each by one pass of one expert.",
         "\n".join(_facts(source, files, options)),
         "## Steps",
         "\n".join(_steps(source)),

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moedistill.exporters.base import ExporterConfig
-from moedistill.exporters.comfyui_workflow import MINIMUM, decimal, no_workflow, workflow
+from moedistill.exporters.comfyui_workflow import MINIMUM, no_workflow, workflow
 from moedistill.exporters.lora_files import NATIVE
-from moedistill.exporters.native_files import loaded, steps_text, write_native
+from moedistill.exporters.native_files import loaded, write_native
 from moedistill.exporters.options import ExportOptions, Verdict, WrittenFile
 from moedistill.exporters.reading.verify import verify_comfyui
 from moedistill.exporters.source import Source
@@ -40,30 +40,45 @@ class ComfyUIConfig(ExporterConfig):
         return verify_comfyui(source, folder, files)
 
     def usage(self, source: Source, files: Sequence[WrittenFile], options: ExportOptions) -> str:
-        note = _note(source, options)
+        places = _places(source, options)
         if (reason := no_workflow(source)) is not None:
-            return f"{note}\n\nThere is no workflow beside the files: {reason}."
-        return f"{note}\n\n`{WORKFLOW}` is opened by dropping it on ComfyUI's window, {MINIMUM} or newer."
+            return f"{places}\n\nThere is no workflow beside the files: {reason}."
+        return f"{places}\n\n`{WORKFLOW}` is opened by dropping it on ComfyUI's window, {MINIMUM} or newer."
 
 
-def _note(source: Source, options: ExportOptions) -> str:
-    """What belongs where, and what to keep to, in Markdown."""
+def _places(source: Source, options: ExportOptions) -> str:
+    """Which file belongs where, and on what, in Markdown."""
     tool = source.recipe.backbone.comfyui()
     assert tool is not None
-    models = loaded(source, options)
-    whole = sorted({model.weights for model in models.values() if model.weights})
-    loras = [model.lora for model in models.values() if model.lora]
+    experts = loaded(source, options)
+    whole = dict.fromkeys(files.weights for files in experts.values() if files.weights)
+    loras = [files.lora for files in experts.values() if files.lora]
     lines = []
     if whole:
         lines.append(f"- `models/diffusion_models`: {', '.join(f'`{file}`' for file in whole)}")
     if loras:
         lines.append(f"- `models/loras`: {', '.join(f'`{file}`' for file in loras)}, at strength 1")
-    if source.sigmas is not None:
-        lines.append(f"- {steps_text(source)}; sampler euler, sigmas {', '.join(map(decimal, source.sigmas))}")
-        experts = [name for name, expert in source.experts.items() if expert.kind != "teacher"]
-        lines.append(f"- cfg 1 for {' and '.join(experts)}: guidance is in the weights")
-    for name, model in models.items():
-        if model.lora:
-            base = model.weights or tool.networks.get(source.experts[name].base) or tool.checkpoint
-            lines.append(f"- `{model.lora}` is a change of `{base}`, and of no other weights")
+    for name, files in experts.items():
+        if files.lora:
+            base = files.weights or tool.networks.get(source.experts[name].base) or tool.checkpoint
+            lines.append(f"- `{files.lora}` is a change of `{base}`, and of no other weights")
+    return "\n".join(lines)
+
+
+def _note(source: Source, options: ExportOptions) -> str:
+    """What the workflow shows beside itself, in Markdown."""
+    said, start = [], 0
+    for number, name in enumerate(source.experts):
+        count = sum(step.expert == name for step in source.steps)
+        noise = f"{('high', 'low')[number]} ({name})" if len(source.experts) == 2 else name
+        said.append(f"{start}–{start + count} {noise}")
+        start += count
+    trained = [name for name, expert in source.experts.items() if expert.kind != "teacher"]
+    lines = [
+        f"ComfyUI {MINIMUM} or newer",
+        "",
+        _places(source, options),
+        f"- steps {', '.join(said)}",
+        f"- cfg 1 for {' and '.join(trained)}: their guidance is what they were distilled with",
+    ]
     return "\n".join(lines)

@@ -22,6 +22,10 @@ from moedistill.runtime.integrity import read_json
 from moedistill.runtime.writing import disk_errors
 
 INDEX = "model_index.json"
+_SERVING = (
+    "The steps also stand in `model_index.json` (`dmd2_…`), as vLLM-Omni's few-step pipelines of Wan read them; "
+    "diffusers says that it ignores them."
+)
 
 
 @dataclass(kw_only=True)
@@ -69,7 +73,10 @@ class DiffusersConfig(ExporterConfig):
 
     def usage(self, source: Source, files: Sequence[WrittenFile], options: ExportOptions) -> str:
         layout = _layout(source, options, _is_whole(source, options))
-        return f"```python\n{few_step_code(source, layout, options.dtype)}\n```"
+        code = f"```python\n{few_step_code(source, layout, options.dtype)}\n```"
+        if not layout.whole or not _for_serving(source):
+            return code
+        return f"{code}\n\n{_SERVING}"
 
     def _write_pipeline(self, source: Source, folder: Path, options: ExportOptions) -> list[WrittenFile]:
         config: Any = source.recipe.backbone
@@ -81,7 +88,7 @@ class DiffusersConfig(ExporterConfig):
         index = _index(source, config, slots)
         scheduler: dict[str, Any] = {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": source.trajectory.num_train_timesteps,
+            "num_train_timesteps": 1000,  # of which a sigma is a fraction, to the networks of all flow models
             "shift": source.trajectory.shift or 1.0,
         }
         base = config.locate() if config.pretrained is not None else None
@@ -141,10 +148,11 @@ def _index(source: Source, config: Any, slots: dict[str, ExpertSource]) -> dict[
 
 
 def _for_serving(source: Source) -> dict[str, Any]:
-    """The steps under the keys that vLLM-Omni's few-step pipelines read: times that the network is told, which divided
-    by 1000 and shifted are the sigmas of plain Euler steps. None for a model whose times are something else.
+    """The steps under the keys that vLLM-Omni's few-step pipelines of Wan read: times that the network is told, which
+    divided by 1000 and shifted are the sigmas of plain Euler steps, each without guidance.
     """
-    if not _is_flow(source):
+    config: Any = source.recipe.backbone
+    if "boundary_ratio" not in inspect.signature(config.pipeline_class()).parameters:
         return {}
     times = [1000 * sigma for sigma in (source.sigmas or [])[:-1]]
     return {

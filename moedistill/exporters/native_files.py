@@ -124,13 +124,3 @@ def _write_lora(
     }
     error = write_lora(file, changes, names, dtype=options.dtype, metadata=says)
     return WrittenFile(path=file.name, expert=expert.name, form="lora", error=error, cut=dict(cut))
-
-
-def steps_text(source: Source) -> str:
-    """Which expert serves which steps, counted from 0: `steps 0–2 high_noise, 2–3 low_noise`."""
-    said, start = [], 0
-    for name in source.experts:
-        count = sum(step.expert == name for step in source.steps)
-        said.append(f"{start}–{start + count} {name}")
-        start += count
-    return "steps " + ", ".join(said)

@@ -1,6 +1,7 @@
 """The Python code with which a pipeline of diffusers runs what was exported; it goes into the model card."""
 
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,21 +101,24 @@ def _dtypes(source: Source, dtype: torch.dtype) -> str:
 
 
 def _base(config: Any) -> str:
-    revision = f", revision={config.revision!r}" if config.revision else ""
-    variant = f", variant={config.variant!r}" if config.variant else ""
-    return f"{config.pretrained or 'BASE'!r}{revision}{variant}"
+    named = {"revision": config.revision, "variant": config.variant}
+    return ", ".join(
+        [_text(config.pretrained or "BASE"), *(f"{key}={_text(value)}" for key, value in named.items() if value)]
+    )
+
+
+def _text(value: str) -> str:
+    """A string as code."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _whole(config: Any, missing: Sequence[str]) -> list[str]:
-    pipeline, without = pipeline_name(config), "".join(f"{name}=None, " for name in missing)
-    return [
-        *(
-            [f"# Without {', '.join(missing)}, which did not lie with the base model: give your own."]
-            if missing
-            else []
-        ),
-        f'pipe = {pipeline}.from_pretrained(".", {without}torch_dtype=dtype).to(device)',
-    ]
+    arguments = [*(f"{name}=None" for name in missing), "torch_dtype=dtype"]
+    arguments += (
+        [f"variant={_text(config.variant)}"] if config.variant else []
+    )  # of the components that are as they were
+    said = [f"# Without {', '.join(missing)}, which did not lie with the base model: give your own."] if missing else []
+    return [*said, f'pipe = {pipeline_name(config)}.from_pretrained(".", {", ".join(arguments)}).to(device)']
 
 
 def _parts(source: Source, layout: Layout, dtype: torch.dtype) -> list[str]:
@@ -123,7 +127,9 @@ def _parts(source: Source, layout: Layout, dtype: torch.dtype) -> list[str]:
     network, pipeline = config.network_class().__name__, pipeline_name(config)
     lines = []
     for name, each in layout.networks.items():
-        place = f'".", subfolder={each.folder!r}' if each.folder else f"{_base(config)}, subfolder={each.base!r}"
+        place = (
+            f'".", subfolder={_text(each.folder)}' if each.folder else f"{_base(config)}, subfolder={_text(each.base)}"
+        )
         lines.append(f"{name} = {network}.from_pretrained({place}, torch_dtype={dtype}).to(device)")
     slots = layout.slots if layout.has_slots else layout.slots[:1]
     placed = [f"{slot}={name}" for slot, (name, _) in zip(slots, layout.experts, strict=False)]
@@ -181,7 +187,7 @@ def _switch(source: Source, layout: Layout) -> list[str]:
     names = list(source.experts)
     serving = [names.index(step.expert) for step in source.steps]
     if any(file for _, file in layout.experts):
-        experts = [f"({name}, {_adapter(file)!r})" if file else f"({name}, None)" for name, file in layout.experts]
+        experts = [f"({name}, {_text(_adapter(file))})" if file else f"({name}, None)" for name, file in layout.experts]
         put = [
             "    pipe.transformer, adapter = EXPERTS[SERVES[(step + 1) % len(SERVES)]]",
             "    if adapter is not None:",

@@ -284,16 +284,22 @@ def test_what_is_no_workflow_is_said_with_its_reason(tmp_path, runs):
     assert "There is no workflow beside the files: sampling draws fresh noise between the steps (eta 0.5)" in text
 
 
-def test_the_card_says_what_belongs_where(tmp_path, runs):
+def test_the_card_and_the_workflow_say_what_belongs_where(tmp_path, runs):
     source, files = exported(runs("wan", "full"), tmp_path / "out")
-    assert ComfyUIConfig().usage(source, files, ExportOptions()).splitlines() == [
+    places = [
         "- `models/diffusion_models`: `few_wan_high_noise.safetensors`",
         "- `models/loras`: `few_wan_low_noise.safetensors`, at strength 1",
-        "- steps 0–2 semantic, 2–3 detail; sampler euler, sigmas 1, 0.9754098, 0.9189189, 0",
-        "- cfg 1 for semantic and detail: guidance is in the weights",
         "- `few_wan_low_noise.safetensors` is a change of `few_wan_high_noise.safetensors`, and of no other weights",
+    ]
+    opened = "`workflow.json` is opened by dropping it on ComfyUI's window, 0.7.0 or newer."
+    assert ComfyUIConfig().usage(source, files, ExportOptions()).splitlines() == [*places, "", opened]
+    (note,) = nodes_of(tmp_path / "out", "MarkdownNote")
+    assert note["widgets_values"][0].splitlines() == [
+        "ComfyUI 0.7.0 or newer",
         "",
-        "`workflow.json` is opened by dropping it on ComfyUI's window, 0.7.0 or newer.",
+        *places,
+        "- steps 0–2 high (semantic), 2–3 low (detail)",
+        "- cfg 1 for semantic and detail: their guidance is what they were distilled with",
     ]
 
 

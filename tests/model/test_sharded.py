@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import digits_batch, digits_inputs, distil, set_up, tiny_recipe, velocity_of
-from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,7 +21,7 @@ from moedistill.runs.build import build_mixture
 from moedistill.runtime.checkpoint import load_tree, save_tree
 from moedistill.runtime.sharding import whole, whole_tree
 from moedistill.stages.consistency import ConsistencyConfig
-from moedistill.stages.export import ExportConfig
+from moedistill.stages.export import ExportConfig, read_export
 from moedistill.stages.training import Training
 from moedistill_digits.backbone import DigitsBackboneConfig
 
@@ -170,7 +169,7 @@ def test_saved_and_reloaded_weights_equal_the_live_ones(tmp_path):
         config.build().execute(run)
         assert json.loads((tmp_path / config.name / "export.json").read_text())["provenance"]["weights"] == weights
         for name in live:
-            assert not moved(wanted[name], load_file(tmp_path / config.name / f"{name}.safetensors"))
+            assert not moved(wanted[name], read_export(tmp_path / config.name)[1][name])
 
 
 def test_an_update_leaves_what_else_is_trained_and_its_gradients(monkeypatch):

@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from moedistill.data.loading import Batch
+from moedistill.importing.write import import_weights
 from moedistill.recipe.loading import load_recipe
 from moedistill.runs.build import build_mixture, make_accelerator
+from moedistill.runs.sample import load_mixture
 from moedistill.stages.run import Run
 from moedistill.stages.training import Training
 
@@ -478,3 +480,18 @@ def test_experts_by_time(pretrained):
     assert [mixture.router.expert_at(sigma) == "detail" for sigma in points.tolist()] == [
         int(1000 * sigma) <= 981 for sigma in points.tolist()
     ]
+
+
+@needs_record
+def test_the_record_s_own_file_converts_to_experts_that_give_its_velocities(pretrained, tmp_path):
+    """`student.safetensors` is in the layout that the published training saves, with experts that were trained."""
+    golden = Golden(RECORD / "detail_hy" / "routing.npz")
+    data = recipe_data(pretrained(golden), "detail", {"mode": "embedded", "scale": EMBEDDED})
+    import_weights("dcm", golden.path.with_name("student.safetensors"), tmp_path / "export", load_recipe(data))
+    _, mixture = load_mixture(tmp_path / "export")
+    x, text = golden["x"], {"prompt_embeds": golden["text"], "prompt_attention_mask": golden["text_mask"]}
+    with torch.no_grad():
+        for time in golden.times():
+            with mixture.using("detail" if golden[f"active_t{time}"] else "semantic"):
+                v = mixture(x, torch.full((len(x),), float(time) / 1000), mixture.backbone.config.unpack(text))
+            assert_close(v, golden[f"student_t{time}"], 1e-5)
