@@ -31,9 +31,7 @@ CASES = (
     ("diffusers", {}),
     ("diffusers", {"form": "merged"}),
     ("diffusers", {"form": "merged", "dtype": torch.float32}),
-    ("comfyui", {}),
     ("comfyui", {"form": "merged"}),
-    ("lightx2v", {"form": "merged"}),
     ("diffusers", {"svd": 16}),
 )
 
