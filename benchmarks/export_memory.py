@@ -31,9 +31,7 @@ CASES = (
     ("diffusers", {}),
     ("diffusers", {"form": "merged"}),
     ("diffusers", {"form": "merged", "dtype": torch.float32}),
-    ("comfyui", {}),
     ("comfyui", {"form": "merged"}),
-    ("lightx2v", {"form": "merged"}),
     ("diffusers", {"svd": 16}),
 )
 
@@ -104,7 +102,8 @@ def status(field: str) -> int:
 
 def main(layers: int, folder: Path) -> None:
     source = trained(folder, layers) if not (folder / "run").is_dir() else folder / "run" / "export"
-    files = {name: entry["file"] for name, entry in json.loads((source / "export.json").read_text())["experts"].items()}
+    index = json.loads((source / "export.json").read_text(encoding="utf-8"))
+    files = {name: entry["file"] for name, entry in index["experts"].items()}
     expert = (source / files["semantic"]).stat().st_size
     print(f"a full expert of {expert / MIB:.0f} MiB in float32, an adapter of "
           f"{(source / files['detail']).stat().st_size / MIB:.0f}")  # fmt: skip

@@ -1,6 +1,5 @@
 """Tensors on their way into a file: what their dtype costs, and a large file written one tensor at a time."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moedistill.runtime.weight_files import write_tensors
 from moedistill.runtime.writing import disk_errors, new_file
-
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""What safetensors calls a dtype."""
 
 
 class Rounding:
@@ -53,18 +50,9 @@ def write_one_file(
     Raises:
         WriteError: there is no room for it, or the disk refuses otherwise.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)  # so that the tensors' bytes are aligned
-    rounding = Rounding()
-    with new_file(file) as new, disk_errors(file, end), new.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            assert tensor.shape == tuple(shape), f"{name} is {list(tensor.shape)}, not {list(shape)}"
-            stored = rounding.to(dtype, tensor.detach().cpu())
-            out.write(stored.flatten().view(torch.uint8).numpy().data)
+    layout = {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, shape in shapes.items()}
+    rounding, size = Rounding(), sum(tensor.nbytes for tensor in layout.values())
+    with new_file(file) as new, disk_errors(file, size):
+        rounded = (rounding.to(dtype, tensor.detach().cpu()) for tensor in tensors)
+        write_tensors(new, layout, rounded, {"format": "pt", **metadata})
     return rounding.error

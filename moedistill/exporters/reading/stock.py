@@ -9,8 +9,9 @@ import json
 import logging
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file
 from torch import Tensor
+
+Make = Callable[[], Tensor]
 
 
 class Absent(MetaPathFinder):
@@ -51,7 +54,7 @@ def received() -> Iterator[bytes]:
         yield sys.stdin.buffer.read(length)
 
 
-def read_weights(request: dict[str, Any]) -> tuple[Any, dict[str, Tensor], list[str]]:
+def read_weights(request: dict[str, Any]) -> tuple[Any, dict[str, Make], list[str]]:
     """A network from a folder; its tensors, and what did not fit."""
     import diffusers
 
@@ -64,10 +67,14 @@ def read_weights(request: dict[str, Any]) -> tuple[Any, dict[str, Tensor], list[
         for kind, names in (("missing", found["missing_keys"]), ("left over", found["unexpected_keys"]))
         if names
     ]
-    return network, network.state_dict(), faults
+    return network, {name: partial(_same, tensor) for name, tensor in network.state_dict().items()}, faults
 
 
-def read_changes(request: dict[str, Any]) -> tuple[Any, dict[str, Tensor], list[str]]:
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def read_changes(request: dict[str, Any]) -> tuple[Any, dict[str, Make], list[str]]:
     """A network with a LoRA's file on it: what that adds to its parameters, and what was left without a value.
 
     Without weights to stand on, the network has none: what is added does not depend on them.
@@ -84,7 +91,7 @@ def read_changes(request: dict[str, Any]) -> tuple[Any, dict[str, Tensor], list[
     pipeline: Any = getattr(diffusers, request["pipeline"])(**components)
     options = {"load_into_transformer_2": True} if request["into"] == "transformer_2" else {}
     pipeline.load_lora_weights(request["lora"], **options)
-    added: dict[str, Tensor] = {}
+    added: dict[str, Make] = {}
     faults = []
     for path, module in network.named_modules():
         if hasattr(module, "lora_A"):
@@ -93,17 +100,17 @@ def read_changes(request: dict[str, Any]) -> tuple[Any, dict[str, Tensor], list[
             if any(parameter.is_meta for parameter in parameters):
                 faults.append(f"{path} is left without a value")
                 continue
-            added[f"{path}.weight"] = module.get_delta_weight(adapter)
+            added[f"{path}.weight"] = partial(module.get_delta_weight, adapter)  # as large as the layer: when asked for
             if module.lora_B[adapter].bias is not None:
-                added[f"{path}.bias"] = module.lora_B[adapter].bias * module.scaling[adapter]
+                added[f"{path}.bias"] = partial(torch.mul, module.lora_B[adapter].bias, module.scaling[adapter])
     return network, added, faults
 
 
-def compare(found: dict[str, Tensor], sent: Iterator[bytes], dtype: torch.dtype, changes: bool) -> dict[str, Any]:
+def compare(found: dict[str, Make], sent: Iterator[bytes], dtype: torch.dtype, changes: bool) -> dict[str, Any]:
     """Distances from the tensors sent, by name: [distance, their norm, what it costs to round them to `dtype`]."""
     distances = {}
     for name, trained in (item for content in sent for item in from_bytes(content).items()):
-        tensor = found.pop(name, None)
+        tensor = found.pop(name)() if name in found else None
         if tensor is None or tensor.shape != trained.shape:
             distances[name] = [float("inf"), 1.0, 0.0]
             continue
@@ -111,7 +118,7 @@ def compare(found: dict[str, Tensor], sent: Iterator[bytes], dtype: torch.dtype,
         rounded = (trained.to(dtype).float() - trained).norm()
         numbers = ((tensor.detach().float() - trained).norm(), trained.norm(), rounded)
         distances[name] = [float(number) for number in numbers]
-    more = [name for name, tensor in found.items() if not changes or tensor.detach().any()]
+    more = [name for name, make in found.items() if not changes or make().detach().any()]
     return {"distances": distances, "more": more}
 
 
