@@ -244,6 +244,7 @@ class _Runner:
         self.group: Any = None
         self.under_way = ""
         self.training: Training | None = None
+        self.worked = False
         self.interruption = Interruption(lambda: f"stopped in stage {self.under_way}; {self._where_to_go_on()}")
         self.progress = Progress()
         self.trackers = Trackers(accelerator, recipe.training.trackers, str(folder), recipe.name)
@@ -263,7 +264,6 @@ class _Runner:
                 write_text(self.folder / "recipe.yaml", (MINIATURE if self.run.smoke else "") + self.recipe.to_yaml())
                 self._take_history()
                 self._write_cost()
-                self._write_environment()
                 stack.enter_context(self._end_noted())
             self._tell(self.last_checkpoint)
             self.run.say(f"{self.recipe.name}{smoke} → {self.folder}")
@@ -288,7 +288,7 @@ class _Runner:
 
         What is planned is compared where it counts, on an accelerator; of a miniature few draws are enough.
         """
-        if not self.run.main:
+        if not self.run.main or (not self.worked and (self.folder / PAGE).exists()):
             return
         planned = self.accelerator.device.type != "cpu" and not self.run.smoke
         try:
@@ -303,8 +303,11 @@ class _Runner:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.run.say(f"warning: no {PAGE}: {shorten(why, 200)}")
 
-    def _write_environment(self) -> None:
-        """Where this run goes on, and with which versions."""
+    def _begin_work(self) -> None:
+        """Notes where this run goes on, and with which versions, where there is still something to do."""
+        if self.worked or not self.run.main:
+            return
+        self.worked = True
         about = {
             "begun": time.strftime("%Y-%m-%d %H:%M"),
             "processes": described(
@@ -368,6 +371,7 @@ class _Runner:
             if isinstance(config, TrainingStageConfig):
                 step = first_step if number == first else 0
                 if step < config.steps:
+                    self._begin_work()
                     if reported and self.where.changed and self.run.main:  # by a run that trained less
                         write_text(self.folder / RESULT, json.dumps(self.run.metrics, indent=1))
                     with self._memory_errors(config):
@@ -377,6 +381,7 @@ class _Runner:
                 self.run.metrics[config.name] = reported[config.name]
                 self.run.say(f"stage {config.name}: done before")
             else:
+                self._begin_work()
                 self.run.say(f"stage {config.name}")
                 self.run.mixture.settle()
                 with self._memory_errors(config), user_errors(f"stage {config.name}"):

@@ -257,9 +257,17 @@ def test_evaluations_can_be_compared(name):
 GONE = object()
 """What the parent has and the recipe has not."""
 
-LORA = {"kind": "lora", "from": "teacher", "base": None, "rank": 16, "alpha": 32.0, "targets": "attention"}
+LORA = {
+    "kind": "lora",
+    "from": "teacher",
+    "base": None,
+    "init": None,
+    "rank": 16,
+    "alpha": 32.0,
+    "targets": "attention",
+}
 LORA |= {"copies": "time_dependent"}
-FULL = {"kind": "full", "from": "teacher", "base": None}
+FULL = {"kind": "full", "from": "teacher", "base": None, "init": None}
 
 
 def stops(*points):

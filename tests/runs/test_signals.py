@@ -165,6 +165,8 @@ def run_with_kills(start, folder, moments, limit):
     """Runs to the end, but kills at `limit` random moments before; for each says whether it hit amid a save."""
     amid_saves = []
     while True:
+        # One that was whole, but killed before it had its name, is one to go on from.
+        Checkpoints(folder / "checkpoints", keep=1).give_names()
         on = bool(Checkpoints(folder / "checkpoints", keep=1).all())
         command = start(*(["--resume"] if on else []), folder=folder)
         if len(amid_saves) == limit:

@@ -92,7 +92,9 @@ def write_page(
 
 def _page(title: str, body: str, embedded: Embedded) -> str:
     own = files("moedistill.runs.page")
-    template, style, script = (own.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    template, style, script = (
+        own.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
     videos = {
         key: {"uri": uri, "frames": embedded.timing[key][0], "fps": embedded.timing[key][1]}
         for key, uri in embedded.uris.items()
