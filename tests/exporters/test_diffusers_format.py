@@ -165,7 +165,7 @@ def test_components_are_linked_or_copied(wan, tmp_path):
     linked = write(wan, tmp_path / "linked", form="merged").folder
     assert (linked / "vae").is_symlink()
     formats = chosen_formats(load_plugins().components, ["diffusers"], copy=True)
-    [copied] = export(wan, formats, tmp_path / "copied", ExportOptions(form="merged"))
+    [copied] = export(wan, formats, tmp_path / "copied", ExportOptions(form="merged", verify=False))
     assert not (copied.folder / "vae").is_symlink()
     assert list(load_file(copied.folder / "vae/diffusion_pytorch_model.safetensors"))
 

@@ -30,7 +30,20 @@ def finished(tmp_path_factory):
 
 def exported(folder, kind, form, output, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["export", str(folder), "--format", kind, form, "--dtype", "float32", "--output", str(output)])
+        main(
+            [
+                "export",
+                str(folder),
+                "--format",
+                kind,
+                form,
+                "--dtype",
+                "float32",
+                "--no-verify",
+                "--output",
+                str(output),
+            ]
+        )
     assert ended.value.code == 0, capsys.readouterr().err
     capsys.readouterr()
     return output
