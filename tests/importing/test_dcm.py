@@ -123,8 +123,13 @@ def test_the_released_names_and_shapes_are_those_of_the_published_recipes(recipe
 
 
 class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
     def __reduce__(self):
-        return (Path("/tmp/moedistill_bomb").touch, ())
+        return Path.touch, (self.file,)
 
 
 @pytest.fixture(scope="module")
@@ -164,17 +169,20 @@ def test_a_file_cut_short_and_a_pickle_that_would_run_code(wan_tensors, tmp_path
     save_file(wan_tensors, file)
     file.write_bytes(file.read_bytes()[:-9])
     assert f"cannot read {file}" in refused("dcm", file, tmp_path / "export", recipe_of("wan", DUAL), capsys)
+    went_off = tmp_path / "went off"
     for name in ("dcm.pt", "pytorch_model.bin"):
         bomb = tmp_path / name.split(".")[0] / name
         bomb.parent.mkdir()
-        bomb.write_bytes(pickle.dumps({"proj_out.weight": Bomb()}))
+        bomb.write_bytes(pickle.dumps({"proj_out.weight": Bomb(went_off)}))
         for place in (bomb, bomb.parent):
             message = refused("dcm", place, tmp_path / "export", recipe_of("wan", DUAL), capsys)
             assert f"{bomb} is a pickle, which can run code when it is read, so it is not" in message
     disguised = tmp_path / "disguised.safetensors"
-    disguised.write_bytes(pickle.dumps({"proj_out.weight": Bomb()}))
+    disguised.write_bytes(pickle.dumps({"proj_out.weight": Bomb(went_off)}))
     assert "cannot read" in refused("dcm", disguised, tmp_path / "export", recipe_of("wan", DUAL), capsys)
-    assert not Path("/tmp/moedistill_bomb").exists()
+    assert not went_off.exists()
+    pickle.loads(disguised.read_bytes())  # it would have
+    assert went_off.exists()
 
 
 @pytest.mark.parametrize(
