@@ -284,15 +284,20 @@ def test_one_expert_is_a_pipeline_of_any_family(tmp_path):
     assert not [name for name in index if name.startswith(("boundary", "dmd2"))]
 
 
-def test_a_teacher_that_serves_steps_is_the_base_model_s_own_network(tmp_path):
-    router = {
+TEACHER_BELOW = {
+    "router": {
         "kind": "timestep",
         "experts": ["semantic", "teacher"],
         "boundaries": [{"ratio": 0.875}],
         "closed": "high",
-    }
-    experts = {"semantic": {"kind": "lora", "base": "transformer", "rank": 2, "alpha": 4}}
-    run = finished(tmp_path, "wan22", router=router, experts=experts)
+    },
+    "experts": {"semantic": {"kind": "lora", "base": "transformer", "rank": 2, "alpha": 4}},
+}
+"""An expert above the boundary, and the untouched teacher below it."""
+
+
+def test_a_teacher_that_serves_steps_is_the_base_model_s_own_network(tmp_path):
+    run = finished(tmp_path, "wan22", **TEACHER_BELOW)
     made = check_against_sample(run, tmp_path)
     assert [file.expert for file in made.files] == ["semantic"]
     whole = write(run, tmp_path / "whole", form="merged").folder
@@ -315,15 +320,6 @@ def test_a_model_that_makes_videos_from_images_is_given_one(tmp_path):
 
 
 def test_a_guided_teacher_is_refused(tmp_path):
-    router = {
-        "kind": "timestep",
-        "experts": ["semantic", "teacher"],
-        "boundaries": [{"ratio": 0.875}],
-        "closed": "high",
-    }
-    experts = {"semantic": {"kind": "lora", "base": "transformer", "rank": 2, "alpha": 4}}
-    run = finished(
-        tmp_path, "wan22", router=router, experts=experts, guidance={"mode": "classifier_free", "scale": 3.0}
-    )
+    run = finished(tmp_path, "wan22", **TEACHER_BELOW, guidance={"mode": "classifier_free", "scale": 3.0})
     with pytest.raises(UserError, match=r"teacher\.transformer_2 serves some of the steps with guidance"):
         write(run, tmp_path / "files")

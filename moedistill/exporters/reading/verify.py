@@ -30,24 +30,14 @@ from moedistill.exporters.reading.compare import (
 )
 from moedistill.exporters.reading.files import TensorFile
 from moedistill.exporters.reading.fresh import Call, Fresh, Stock
-from moedistill.exporters.reading.native import BY_CLASS, Native, Wan
+from moedistill.exporters.reading.native import BY_CLASS, Native
 from moedistill.exporters.reading.steps import Served, configuration_steps, step_faults, workflow_steps
 from moedistill.exporters.source import ExpertSource, Source
 
 
 def verify_comfyui(source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterator[Verdict]:
     """Reads all files of weights as ComfyUI does."""
-    for file in _of_weights(files):
-        expert, network = _expert(source, file), _native(source, file)
-        stored = TensorFile(folder / file.path)
-        if file.form == "lora":
-            reading, wanted = comfyui.read_changes(stored, network), _wanted(source, expert, file)
-            yield _changes(file.path, "ComfyUI", reading, network, wanted, stored)
-        else:
-            reading, take = comfyui.read_values(stored, network), _take(source, expert, file)
-            yield _values(file.path, "ComfyUI", reading, network, expert, take)
-        expert.release()
-
+    yield from _in_native_names(source, folder, files, "ComfyUI", comfyui.read_changes, comfyui.read_values)
     if (folder / "workflow.json").is_file():
         served = workflow_steps(json.loads((folder / "workflow.json").read_text(encoding="utf-8")))
         yield _steps(source, files, "workflow.json", "ComfyUI", served)
@@ -55,21 +45,34 @@ def verify_comfyui(source: Source, folder: Path, files: Sequence[WrittenFile]) -
 
 def verify_lightx2v(source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterator[Verdict]:
     """Reads all files of weights as LightX2V does, which merges LoRA files into the weights."""
-    for file in _of_weights(files):
-        expert, network = _expert(source, file), _native(source, file)
-        assert isinstance(network, Wan)
-        stored = TensorFile(folder / file.path)
-        if file.form == "lora":
-            reading, wanted = lightx2v.read_changes(stored, network), _wanted(source, expert, file)
-            yield _changes(file.path, "LightX2V", reading, network, wanted, stored)
-        else:
-            reading, take = lightx2v.read_values([stored], network), _take(source, expert, file)
-            yield _values(file.path, "LightX2V", reading, network, expert, take)
-        expert.release()
-
+    yield from _in_native_names(
+        source, folder, files, "LightX2V", lightx2v.read_changes,
+        lambda stored, network: lightx2v.read_values([stored], network),
+    )  # fmt: skip
     if (folder / "lightx2v.json").is_file():
         served = configuration_steps(json.loads((folder / "lightx2v.json").read_text(encoding="utf-8")))
         yield _steps(source, files, "lightx2v.json", "LightX2V", served)
+
+
+def _in_native_names(
+    source: Source,
+    folder: Path,
+    files: Sequence[WrittenFile],
+    reader: str,
+    read_changes: Callable[[TensorFile, Any], Reading],
+    read_values: Callable[[TensorFile, Any], Reading],
+) -> Iterator[Verdict]:
+    """Reads each file of weights by a consumer's two rules, of LoRA files and of whole networks."""
+    for file in _of_weights(files):
+        expert, network = _expert(source, file), _native(source, file)
+        stored = TensorFile(folder / file.path)
+        if file.form == "lora":
+            wanted = _wanted(source, expert, file)
+            yield _changes(file.path, reader, read_changes(stored, network), network, wanted, stored)
+        else:
+            take = _take(source, expert, file)
+            yield _values(file.path, reader, read_values(stored, network), network, expert, take)
+        expert.release()
 
 
 def verify_diffusers(source: Source, folder: Path, files: Sequence[WrittenFile]) -> Iterator[Verdict]:
