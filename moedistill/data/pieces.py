@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moedistill.data.writing import copies
 from moedistill.errors import UserError
 from moedistill.runtime.checkpoint import save_tensors, write_text
 from moedistill.runtime.integrity import Damaged, read_json, read_tensors
@@ -58,8 +59,7 @@ class Pieces:
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keeps a piece, whole or not at all."""
         with new_file(self._file(key)) as file:
-            # Clones: what is a view of something larger, or of the same tensor as another, cannot be saved.
-            save_tensors(file, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
+            save_tensors(file, copies(tensors))
 
     def fail(self, key: str, reason: str) -> None:
         """Notes why a piece cannot be made."""

@@ -88,7 +88,7 @@ def write_set(
         entries += [{**entry, "file": file} for entry in shard.entries]
     if not entries:
         raise ValueError(f"there are no samples to write to {folder}")
-    negative_file = None if negative is None else _write_tensors(folder, "negative", _copies(negative))
+    negative_file = None if negative is None else _write_tensors(folder, "negative", copies(negative))
     sync(folder)
     index = {"format": FORMAT, "version": VERSION, "negative": negative_file}
     write_text(folder / INDEX, _index_text(index if made_for is None else {**index, "made_for": made_for}, entries))
@@ -118,13 +118,13 @@ def _shards(items: Iterable[Item], most_bytes: int, most_samples: int) -> Iterat
             shard = _Shard()
         own = {"file": "", "key": f"{len(shard.entries):04}", "shape": shape}
         shard.entries.append({**own, **item.entry, **own})  # first in the line, whatever the entry says of them
-        shard.tensors |= {f"{own['key']}/{name}": value for name, value in _copies(tensors).items()}
+        shard.tensors |= {f"{own['key']}/{name}": value for name, value in copies(tensors).items()}
         shard.size += size
     if shard.entries:
         yield shard
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What can be saved, as a view of something larger, or of the same tensor as another, cannot."""
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
